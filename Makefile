@@ -1,0 +1,82 @@
+# Every target sets up what it needs. A bare machine needs make and Python with pip, nothing else.
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+GOLDEN := tests/golden/chat_a
+
+# One thread per worker: the workers are what fills the cores.
+RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Debian's python3 comes without ensurepip; pip can then put itself into the new environment.
+MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
+	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint style conformance compat compat-oldest compat-newest compat-main bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  PYTHON=python3.12   the interpreter that $(VENV) is made from"
+	@echo "  JOBS=8              test processes, 2 unless told"
+	@echo "  ARGS='-k vision'    handed on to pytest, the conformance runner or the benchmark"
+
+# torch goes first and alone: asked for by name without its pin, pip may take a newer build and gigabytes of
+# GPU libraries with it.
+$(READY): setup.cfg constraints.txt
+	@echo "Setting up $(VENV): minutes the first time, seconds after"
+	@$(call MAKE_VENV,$(VENV))
+	@$(VENV)/bin/pip install -q -c constraints.txt torch
+	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(READY) ## Ask an original checkpoint two questions about an image
+	$(VENV)/bin/viscpm-hf chat $(GOLDEN)/pytorch_model.bin $(GOLDEN)/image_0.png \
+		"图片是什么颜色？" "what shape is this?" --max-new-tokens 24 \
+		--config $(GOLDEN)/cpm-bee.json --vision-config $(GOLDEN)/vision.json
+
+test: $(READY) ## Run the tests
+	$(call RUN_TESTS,$(VENV))
+
+lint: $(READY) ## Check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+style: $(READY) ## Mend style and formatting in place
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+conformance: $(READY) ## Run transformers' own test suite on our classes (TRANSFORMERS=path of a checkout adds generation)
+	$(PY) tests/conformance/run.py $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS)) $(ARGS)
+
+bench: $(READY) ## Measure speed: benchmarks/chat.py, or BENCH=name for another
+	$(PY) benchmarks/$(or $(BENCH),chat).py $(ARGS)
+
+# The ends of the range that setup.cfg allows, each in an environment of its own. Only torch is pinned there;
+# the rest is what pip gives a new user today, so these are brought up to date on every run.
+compat: compat-oldest compat-newest ## Run the tests with the oldest and the newest transformers and diffusers allowed
+
+UPGRADE = install -q --upgrade --upgrade-strategy eager -c .venv-$*/torch.txt
+OLDEST := $(shell sed -nE 's/^ *(transformers|diffusers)>=([0-9.]+),.*/\1==\2/p' setup.cfg)
+MAIN := git+https://github.com/huggingface/transformers git+https://github.com/huggingface/diffusers
+
+compat-oldest compat-newest compat-main: compat-%:
+	@echo "Bringing .venv-$* up to date"
+	@$(call MAKE_VENV,.venv-$*)
+	@grep '^torch==' constraints.txt >.venv-$*/torch.txt
+	@.venv-$*/bin/pip $(UPGRADE) torch
+	@.venv-$*/bin/pip $(UPGRADE) -e '.[test]' $(if $(filter oldest,$*),$(OLDEST))
+	@# After our package, not beside it: main is worth a try even when its version has left our range.
+	@$(if $(filter main,$*),.venv-$*/bin/pip $(UPGRADE) $(MAIN))
+	@.venv-$*/bin/pip list 2>/dev/null | grep -iE '^(torch|transformers|diffusers|tokenizers|huggingface.hub) '
+	$(call RUN_TESTS,.venv-$*)
+
+clean: ## Remove caches and build products; the environments stay (rm -r .venv* removes them)
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .conformance-cache benchmarks/.scratch
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,116 @@
+"""Which tensor of the original files becomes which of ours. Data only.
+
+An entry is `(original name, our name, operation)`; `{n}` stands for a layer number. Operations:
+
+- `KEEP`: the same values.
+- `FOLD_WIDTH`: divided by the square root of the last dimension. The original divides every product by it, here it is
+  part of the weights (`modeling_cpm_bee`).
+
+Names are those within a part; `CHAT`, `CPM_BEE` and `PAINT_TEXT_ENCODER` say where the parts lie in the files.
+Source: the checkpoints of openbmb/VisCPM-Chat and openbmb/VisCPM-Paint.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+KEEP = "keep"
+FOLD_WIDTH = "fold_width"
+
+
+class Entry(NamedTuple):
+    source: str
+    target: str
+    operation: str = KEEP
+
+
+class Dropped(NamedTuple):
+    source: str
+    reason: str
+
+
+class KeyMap(NamedTuple):
+    """All tensors of one kind of checkpoint."""
+
+    entries: tuple[Entry, ...]
+    dropped: tuple[Dropped, ...] = ()
+
+
+def _within(entries: tuple[Entry, ...], source: str, target: str) -> tuple[Entry, ...]:
+    return tuple(Entry(source + entry.source, target + entry.target, entry.operation) for entry in entries)
+
+
+_LANGUAGE_MODEL = (
+    Entry("input_embedding.weight",                                            "embed_tokens.weight",                            FOLD_WIDTH),
+    Entry("position_bias.relative_attention_bias",                             "position_bias.relative_attention_bias.weight"),
+    Entry("encoder.layers.{n}.self_att.layernorm_before_attention.weight",     "layers.{n}.input_layernorm.weight"),
+    Entry("encoder.layers.{n}.self_att.self_attention.project_q.weight",       "layers.{n}.self_attn.q_proj.weight",             FOLD_WIDTH),
+    Entry("encoder.layers.{n}.self_att.self_attention.project_k.weight",       "layers.{n}.self_attn.k_proj.weight",             FOLD_WIDTH),
+    Entry("encoder.layers.{n}.self_att.self_attention.project_v.weight",       "layers.{n}.self_attn.v_proj.weight",             FOLD_WIDTH),
+    Entry("encoder.layers.{n}.self_att.self_attention.attention_out.weight",   "layers.{n}.self_attn.o_proj.weight",             FOLD_WIDTH),
+    Entry("encoder.layers.{n}.ffn.layernorm_before_ffn.weight",                "layers.{n}.post_attention_layernorm.weight"),
+    Entry("encoder.layers.{n}.ffn.ffn.w_in.w_0.weight",                        "layers.{n}.mlp.gate_proj.weight",                FOLD_WIDTH),
+    Entry("encoder.layers.{n}.ffn.ffn.w_in.w_1.weight",                        "layers.{n}.mlp.up_proj.weight",                  FOLD_WIDTH),
+    Entry("encoder.layers.{n}.ffn.ffn.w_out.weight",                           "layers.{n}.mlp.down_proj.weight",                FOLD_WIDTH),
+    Entry("encoder.output_layernorm.weight",                                   "norm.weight"),
+)  # fmt: skip
+
+# Both experts of every vision module: the original's A serves the image, B the queries.
+_EXPERTS = (("A", "image"), ("B", "query"))
+
+_VISION_TOWER = (
+    Entry("query",                                                             "embeddings.query_tokens"),
+    Entry("vpm.beit3.vision_embed.cls_token",                                  "embeddings.cls_token"),
+    Entry("vpm.beit3.vision_embed.proj.weight",                                "embeddings.patch_embedding.weight"),
+    Entry("vpm.beit3.vision_embed.proj.bias",                                  "embeddings.patch_embedding.bias"),
+    *(
+        entry
+        for expert, name in _EXPERTS
+        for entry in (
+            Entry(f"vpm.beit3.encoder.embed_positions.{expert}.weight",        f"embeddings.{name}_position_embedding.weight"),
+            *(
+                Entry(f"vpm.beit3.encoder.{source}.{leaf}",                    f"{target}.{leaf}")
+                for source, target in (
+                    *(
+                        (f"layers.{{n}}.self_attn.{projection}.{expert}",      f"layers.{{n}}.self_attn.{projection}.{name}")
+                        for projection in ("q_proj", "k_proj", "v_proj", "out_proj")
+                    ),
+                    (f"layers.{{n}}.self_attn.inner_attn_ln.{expert}",         f"layers.{{n}}.self_attn.inner_layer_norm.{name}"),
+                    (f"layers.{{n}}.self_attn_layer_norm.{expert}",            f"layers.{{n}}.self_attn_layer_norm.{name}"),
+                    (f"layers.{{n}}.final_layer_norm.{expert}",                f"layers.{{n}}.final_layer_norm.{name}"),
+                    (f"layers.{{n}}.ffn.{expert}.fc1",                         f"layers.{{n}}.mlp.{name}.fc1"),
+                    (f"layers.{{n}}.ffn.{expert}.fc2",                         f"layers.{{n}}.mlp.{name}.fc2"),
+                    (f"layers.{{n}}.ffn.{expert}.ffn_layernorm",               f"layers.{{n}}.mlp.{name}.layer_norm"),
+                    (f"layer_norm.{expert}",                                   f"layer_norm.{name}"),
+                )
+                for leaf in ("weight", "bias")
+            ),
+        )
+    ),
+)  # fmt: skip
+
+_PROJECTOR = (
+    Entry("mapping.0.weight",                                                  "linear_1.weight"),
+    Entry("mapping.0.bias",                                                    "linear_1.bias"),
+    Entry("mapping.2.weight",                                                  "linear_2.weight"),
+    Entry("mapping.2.bias",                                                    "linear_2.bias"),
+)  # fmt: skip
+
+CHAT = KeyMap(
+    entries=(
+        *_within(_LANGUAGE_MODEL, "llm.", "model.language_model."),
+        *_within(_VISION_TOWER, "", "model.vision_tower."),
+        *_within(_PROJECTOR, "", "model.multi_modal_projector."),
+    ),
+    dropped=(
+        Dropped("vpm.beit3.text_embed.weight", "text embedding of the vision tower, which never sees text"),
+        Dropped("vpm.beit3.vision_embed.mask_token", "stands for masked patches, which only pre-training has"),
+        Dropped("vpm.mim_head.weight", "head of the masked-image pre-training"),
+        Dropped("vpm.mim_head.bias", "head of the masked-image pre-training"),
+    ),
+)
+
+# CPM-Bee alone, bare or as the `llm.` part of a file.
+CPM_BEE = KeyMap(_within(_LANGUAGE_MODEL, "", "model."))
+CPM_BEE_WITHIN = KeyMap(_within(_LANGUAGE_MODEL, "llm.", "model."))

@@ -1,0 +1,52 @@
+"""Configuration of VisCPM-Chat: a BEiT-3 vision tower, a projector and CPM-Bee."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from .configuration_beit3 import Beit3Config
+from .configuration_cpm_bee import CpmBeeConfig
+from .tokenization_cpm_bee import MAX_EXTENSION_TOKENS
+
+
+@strict
+class VisCPMChatConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`VisCPMChatForConditionalGeneration`]; the defaults are VisCPM-Chat's.
+
+    Args:
+        text_config (`CpmBeeConfig | dict`): the language model.
+        vision_config (`Beit3Config | dict`): the vision tower.
+        image_token_id (`int`):
+            id of an image placeholder. It lies beyond the vocabulary and all extension tokens, so nothing that a user
+            types can be mistaken for it; the default is `vocab_size + 65536`.
+        projector_hidden_act (`str`): activation of the projector.
+
+    ```python
+    >>> from viscpm_hf import VisCPMChatConfig, VisCPMChatForConditionalGeneration
+
+    >>> config = VisCPMChatConfig(text_config={"num_hidden_layers": 2}, vision_config={"num_hidden_layers": 2})
+    >>> model = VisCPMChatForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "viscpm_chat"
+    sub_configs_defaults = {"text_config": CpmBeeConfig, "vision_config": Beit3Config}
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int | None = None
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size + MAX_EXTENSION_TOKENS
+
+    @property
+    def num_query_tokens(self) -> int:
+        """Placeholders of one image."""
+        return self.vision_config.num_query_tokens
+
+
+__all__ = ["VisCPMChatConfig"]

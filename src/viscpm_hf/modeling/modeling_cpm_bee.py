@@ -1,0 +1,446 @@
+"""CPM-Bee: a prefix language model with a relative bias over positions and document segments.
+
+Source: CPM-Bee-10B as used by VisCPM (arXiv:2308.12038). For documents, segments, answers and extension tokens see
+`document_cpm_bee`. The original divides every product by the square root of its input width; here these factors lie in
+the weights, so all layers are plain `nn.Linear` and the head is tied to the embedding.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_cpm_bee import CpmBeeCache
+from .configuration_cpm_bee import CpmBeeConfig
+from .generation_cpm_bee import CpmBeeGenerationMixin
+
+
+class CpmBeeRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float()
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+
+class CpmBeePositionBias(nn.Module):
+    """Additive attention bias: T5 buckets of distances within a segment, one bucket per relation between segments."""
+
+    def __init__(self, config: CpmBeeConfig):
+        super().__init__()
+        self.num_buckets = config.position_bias_num_buckets
+        self.max_distance = config.position_bias_max_distance
+        num_embeddings = config.position_bias_num_buckets + config.position_bias_num_segment_buckets
+        self.relative_attention_bias = nn.Embedding(num_embeddings, config.num_attention_heads)
+
+    def distance_bucket(self, distance: torch.Tensor) -> torch.Tensor:
+        """Bucket of `key position - query position`: one half for each direction, exact at first, then logarithmic."""
+        half = self.num_buckets // 2
+        exact = half // 2
+        magnitude = distance.abs()
+        logarithmic = (
+            torch.log(magnitude.clamp(min=1).float() / exact) / math.log(self.max_distance / exact) * (half - exact)
+        )
+        bucket = torch.where(magnitude < exact, magnitude, (exact + logarithmic.long()).clamp(max=half - 1))
+        return bucket + (distance > 0) * half
+
+    def forward(
+        self,
+        query_positions: torch.Tensor,
+        key_positions: torch.Tensor,
+        query_segments: torch.Tensor | None = None,
+        key_segments: torch.Tensor | None = None,
+        segment_relations: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            query_positions, key_positions: `(batch or 1, queries)` and `(batch or 1, keys)`.
+            query_segments, key_segments: segment ids of the same; None where everything is one segment.
+            segment_relations: `(batch, segments, segments)`.
+
+        Returns:
+            `(batch or 1, heads, queries, keys)`.
+        """
+        bucket = self.distance_bucket(key_positions[:, None, :] - query_positions[:, :, None])
+        if query_segments is not None:
+            num_segments = segment_relations.shape[-1]
+            pair = query_segments[:, :, None] * num_segments + key_segments[:, None, :]
+            relation = segment_relations.flatten(1).gather(1, pair.flatten(1)).view_as(pair)
+            bucket = torch.where(relation == 0, bucket, self.num_buckets - 1 + relation)
+        return self.relative_attention_bias(bucket).permute(0, 3, 1, 2)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class CpmBeeAttention(nn.Module):
+    """Multi-head attention. Mask and bias arrive merged as one `position_bias`, the same for all layers."""
+
+    def __init__(self, config: CpmBeeConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False  # the merged bias says who sees whom
+        inner_size = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        blind_queries: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            position_bias=position_bias,
+            **kwargs,
+        )
+        output = output.reshape(*input_shape, -1)
+        if blind_queries is not None:
+            # A query that sees no key attends to nothing at all; softmax alone would give it the mean of all values.
+            output = output.masked_fill(blind_queries[..., None], 0.0)
+        return self.o_proj(output), weights
+
+
+class CpmBeeMLP(nn.Module):
+    def __init__(self, config: CpmBeeConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class CpmBeeDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: CpmBeeConfig, layer_idx: int):
+        super().__init__()
+        self.residual_scale = 1 / config.residual_divisor
+        self.input_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = CpmBeeAttention(config, layer_idx)
+        self.post_attention_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = CpmBeeMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        blind_queries: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states), position_bias, blind_queries, past_key_values, **kwargs
+        )
+        hidden_states = (hidden_states + attention_output) * self.residual_scale
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return (hidden_states + mlp_output) * self.residual_scale
+
+
+class CpmBeePreTrainedModel(PreTrainedModel):
+    config: CpmBeeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CpmBeeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False  # its kernels take no additive bias
+    _supports_attention_backend = False  # neither do paged ones
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CpmBeeDecoderLayer, "attentions": CpmBeeAttention}
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, but always with today's names, however the model was loaded."""
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class CpmBeeModel(CpmBeePreTrainedModel):
+    """CPM-Bee without its head. Also takes the additional arguments below.
+
+    - `token_type_ids (batch, sequence)`: 0 = context (every token sees all context), 1 = answer (sees all context and
+      the answer up to itself). Without them everything is an answer, as in a causal language model.
+    - `segment_ids (batch, keys or fewer)`, `segment_relations (batch, segments, segments)`: the document's structure;
+      keys beyond the given ids belong to the last one's segment. Without them everything is one segment.
+    - `extension_table (batch, E, 2)`: base id and number of the token with id `vocab_size + e`.
+    - `position_bias (batch, heads, queries, keys)`: in place of all masks and structure, the merged additive bias.
+    """
+
+    def __init__(self, config: CpmBeeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.position_bias = CpmBeePositionBias(config)
+        self.layers = nn.ModuleList(CpmBeeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids: torch.Tensor, extension_table: torch.Tensor | None = None) -> torch.Tensor:
+        """Token embeddings `(batch, sequence, hidden)`; ids beyond vocabulary and table (placeholders) are `<unk>`."""
+        vocab_size = self.config.vocab_size
+        is_extension = input_ids >= vocab_size
+        unknown = self.config.unk_token_id or 0
+        if extension_table is None or extension_table.shape[1] == 0:
+            return self.embed_tokens(torch.where(is_extension, unknown, input_ids))
+        num_extensions = extension_table.shape[1]
+        row = (input_ids - vocab_size).clamp(0, num_extensions - 1)
+        is_known = is_extension & (input_ids < vocab_size + num_extensions)
+        base = torch.where(is_known, extension_table[..., 0].gather(1, row), unknown)
+        number = torch.where(is_known, extension_table[..., 1].gather(1, row), 0)
+        embeddings = self.embed_tokens(torch.where(is_extension, base, input_ids))
+        return torch.where(is_known[..., None], self.rotate(embeddings, number), embeddings)
+
+    def embed_extensions(self, extension_table: torch.Tensor) -> torch.Tensor:
+        """`(batch, E, 2)` -> rotated base embeddings `(batch, E, hidden)`."""
+        return self.rotate(self.embed_tokens(extension_table[..., 0]), extension_table[..., 1])
+
+    @staticmethod
+    def rotate(embeddings: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """Rotates base embeddings `(..., hidden)` by the number `(...)` of the extension token, in fp32."""
+        half = embeddings.shape[-1] // 2
+        exponent = torch.arange(half, device=embeddings.device, dtype=torch.float32) / half
+        angle = 16.0 * number[..., None].float() * (1.0 / 10000.0**exponent)
+        cos, sin = torch.cat([angle.cos()] * 2, dim=-1), torch.cat([angle.sin()] * 2, dim=-1)
+        first, second = embeddings.float().chunk(2, dim=-1)
+        rotated = torch.cat([first, second], dim=-1) * cos + torch.cat([-second, first], dim=-1) * sin
+        return rotated.to(embeddings.dtype)
+
+    def visible_keys(
+        self,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        query_index: torch.Tensor,
+        num_keys: int,
+    ) -> torch.Tensor:
+        """Which keys a query sees, `(batch or 1, queries, keys)`: all context, and answers up to the query's own token
+        (unless the query is context itself); never padding, and padding sees nothing."""
+        num_queries, device = query_index.shape[0], query_index.device
+        key_index = torch.arange(num_keys, device=device)
+        visible = (key_index[None, :] <= query_index[:, None])[None]
+        if token_type_ids is not None and num_queries > 1:  # a single new token sees all that is there
+            is_context = (token_type_ids[:, -num_queries:] == 0).to(device)
+            context_keys = is_context.new_zeros(is_context.shape[0], num_keys)
+            context_keys[:, query_index] = is_context
+            visible = context_keys[:, None, :] | (visible & ~is_context[:, :, None])
+        if attention_mask is not None:
+            # Keys after the mask's end are new tokens, or free places of a static cache that causality hides.
+            not_padding = nn.functional.pad(attention_mask.bool(), (0, num_keys - attention_mask.shape[1]), value=True)
+            visible = visible & not_padding[:, None, :]
+            if num_queries > 1:
+                visible = visible & not_padding[:, query_index, None]
+        return visible
+
+    def merge_bias(self, position_bias: torch.Tensor, visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """One additive bias `(batch, heads, queries, keys)` from the position bias and who sees whom."""
+        # Half of the lowest number: adding a score must not overflow to -inf.
+        hidden = torch.finfo(dtype).min / 2
+        return torch.where(visible[:, None], position_bias.to(dtype), hidden).contiguous()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        segment_relations: torch.LongTensor | None = None,
+        extension_table: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, extension_table)
+        if use_cache and past_key_values is None:
+            past_key_values = CpmBeeCache()
+
+        blind_queries = None
+        if position_bias is None:
+            position_bias, blind_queries = self.prepare_bias(
+                inputs_embeds, attention_mask, token_type_ids, segment_ids, segment_relations, past_key_values
+            )
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, position_bias, blind_queries, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def prepare_bias(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        segment_relations: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The merged bias of this forward pass, and which queries see no key at all (None: no such query)."""
+        num_queries, device = inputs_embeds.shape[1], inputs_embeds.device
+        num_past, num_keys = 0, num_queries
+        if past_key_values is not None:
+            num_past = past_key_values.get_seq_length()
+            if isinstance(num_past, torch.Tensor):  # the static cache counts in place
+                num_past = num_past.clone().to(device)
+            num_keys, _ = past_key_values.get_mask_sizes(num_queries, 0)
+        query_index = torch.arange(num_queries, device=device) + num_past
+        key_index = torch.arange(num_keys, device=device)
+
+        query_segments = key_segments = None
+        if segment_ids is not None:
+            missing = num_keys - segment_ids.shape[1]
+            key_segments = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], 1).to(device)
+            query_segments = key_segments[:, query_index]
+            segment_relations = segment_relations.to(device)
+        # Only differences of positions within a segment count, so the places in the cache serve as positions.
+        bias = self.position_bias(query_index[None], key_index[None], query_segments, key_segments, segment_relations)
+
+        if attention_mask is not None and attention_mask.ndim == 4:
+            is_bool = attention_mask.dtype == torch.bool
+            visible = (attention_mask if is_bool else attention_mask >= 0)[:, 0].to(device)
+        else:
+            attention_mask = None if attention_mask is None else attention_mask.to(device)
+            visible = self.visible_keys(attention_mask, token_type_ids, query_index, num_keys)
+        blind_queries = None
+        if attention_mask is not None and num_queries > 1:
+            blind_queries = ~visible.any(-1)
+        return self.merge_bias(bias, visible, inputs_embeds.dtype), blind_queries
+
+
+class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
+    """CPM-Bee with its head. Logits have `vocab_size + E` columns, the last ones for the extension tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: CpmBeeConfig):
+        super().__init__(config)
+        self.model = CpmBeeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
+        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
+        return project_to_vocabulary(hidden_states, self.lm_head, self.model, extension_table)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        segment_relations: torch.LongTensor | None = None,
+        extension_table: torch.LongTensor | None = None,
+        extension_mask: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """See [`CpmBeeModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross entropy
+        over vocabulary and extension tokens. `extension_mask` matters to `generate` alone."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            segment_ids=segment_ids,
+            segment_relations=segment_relations,
+            extension_table=extension_table,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.project(hidden_states, extension_table)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def project_to_vocabulary(
+    hidden_states: torch.Tensor, lm_head: nn.Module, model: CpmBeeModel, extension_table: torch.Tensor | None
+) -> torch.Tensor:
+    """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
+    logits = lm_head(hidden_states)
+    if extension_table is None or extension_table.shape[1] == 0:
+        return logits
+    extensions = model.embed_extensions(extension_table).to(hidden_states.device, hidden_states.dtype)
+    return torch.cat([logits, torch.matmul(hidden_states, extensions.transpose(1, 2)).to(logits.device)], dim=-1)
+
+
+__all__ = ["CpmBeePreTrainedModel", "CpmBeeModel", "CpmBeeForCausalLM"]

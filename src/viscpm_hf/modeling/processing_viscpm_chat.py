@@ -1,0 +1,329 @@
+"""Processor of VisCPM-Chat: conversations, or CPM-Bee documents, and images to model inputs.
+
+The text form of a prompt is document syntax, the special tokens marking the segments:
+
+    <s><root></s><s>image</s><s><image></s><s>context</s><s>User: ...\\nAI: ...\\n</s><s>question</s><s>...</s><s><ans></s><s>
+
+The chat template writes it and doubles every `<` of a message, so no message can forge a special token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+
+from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument
+from .image_processing_viscpm import VisCPMImageProcessor
+from .tokenization_cpm_bee import MAX_EXTENSION_TOKENS, CpmBeeTokenizer
+
+
+IMAGE_TOKEN = "<image>"
+MARKUP_BEGIN = f"<s>{ROOT_TEXT}</s>"
+
+# Earlier turns go into the document's context; the images of all turns into its one image field.
+CHAT_TEMPLATE = """\
+{%- macro text_of(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] | replace('<', '<<') -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'text' -%}{{- part['text'] | replace('<', '<<') -}}{%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set turn = namespace(images=0, context='', question=none, answer=none) -%}
+{%- for message in messages -%}
+    {%- if message['content'] is not string -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}{%- set turn.images = turn.images + 1 -%}
+            {%- elif part['type'] != 'text' -%}
+                {{- raise_exception("VisCPM-Chat takes text and images, not " ~ part['type'] ~ ".") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- if message['role'] == 'system' -%}
+        {%- set turn.context = turn.context ~ text_of(message) ~ '\\n' -%}
+    {%- elif message['role'] == 'user' -%}
+        {%- if turn.question is not none -%}
+            {{- raise_exception("Two user messages follow each other; user and assistant take turns.") -}}
+        {%- endif -%}
+        {%- set turn.question = text_of(message) -%}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- if turn.question is none -%}
+            {{- raise_exception("An assistant message has no user message before it; user and assistant take turns.") -}}
+        {%- endif -%}
+        {%- if loop.last -%}
+            {%- set turn.answer = text_of(message) -%}
+        {%- else -%}
+            {%- set turn.context = turn.context ~ 'User: ' ~ turn.question ~ '\\nAI: ' ~ text_of(message) ~ '\\n' -%}
+            {%- set turn.question = none -%}
+        {%- endif -%}
+    {%- else -%}
+        {{- raise_exception("Roles are system, user and assistant, not " ~ message['role'] ~ ".") -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if turn.question is none -%}
+    {{- raise_exception("The conversation has no question: its last message must be the user's or an answer to it.") -}}
+{%- endif -%}
+<s><root></s>
+{%- if turn.images -%}<s>image</s><s>{{- '<image>' * turn.images -}}</s>{%- endif -%}
+<s>context</s><s>{{- turn.context -}}</s><s>question</s><s>{{- turn.question -}}</s><s><ans></s><s>
+{%- if turn.answer is not none -%}{{- turn.answer -}}</s>{%- endif -%}
+"""
+
+
+class VisCPMChatProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True}}
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """One document of a batch before its images are known."""
+
+    document: dict[str, Any]
+    """Without its image field."""
+    num_images: int = 0
+    is_answer_closed: bool = False
+    """Whether the answer given ends with `</s>` rather than being continued."""
+
+
+class VisCPMChatProcessor(ProcessorMixin):
+    r"""
+    Makes model inputs of conversations (`apply_chat_template`), questions or CPM-Bee documents, and images.
+
+    Args:
+        image_processor ([`VisCPMImageProcessor`]): prepares images.
+        tokenizer ([`CpmBeeTokenizer`]): encodes documents.
+        chat_template (`str`): Jinja template; VisCPM's own if None.
+        num_query_tokens (`int`): placeholders of one image, the tower's number of queries.
+    """
+
+    valid_processor_kwargs = VisCPMChatProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: VisCPMImageProcessor | None = None,
+        tokenizer: CpmBeeTokenizer | None = None,
+        chat_template: str | None = None,
+        num_query_tokens: int = 64,
+        **kwargs,
+    ):
+        self.num_query_tokens = num_query_tokens
+        self.image_token = IMAGE_TOKEN
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @property
+    def image_token_id(self) -> int:
+        """Beyond the vocabulary and all extension tokens, where nothing that a user types can reach."""
+        return len(self.tokenizer) + MAX_EXTENSION_TOKENS
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            "input_ids",
+            "attention_mask",
+            "token_type_ids",
+            "segment_ids",
+            "segment_relations",
+            "extension_table",
+            "extension_mask",
+            "pixel_values",
+        ]
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        text: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
+        return_labels: bool = False,
+        **kwargs: Unpack[VisCPMChatProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images: one image, a list for all texts in order, or a list of lists, one for each text.
+            text: one or several of: a prompt as the chat template writes it; a plain question with one `<image>` for
+                each of its images; a CPM-Bee document (dict) whose `image` field has the `<image>`s.
+            return_labels: add `labels`, the answers' tokens and `</s>`, for training.
+            max_length: the most tokens of a prompt, `tokenizer.model_max_length` unless given; longer ones are an
+                error, never cut.
+
+        Returns:
+            What the model takes, on lists or tensors; `pixel_values (images, 3, height, width)`. Its attribute
+            `extension_strings` has, for every row, the strings that ids without a token stand for: give it to
+            `batch_decode`.
+
+        Raises:
+            ValueError: if texts and images don't match in number, a prompt is too long, or a document is malformed.
+        """
+        if text is None:
+            raise ValueError("VisCPMChatProcessor needs text: a question, a document or a chat-template prompt.")
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged["text_kwargs"]
+        texts = [text] if isinstance(text, (str, Mapping)) else list(text)
+        if not texts:
+            raise ValueError("VisCPMChatProcessor needs at least one text, got an empty list.")
+        prompts = [self.parse_prompt(entry) for entry in texts]
+        pixel_inputs: Mapping[str, Any] = {}
+        flat_images = self._images_in_order(images, prompts)
+        if flat_images:
+            pixel_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
+
+        documents = [self.encode_prompt(prompt, close_answers=return_labels) for prompt in prompts]
+        max_length = text_kwargs.get("max_length")
+        for index, document in enumerate(documents):
+            self._check_length(document, index, max_length)
+            if return_labels and not any(slot.end - slot.begin > 2 for slot in document.answer_slots):
+                raise ValueError(f"Text {index} has no answer to make labels of.")
+        padding = text_kwargs.get("padding")
+        if padding is False and len({len(document) for document in documents}) > 1:
+            padding = True  # documents carry tables of the whole batch, so rows need one length
+        encoding = self.tokenizer.collate(
+            documents,
+            with_labels=return_labels,
+            padding_side=text_kwargs.get("padding_side"),
+            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
+            min_length=(max_length or 0) if padding == "max_length" else 0,
+            return_tensors=text_kwargs.get("return_tensors"),
+        )
+        data = {**encoding, **pixel_inputs}
+        if text_kwargs.get("return_mm_token_type_ids", merged.get("return_mm_token_type_ids")):
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])
+        features = BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+        features.extension_strings = encoding.extension_strings
+        return features
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def parse_prompt(self, text: str | Mapping[str, Any]) -> ChatPrompt:
+        """A document, a chat-template prompt or a plain question -> [`ChatPrompt`]."""
+        if isinstance(text, Mapping):
+            document = dict(text)
+            return ChatPrompt(document, self._count_placeholders(document.pop(IMAGE_KEY, "")))
+        if not isinstance(text, str):
+            raise ValueError(f"A text is a str or a document (dict), got {type(text).__name__}.")
+        if text.startswith(MARKUP_BEGIN):
+            return self._parse_markup(text)
+        question = self.tokenizer.escape(text.replace(IMAGE_TOKEN, ""))
+        return ChatPrompt({"context": "", "question": question, ANSWER_KEY: ""}, text.count(IMAGE_TOKEN))
+
+    def _parse_markup(self, text: str) -> ChatPrompt:
+        values: list[str] = []
+        current: list[str] | None = None
+        for part, is_special in self.tokenizer.split_document_syntax(text):
+            if is_special and part == "<s>" and current is None:
+                current = []
+            elif is_special and part == "</s>" and current is not None:
+                values.append("".join(current))
+                current = None
+            elif current is not None:
+                current.append(part if is_special else self.tokenizer.escape(part))
+            else:
+                raise ValueError(f"The prompt has text outside its segments <s>...</s>: {part[:40]!r}.")
+        is_closed = current is None
+        if current is not None:
+            values.append("".join(current))
+        keys, fields = values[1::2], values[2::2]
+        if len(keys) != len(fields) or len(set(keys)) != len(keys):
+            raise ValueError(
+                f"The prompt is no list of fields: after {MARKUP_BEGIN} it has {len(keys)} keys "
+                f"({len(set(keys))} different ones) and {len(fields)} values."
+            )
+        document = dict(zip(keys, fields, strict=True))
+        num_images = self._count_placeholders(document.pop(IMAGE_KEY, ""))
+        return ChatPrompt(document, num_images, is_answer_closed=is_closed)
+
+    def _count_placeholders(self, field: Any) -> int:
+        """Images of a document's image field: `<image>` once each, or the original's `<unk>` once per query."""
+        if not isinstance(field, str):
+            raise ValueError(f"A document's image field is a str, got {type(field).__name__}.")
+        num_images = field.count(IMAGE_TOKEN)
+        num_unknown = field.count("<unk>")
+        if field == IMAGE_TOKEN * num_images:
+            return num_images
+        if field == "<unk>" * num_unknown and num_unknown % self.num_query_tokens == 0:
+            return num_unknown // self.num_query_tokens
+        raise ValueError(
+            f"A document's image field has nothing but {IMAGE_TOKEN!r} for every image (or '<unk>' "
+            f"{self.num_query_tokens} times), got {field[:40]!r} with {num_images} and {num_unknown} of them."
+        )
+
+    def encode_prompt(self, prompt: ChatPrompt, *, close_answers: bool = False) -> EncodedDocument:
+        """Encodes a prompt, its image placeholders in place."""
+        document = prompt.document
+        num_placeholders = prompt.num_images * self.num_query_tokens
+        if num_placeholders:
+            document = {IMAGE_KEY: str(self.tokenizer.unk_token) * num_placeholders, **document}
+        encoded = self.tokenizer.encode_document(document, close_answers=close_answers or prompt.is_answer_closed)
+        for begin, end in encoded.image_bounds:
+            encoded.input_ids[begin:end] = [self.image_token_id] * (end - begin)
+        return encoded
+
+    def _check_length(self, document: EncodedDocument, index: int, max_length: int | None) -> None:
+        limit = max_length or self.tokenizer.model_max_length
+        if len(document) > limit:
+            raise ValueError(
+                f"Prompt {index} has {len(document):,} tokens, more than the limit of {limit:,}. Shorten the question "
+                "or the conversation before it, or raise the limit (max_length); nothing is cut off silently."
+            )
+
+    def _images_in_order(self, images: Any, prompts: Sequence[ChatPrompt]) -> list[Any]:
+        """All images of the batch in the order of their placeholders.
+
+        Raises:
+            ValueError: if there are more or fewer of them than placeholders, for the whole batch or a single text.
+        """
+        wanted = [prompt.num_images for prompt in prompts]
+        if images is None:
+            images = []
+        is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+        if is_nested:
+            given = [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
+            if len(given) != len(wanted):
+                raise ValueError(f"Got {len(wanted)} texts, but images for {len(given)}.")
+            for index, (have, want) in enumerate(zip(given, wanted, strict=True)):
+                if have != want:
+                    raise ValueError(f"Text {index} has {want} image placeholders, but {have} images were given for it.")
+            nested = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images if entry is not None]
+            images = [image for entry in nested for image in entry]
+        is_empty = isinstance(images, (list, tuple)) and not images
+        flat = [] if is_empty else make_flat_list_of_images(self.image_processor.fetch_images(images))
+        if len(flat) != sum(wanted):
+            raise ValueError(
+                f"The text has {sum(wanted)} image placeholders ({IMAGE_TOKEN}), but {len(flat)} images were given."
+            )
+        return flat
+
+    # ------------------------------------------------------------------------------------------------------- decoding
+
+    def batch_decode(
+        self,
+        sequences: Any,
+        skip_special_tokens: bool = False,
+        extension_strings: Sequence[Mapping[int, str]] | None = None,
+        **kwargs,
+    ) -> list[str]:
+        """Decodes rows of ids; `extension_strings` is the attribute of that name of the inputs."""
+        if extension_strings is None:
+            return self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        repeats = len(sequences) // len(extension_strings)
+        return [
+            self.tokenizer.decode(
+                row,
+                skip_special_tokens=skip_special_tokens,
+                extension_table=extension_strings[index // repeats],
+                **kwargs,
+            )
+            for index, row in enumerate(sequences)
+        ]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """Every image takes the same number of tokens, whatever its size."""
+        count = len(image_sizes or ())
+        return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)
+
+
+__all__ = ["VisCPMChatProcessor"]

@@ -1,0 +1,419 @@
+"""Tokenizer of CPM-Bee: greedy longest match over `vocab.txt`, in document syntax (see `document_cpm_bee`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from transformers import BatchEncoding, PreTrainedTokenizer
+
+from .document_cpm_bee import (
+    AnswerSlot,
+    EncodedDocument,
+    collate_documents,
+    flatten_document,
+    own_strings,
+    segment_relations,
+)
+
+
+VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt"}
+
+# Line feed and space can't stand for themselves in a file of one token a line.
+VOCAB_FILE_NAMES_OF_WHITESPACE = {"</n>": "\n", "</_>": " "}
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<mask>", "<sep>", "<s>", "</s>", "<root>", "<ans>", "<option>", "<eod>")
+
+# Extension ids run from vocab_size up; the model's image placeholder comes after this many of them.
+MAX_EXTENSION_TOKENS = 65_536
+
+# A cap for one error message's quotation of user text.
+QUOTED_CHARACTERS = 40
+
+
+def load_vocab(vocab_file: str | os.PathLike) -> dict[str, int]:
+    """Reads `vocab.txt`: one token a line, id = line number from 0.
+
+    Raises:
+        ValueError: if the file is not UTF-8, repeats a token or lacks one of the special tokens.
+    """
+    try:
+        with open(vocab_file, encoding="utf-8", newline="") as file:
+            lines = file.read().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{vocab_file} is not a CPM-Bee vocabulary: {error}.") from error
+    if lines[-1] == "":
+        lines.pop()
+    if lines and all(line.endswith("\r") for line in lines):  # checked out with CRLF line ends
+        lines = [line[:-1] for line in lines]
+    vocab = {VOCAB_FILE_NAMES_OF_WHITESPACE.get(line, line): index for index, line in enumerate(lines)}
+    missing = [token for token in (*SPECIAL_TOKENS, "\n", " ") if token not in vocab]
+    if missing:
+        raise ValueError(
+            f"{vocab_file} is not a CPM-Bee vocabulary: it has {len(lines):,} lines and lacks "
+            f"{', '.join(repr(token) for token in missing)}."
+        )
+    if len(vocab) != len(lines):
+        raise ValueError(f"{vocab_file} repeats a token: {len(lines):,} lines, {len(vocab):,} different tokens.")
+    return vocab
+
+
+class LongestMatch:
+    """Greedy longest match from the left, in time linear in the text.
+
+    Every prefix of every word has an entry `(token, length, extendable)`: the longest word that the prefix starts
+    with, and whether a longer prefix exists. A match walks from prefix to longer prefix until none is left.
+    """
+
+    def __init__(self, words: Iterable[str]):
+        words = set(words)
+        extendable: set[str] = set()
+        for word in words:
+            for end in range(len(word) - 1, 0, -1):
+                prefix = word[:end]
+                if prefix in extendable:
+                    break
+                extendable.add(prefix)
+        prefixes: dict[str, tuple[str | None, int, bool]] = {}
+        for prefix in sorted(words | extendable, key=len):
+            if prefix in words:
+                prefixes[prefix] = (prefix, len(prefix), prefix in extendable)
+            else:
+                token, length, _ = prefixes[prefix[:-1]] if len(prefix) > 1 else (None, 0, True)
+                prefixes[prefix] = (token, length, True)
+        self.prefixes = prefixes
+
+    def split(self, text: str) -> list[str]:
+        """Splits `text` into words, and runs of characters that no word starts with."""
+        pieces: list[str] = []
+        append, get = pieces.append, self.prefixes.get
+        begin, unknown, end_of_text = 0, 0, len(text)
+        while begin < end_of_text:
+            end = begin + 2  # most words have two characters or more: look there first
+            entry = get(text[begin:end]) or get(text[begin])
+            if entry is None or not entry[1]:
+                begin += 1
+                continue
+            while entry[2] and end < end_of_text:
+                end += 1
+                longer = get(text[begin:end])
+                if longer is None:
+                    break
+                entry = longer
+            if unknown < begin:
+                append(text[unknown:begin])
+            append(entry[0])
+            begin += entry[1]
+            unknown = begin
+        if unknown < end_of_text:
+            append(text[unknown:])
+        return pieces
+
+
+class CpmBeeTokenizer(PreTrainedTokenizer):
+    """CPM-Bee's tokenizer.
+
+    Called as any tokenizer it takes text in document syntax: `<name>` is a special token and a literal `<` is written
+    `<<` (`escape` does it); strings without a token become `<unk>`. Nothing is lost in `encode_text` and
+    `encode_document`, which return the extension tokens too.
+
+    Args:
+        vocab_file (`str`): path of `vocab.txt`.
+
+    Raises:
+        ValueError: for text with an unpaired `<`, such as `"a < b"`.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str,
+        bos_token: str = "<s>",
+        eos_token: str = "</s>",
+        unk_token: str = "<unk>",
+        sep_token: str = "<sep>",
+        pad_token: str = "<pad>",
+        mask_token: str = "<mask>",
+        extra_special_tokens: Sequence[str] = ("<root>", "<ans>", "<option>", "<eod>"),
+        padding_side: str = "left",
+        model_max_length: int = 3000,
+        **kwargs,
+    ):
+        self.vocab = load_vocab(vocab_file)
+        self._tokens = list(self.vocab)
+        self._matcher: LongestMatch | None = None
+        # Written in older folders for other tokenizers; here only document syntax decides.
+        for name in ("additional_special_tokens", "add_bos_token", "add_eos_token", "token_type_ids_pattern"):
+            kwargs.pop(name, None)
+        kwargs["special_tokens_pattern"] = "none"
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            sep_token=sep_token,
+            pad_token=pad_token,
+            mask_token=mask_token,
+            extra_special_tokens=list(extra_special_tokens),
+            padding_side=padding_side,
+            model_max_length=model_max_length,
+            token_type_ids_pattern="all_zeros",
+            **kwargs,
+        )
+        self.vocab_file = vocab_file
+
+    # ------------------------------------------------------------------------------------------------ vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self.vocab, **self._added_tokens_encoder}
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.vocab.get(token, self.vocab[str(self.unk_token)])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._tokens[index] if 0 <= index < len(self._tokens) else str(self.unk_token)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        path = os.path.join(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "vocab.txt")
+        names = {token: name for name, token in VOCAB_FILE_NAMES_OF_WHITESPACE.items()}
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.writelines(f"{names.get(token, token)}\n" for token in self.vocab)
+        return (path,)
+
+    def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
+        self._matcher = None
+        return super()._add_tokens(new_tokens, special_tokens=special_tokens)
+
+    @property
+    def matcher(self) -> LongestMatch:
+        if self._matcher is None:
+            specials = {token for token in SPECIAL_TOKENS if token in self.vocab}
+            self._matcher = LongestMatch((self.vocab.keys() | self._added_tokens_encoder.keys()) - specials)
+        return self._matcher
+
+    # ----------------------------------------------------------------------------------------------- text -> tokens
+
+    @staticmethod
+    def escape(text: str) -> str:
+        """Plain text -> document syntax: no `<` of it opens a special token."""
+        return text.replace("<", "<<")
+
+    @staticmethod
+    def unescape(text: str) -> str:
+        """Document syntax -> text for people: `<<` is one `<` again; special tokens keep their names."""
+        return text.replace("<<", "<")
+
+    @staticmethod
+    def split_document_syntax(text: str) -> Iterator[tuple[str, bool]]:
+        """Yields `(text, is_special)`: special tokens with their brackets, and plain text between them unescaped.
+
+        Raises:
+            ValueError: for a `<` that opens no special token, with its position and what to write instead.
+        """
+
+        def fault(position: int, what: str) -> ValueError:
+            quote = text[max(0, position - QUOTED_CHARACTERS // 2) : position + QUOTED_CHARACTERS // 2]
+            return ValueError(
+                f"{what} at character {position} of {len(text)}: {quote!r}. In document syntax '<' opens a special "
+                "token; write '<<' (tokenizer.escape) for a literal '<'."
+            )
+
+        plain: list[str] = []
+        begin = 0
+        while (position := text.find("<", begin)) >= 0:
+            plain.append(text[begin:position])
+            if text.startswith("<<", position):
+                plain.append("<")
+                begin = position + 2
+                continue
+            end = text.find(">", position)
+            if end < 0:
+                raise fault(position, "The text ends inside a special token opened")
+            if text.find("<", position + 1, end) >= 0:
+                raise fault(position, "There is a '<' inside the special token opened")
+            if any(plain):
+                yield "".join(plain), False
+            plain.clear()
+            yield text[position : end + 1], True
+            begin = end + 1
+        plain.append(text[begin:])
+        if any(plain):
+            yield "".join(plain), False
+
+    def tokenize(self, text: str, **kwargs) -> list[str]:
+        split, tokens = self.matcher.split, []
+        if kwargs.get("split_special_tokens", self.split_special_tokens):
+            return split(text)
+        for part, is_special in self.split_document_syntax(text):
+            if is_special:
+                tokens.append(part)
+            else:
+                tokens.extend(split(part))
+        return tokens
+
+    def encode_text(self, text: str, extension_table: dict[int, str] | None = None) -> tuple[list[int], dict[int, str]]:
+        """Encodes document syntax without loss.
+
+        Args:
+            text: text in document syntax.
+            extension_table: `id -> string` of the strings met before; they keep their ids. Not changed.
+
+        Returns:
+            Token ids, those without a token numbered from `len(tokenizer)` in order of first use, and their table.
+        """
+        numbers = {string: index for index, string in (extension_table or {}).items()}
+        known = len(self)
+        vocab, added = self.vocab, self._added_tokens_encoder
+        ids = []
+        for token in self.tokenize(text):
+            index = vocab.get(token)
+            if index is None:
+                index = added.get(token)
+            if index is None:
+                index = numbers.setdefault(token, known + len(numbers))
+            ids.append(index)
+        if len(numbers) > MAX_EXTENSION_TOKENS:
+            raise ValueError(
+                f"The text has {len(numbers):,} different strings without a token, more than the "
+                f"{MAX_EXTENSION_TOKENS:,} that one document can hold."
+            )
+        return ids, {index: string for string, index in numbers.items()}
+
+    # -------------------------------------------------------------------------------------------------- documents
+
+    def encode_document(self, document: Mapping[str, Any], *, close_answers: bool = False) -> EncodedDocument:
+        """Encodes one document (nested dict of strings in document syntax).
+
+        Args:
+            document: see `document_cpm_bee`.
+            close_answers: end given answers with `</s>`, as training needs it.
+
+        Raises:
+            ValueError: for anything but a nested dict of strings, text that is not document syntax, or a special token
+                whose base the vocabulary lacks.
+        """
+        segments = flatten_document(document)
+        begin_id, end_id = self.vocab["<s>"], self.vocab["</s>"]
+        table: dict[int, str] = {}
+        ids: list[int] = []
+        encoded = EncodedDocument([], [], [], [], segment_relations(segments), [], [], {})
+        for segment_id, segment in enumerate(segments):
+            try:
+                tokens, table = self.encode_text(segment.text, table)
+            except ValueError as error:
+                where = " > ".join(segment.path) or "the top level"
+                raise ValueError(f"The document's text at {where[:200]} can't be encoded. {error}") from error
+            begin = len(ids)
+            closed = close_answers if segment.is_answer else True
+            ids += [begin_id, *tokens, *([end_id] if closed else [])]
+            length = len(ids) - begin
+            encoded.token_type_ids += [int(segment.is_answer)] * length
+            encoded.segment_ids += [segment_id] * length
+            if segment.is_image:
+                encoded.image_bounds.append((begin + 1, len(ids) - 1))
+            if segment.is_answer:
+                encoded.answer_slots.append(AnswerSlot(segment.path, segment_id, begin, len(ids)))
+        encoded.extension_table = table
+        numbered = self._number_extensions(table)
+        encoded.extension_strings = {pair: table[index] for index, pair in numbered.items()}
+        for index in ids:
+            base, sub = numbered.get(index, (index, 0))
+            encoded.input_ids.append(base)
+            encoded.sub_ids.append(sub)
+        return encoded
+
+    def _number_extensions(self, table: Mapping[int, str]) -> dict[int, tuple[int, int]]:
+        """Extension id -> (base id, number within the base)."""
+        counts: dict[int, int] = {}
+        numbered = {}
+        for index, string in table.items():
+            base = self.unk_token_id
+            if string.startswith("<") and string.endswith(">") and len(string) > 1:
+                name = f"<{string[1:-1].split('_', 1)[0]}>"
+                if name not in self.vocab:
+                    raise ValueError(
+                        f"The special token {string!r} has no base: {name!r} is not in the vocabulary. Write '<<' "
+                        "(tokenizer.escape) for a literal '<'."
+                    )
+                base = self.vocab[name]
+            numbered[index] = (base, counts.get(base, 0))
+            counts[base] = counts.get(base, 0) + 1
+        return numbered
+
+    def collate(
+        self,
+        documents: Sequence[EncodedDocument],
+        *,
+        with_labels: bool = False,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        min_length: int = 0,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Pads encoded documents to one batch of model inputs (see `document_cpm_bee.collate_documents`).
+
+        The result's attribute `extension_strings` has, for every row, `id -> string` of the strings without a token:
+        hand it to `decode` as `extension_table`.
+        """
+        batch = collate_documents(
+            documents,
+            vocab_size=len(self),
+            pad_token_id=self.pad_token_id,
+            unk_token_id=self.unk_token_id,
+            padding_side=padding_side or self.padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+            min_length=min_length,
+            with_labels=with_labels,
+        )
+        encoding = BatchEncoding(batch, tensor_type=return_tensors)
+        if return_tensors == "pt":  # an empty list has no second axis to see
+            encoding["extension_table"] = encoding["extension_table"].reshape(len(documents), -1, 2).long()
+        encoding.extension_strings = own_strings(documents, vocab_size=len(self))
+        return encoding
+
+    # ----------------------------------------------------------------------------------------------- tokens -> text
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        return "".join(tokens)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        extension_table: Mapping[int, str] | None = None,
+        **kwargs,
+    ) -> str:
+        """Decodes to document syntax, which encodes to the same ids again.
+
+        With `skip_special_tokens` there is nothing left to tell from a literal `<`, so the result is plain text, `<`
+        not doubled. Ids are looked up in `extension_table`, `id -> string`, first; ids beyond the vocabulary without
+        an entry are `<unk>`.
+        """
+        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        specials = {index for token, index in self.vocab.items() if token in SPECIAL_TOKENS}
+        specials |= {index for index, token in self._added_tokens_decoder.items() if token.special}
+        table, known = extension_table or {}, len(self)
+        pieces = []
+        for index in map(int, token_ids):
+            if index in table:
+                token = table[index]
+                is_special = len(token) > 1 and token.startswith("<") and token.endswith(">")
+            elif index >= known or index < 0:
+                token, is_special = str(self.unk_token), True
+            else:
+                token = self.convert_ids_to_tokens(index)
+                is_special = index in specials
+            if not is_special:
+                pieces.append(token if skip_special_tokens else self.escape(token))
+            elif not skip_special_tokens:
+                pieces.append(token)
+        return "".join(pieces)
+
+
+__all__ = ["CpmBeeTokenizer"]
