@@ -94,9 +94,7 @@ def register() -> None:
             model_class._keys_to_ignore_on_load_unexpected = dropped
     for config_class in (VisCPMChatConfig, CpmBeeConfig):
         AutoTokenizer.register(config_class, tokenizer_class=CpmBeeTokenizer, exist_ok=True)
-    AutoImageProcessor.register(
-        VisCPMChatConfig, image_processor_classes={"pil": VisCPMImageProcessor}, exist_ok=True
-    )
+    AutoImageProcessor.register(VisCPMChatConfig, image_processor_classes={"pil": VisCPMImageProcessor}, exist_ok=True)
     AutoProcessor.register(VisCPMChatConfig, VisCPMChatProcessor, exist_ok=True)
     # `transformers serve` and the test mixins look a model up by these tables of names.
     for names in (

@@ -34,7 +34,8 @@ class ReferenceDecodingConfig:
 
     num_beams: int = 3
     max_new_tokens: int = 512
-    """Tokens of an answer, its `</s>` not counted."""
+    """Decoding ends with step `max_new_tokens + 1`, counted from 0: the original counts neither the first token nor the
+    end token, so an answer that is cut off has two tokens more."""
     temperature: float = 0.7
     repetition_penalty: float = 1.1
     length_penalty: float = 3.0
@@ -47,6 +48,10 @@ class ReferenceDecodingConfig:
         for name in ("temperature", "repetition_penalty"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)!r}.")
+
+    @property
+    def last_step(self) -> int:
+        return self.max_new_tokens + 1
 
 
 @dataclass
@@ -108,7 +113,7 @@ class ReferenceBeamSearch:
     ) -> list[SlotAnswers]:
         decoding, config = self.decoding, self.config
         inputs = dict(inputs)
-        num_rows, num_beams, limit = len(answer_segments), decoding.num_beams, decoding.max_new_tokens
+        num_rows, num_beams, limit = len(answer_segments), decoding.num_beams, decoding.last_step
         extension_mask = inputs.pop("extension_mask", None)
         extension_table = inputs.get("extension_table")
         attention_mask = inputs["attention_mask"]
@@ -144,7 +149,14 @@ class ReferenceBeamSearch:
             visible[:, :, places] = torch.eye(num_beams, dtype=torch.bool, device=device)
             history[:, :, step] = self._base_ids(tokens, extension_table)
             logits = self._logits(
-                tokens, places, key_positions, key_segments, visible, inputs["segment_relations"], extension_table, cache
+                tokens,
+                places,
+                key_positions,
+                key_segments,
+                visible,
+                inputs["segment_relations"],
+                extension_table,
+                cache,
             )
             values, indices = self._best_candidates(logits, scores, forbidden, history[:, :, : step + 1])
             num_columns = logits.shape[-1]
@@ -193,9 +205,7 @@ class ReferenceBeamSearch:
             segment_relations,
         )  # fmt: skip
         bias = language_model.merge_bias(bias, visible[:, :, :end].to(bias.device), embeddings.dtype)
-        outputs = language_model(
-            inputs_embeds=embeddings, position_bias=bias, past_key_values=cache, use_cache=True
-        )
+        outputs = language_model(inputs_embeds=embeddings, position_bias=bias, past_key_values=cache, use_cache=True)
         return self.model.project(outputs.last_hidden_state, extension_table).float().to(tokens.device)
 
     def _base_ids(self, tokens: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
@@ -249,7 +259,7 @@ class ReferenceBeamSearch:
             beam = beams[parent]
             new_tokens, new_slots = [*beam.tokens, token], [*beam.slots, beam.slot]
             ends_slot = token == config.eos_token_id
-            if step == self.decoding.max_new_tokens or (ends_slot and beam.slot == len(slots) - 1):
+            if step == self.decoding.last_step or (ends_slot and beam.slot == len(slots) - 1):
                 hypotheses.add(new_tokens, new_slots, value)
             elif ends_slot:
                 next_beam = _Beam(new_tokens, new_slots, beam.slot + 1)

@@ -242,9 +242,7 @@ def collate_documents(
     return batch
 
 
-def own_strings(
-    documents: Sequence[EncodedDocument], *, vocab_size: int
-) -> list[dict[int, str]]:
+def own_strings(documents: Sequence[EncodedDocument], *, vocab_size: int) -> list[dict[int, str]]:
     """For every row of the batch: what its token ids stand for that are no token of the vocabulary, `id -> string`."""
     table = batch_extension_table(documents)
     rows = []

@@ -16,6 +16,9 @@ from .cache_cpm_bee import CpmBeeCache
 from .document_cpm_bee import EncodedDocument, fill_document
 
 
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
 class ExtensionTokenProcessor(LogitsProcessor):
     """Leaves every row only the unknown strings of its own prompt.
 
@@ -43,6 +46,20 @@ class CpmBeeGenerationMixin(GenerationMixin):
     def language_model(self):
         """The `CpmBeeModel` within."""
         return self.model
+
+    def set_default_generation(self) -> None:
+        """Fills what a `generation_config.json` leaves open (the original has none): CPM-Bee's tokens, and the
+        original's length of answers. Greedy, since streamers take one sequence."""
+        config, defaults = self.config.get_text_config(decoder=True), self.generation_config
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(defaults, name) is None:
+                setattr(defaults, name, getattr(config, name))
+        if defaults.max_new_tokens is None and defaults.max_length is None:
+            defaults.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        self.set_default_generation()
 
     @torch.no_grad()
     def generate(
@@ -132,9 +149,6 @@ class CpmBeeGenerationMixin(GenerationMixin):
         documents = list(documents)
         encoded = [encode_for_filling(document, tokenizer, index) for index, document in enumerate(documents)]
         if mode == "reference":
-            if "max_new_tokens" in generation:  # one more than in a chat, as in the original
-                checked = ReferenceDecodingConfig(max_new_tokens=generation["max_new_tokens"])
-                generation["max_new_tokens"] = checked.max_new_tokens + 1
             decoding = reference_decoding(generation)
             fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding)
         elif mode == "generate":

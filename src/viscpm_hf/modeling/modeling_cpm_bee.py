@@ -17,7 +17,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -311,7 +312,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         position_bias: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -328,7 +329,9 @@ class CpmBeeModel(CpmBeePreTrainedModel):
 
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, position_bias, blind_queries, past_key_values=past_key_values, **kwargs)
+            hidden_states = layer(
+                hidden_states, position_bias, blind_queries, past_key_values=past_key_values, **kwargs
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def prepare_bias(
@@ -381,6 +384,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         super().__init__(config)
         self.model = CpmBeeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.set_default_generation()
         self.post_init()
 
     def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
@@ -402,7 +406,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """See [`CpmBeeModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross entropy
         over vocabulary and extension tokens. `extension_mask` matters to `generate` alone."""

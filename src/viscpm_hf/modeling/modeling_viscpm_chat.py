@@ -13,7 +13,8 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .configuration_viscpm_chat import VisCPMChatConfig
 from .generation_cpm_bee import CpmBeeGenerationMixin
@@ -109,7 +110,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VisCPMChatModelOutputWithPast:
         """See [`CpmBeeModel`] for what describes the document. Images come as `pixel_values (images, 3, height,
         width)`, in the order of their placeholders, or already encoded as `mm_encoder_outputs={"image": ...}` (the
@@ -161,6 +162,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         super().__init__(config)
         self.model = VisCPMChatModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.set_default_generation()
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -193,7 +195,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VisCPMChatCausalLMOutputWithPast:
         """See [`VisCPMChatModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross
         entropy over vocabulary and extension tokens. `extension_mask` matters to `generate` alone.

@@ -175,7 +175,7 @@ class VisCPMChatProcessor(ProcessorMixin):
         documents = [self.encode_prompt(prompt, close_answers=return_labels) for prompt in prompts]
         max_length = text_kwargs.get("max_length")
         for index, document in enumerate(documents):
-            self._check_length(document, index, max_length)
+            self.check_length(document, index, max_length)
             if return_labels and not any(slot.end - slot.begin > 2 for slot in document.answer_slots):
                 raise ValueError(f"Text {index} has no answer to make labels of.")
         padding = text_kwargs.get("padding")
@@ -262,7 +262,8 @@ class VisCPMChatProcessor(ProcessorMixin):
             encoded.input_ids[begin:end] = [self.image_token_id] * (end - begin)
         return encoded
 
-    def _check_length(self, document: EncodedDocument, index: int, max_length: int | None) -> None:
+    def check_length(self, document: EncodedDocument, index: int = 0, max_length: int | None = None) -> None:
+        """Raises `ValueError` for a prompt that is longer than `max_length` or else the tokenizer's limit."""
         limit = max_length or self.tokenizer.model_max_length
         if len(document) > limit:
             raise ValueError(
@@ -286,7 +287,9 @@ class VisCPMChatProcessor(ProcessorMixin):
                 raise ValueError(f"Got {len(wanted)} texts, but images for {len(given)}.")
             for index, (have, want) in enumerate(zip(given, wanted, strict=True)):
                 if have != want:
-                    raise ValueError(f"Text {index} has {want} image placeholders, but {have} images were given for it.")
+                    raise ValueError(
+                        f"Text {index} has {want} image placeholders, but {have} images were given for it."
+                    )
             nested = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images if entry is not None]
             images = [image for entry in nested for image in entry]
         is_empty = isinstance(images, (list, tuple)) and not images
@@ -320,7 +323,9 @@ class VisCPMChatProcessor(ProcessorMixin):
             for index, row in enumerate(sequences)
         ]
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs
+    ) -> MultiModalData:
         """Every image takes the same number of tokens, whatever its size."""
         count = len(image_sizes or ())
         return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)

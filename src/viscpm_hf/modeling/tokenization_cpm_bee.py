@@ -144,6 +144,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         self.vocab = load_vocab(vocab_file)
         self._tokens = list(self.vocab)
         self._matcher: LongestMatch | None = None
+        self._special_ids: frozenset[int] | None = None
         # Written in older folders for other tokenizers; here only document syntax decides.
         for name in ("additional_special_tokens", "add_bos_token", "add_eos_token", "token_type_ids_pattern"):
             kwargs.pop(name, None)
@@ -186,7 +187,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         return (path,)
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        self._matcher = None
+        self._matcher = self._special_ids = None
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
     @property
@@ -195,6 +196,14 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             specials = {token for token in SPECIAL_TOKENS if token in self.vocab}
             self._matcher = LongestMatch((self.vocab.keys() | self._added_tokens_encoder.keys()) - specials)
         return self._matcher
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        if self._special_ids is None:
+            added = {index for index, token in self._added_tokens_decoder.items() if token.special}
+            self._special_ids = frozenset(added | {self.vocab[token] for token in SPECIAL_TOKENS})
+        return self._special_ids
 
     # ----------------------------------------------------------------------------------------------- text -> tokens
 
@@ -256,7 +265,9 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
                 tokens.extend(split(part))
         return tokens
 
-    def encode_text(self, text: str, extension_table: dict[int, str] | None = None) -> tuple[list[int], dict[int, str]]:
+    def encode_text(
+        self, text: str, extension_table: dict[int, str] | None = None
+    ) -> tuple[list[int], dict[int, str]]:
         """Encodes document syntax without loss.
 
         Args:
@@ -396,9 +407,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         an entry are `<unk>`.
         """
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        specials = {index for token, index in self.vocab.items() if token in SPECIAL_TOKENS}
-        specials |= {index for index, token in self._added_tokens_decoder.items() if token.special}
-        table, known = extension_table or {}, len(self)
+        specials, table, known = self.special_ids, extension_table or {}, len(self)
         pieces = []
         for index in map(int, token_ids):
             if index in table:

@@ -1,0 +1,477 @@
+"""Speed of VisCPM-Chat on this machine: prompt, decoding, tokenizer, import.
+
+    python benchmarks/chat.py                    # 12 layers, width 1024: some minutes, 3 GB
+    python benchmarks/chat.py --quick            # does it run at all: seconds
+    python benchmarks/chat.py --vocab vocab.txt  # with the released vocabulary
+
+Weights are random and seeded, nothing is downloaded. What every figure means is in `README.md` beside this file; the
+last line printed is one JSON object with all of them. Progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+
+import viscpm_hf
+from viscpm_hf import CpmBeeTokenizer, VisCPMChatConfig, VisCPMChatForConditionalGeneration
+from viscpm_hf.modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from viscpm_hf.modeling.image_processing_viscpm import VisCPMImageProcessor
+from viscpm_hf.modeling.processing_viscpm_chat import VisCPMChatProcessor
+
+
+VOCABULARY_SIZE = 86_583  # of the released vocabulary
+LONGEST_WORD = 32
+QUESTION = "图片里有什么？请详细描述画面中的人物、动作、颜色和背景，并说明你是怎么看出来的。"
+
+# Targets, as (figure, limit, whether the limit is a maximum).
+TARGETS = (
+    ("prompt_ratio_3_beams", 1.15, True),
+    ("share_of_bandwidth_1_beam_32", 0.80, False),
+    ("share_of_bandwidth_1_beam_512", 0.80, False),
+    ("step_ratio_3_beams_32", 1.30, True),
+    ("step_ratio_3_beams_512", 1.30, True),
+    ("tokenizer_ratio_to_greedy", 5.0, False),
+    ("tokenizer_megabyte_ratio", 1.5, True),
+    ("tokenizer_load_seconds", 0.5, True),
+    ("import_seconds", 0.3, True),
+)
+
+
+def log(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+# ----------------------------------------------------------------------------------------------------- model and inputs
+
+
+def synthetic_vocabulary(seed: int) -> list[str]:
+    """A vocabulary with the released one's size and rough make-up: specials, every character, Chinese and Latin words."""
+    draw = random.Random(seed)
+    specials = "<pad> <unk> <mask> <sep> </n> </_> <s> </s> <root> <ans> <option> <eod>".split()
+    latin = [chr(code) for code in range(0x21, 0x7F)]
+    chinese = [chr(code) for code in range(0x4E00, 0x4E00 + 12_000)] + list("，。？！：；（）、")
+    words = dict.fromkeys([*specials, *latin, *chinese])
+    while len(words) < VOCABULARY_SIZE:
+        if draw.random() < 0.6:
+            # Common characters form most words.
+            word = "".join(
+                chinese[int(draw.random() ** 3 * len(chinese))] for _ in range(draw.choice((2, 2, 2, 3, 4)))
+            )
+        else:
+            word = "".join(draw.choices("etaoinsrhldcumfpgwybvkxjqz", range(26, 0, -1), k=draw.randint(2, 10)))
+        words[word] = None
+    return list(words)
+
+
+def text_of(vocabulary: list[str], num_characters: int, seed: int) -> str:
+    """Lines of about 60 characters of vocabulary words; a tenth of the words make nine tenths of the text."""
+    draw = random.Random(seed)
+    words = [word for word in vocabulary if not word.startswith("<") or word == "<"]
+    draw.shuffle(words)
+    lines: list[str] = []
+    total = 0
+    while total < num_characters:
+        line = ""
+        while len(line) < 60:
+            word = words[int(draw.random() ** 8 * len(words))]
+            line += word + " " if word.isascii() else word
+        lines.append(line)
+        total += len(line) + 1
+    return "\n".join(lines)[:num_characters]
+
+
+def build(
+    args: argparse.Namespace, vocab_file: Path
+) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+    tokenizer = CpmBeeTokenizer(vocab_file)
+    torch.manual_seed(args.seed)
+    config = VisCPMChatConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": args.hidden_size,
+            "intermediate_size": args.hidden_size * 5 // 2,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": args.hidden_size // 128,
+            "head_dim": 128,
+        },
+        vision_config={
+            "hidden_size": args.hidden_size // 2,
+            "intermediate_size": args.hidden_size * 2,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": max(1, args.hidden_size // 128),
+        },
+    )
+    model = VisCPMChatForConditionalGeneration(config).eval()
+    # A random model ends its answer at random. With this row zero (the head is tied to it) the logit of `</s>` is 0,
+    # far below the best of 86,583 random ones, so every answer runs to its limit.
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.eos_token_id] = 0.0
+    processor = VisCPMChatProcessor(VisCPMImageProcessor(), tokenizer, num_query_tokens=config.num_query_tokens)
+    return model, processor
+
+
+def prompt_inputs(model, processor: VisCPMChatProcessor) -> tuple[dict[str, Any], list[list[int]]]:
+    """The tensors of one question about one image, and the segment of its answer."""
+    image = Image.effect_noise((224, 224), 80).convert("RGB")
+    parsed = processor.encode_prompt(processor.parse_prompt("<image>" + QUESTION))
+    inputs = processor.tokenizer.collate([parsed.prompt()], return_tensors="pt").data
+    inputs["pixel_values"] = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+    return inputs, [[slot.segment_id for slot in parsed.answer_slots]]
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+class Bandwidth:
+    """How fast this machine reads the weights that one decoding step reads, by the fastest of several plain kernels."""
+
+    def __init__(self, model: VisCPMChatForConditionalGeneration):
+        language_model = model.language_model()
+        self.weights = [parameter.detach() for parameter in language_model.layers.parameters()]
+        self.weights.append(model.lm_head.weight.detach())
+        self.num_bytes = sum(weight.numel() * weight.element_size() for weight in self.weights)
+        matrices = [weight for weight in self.weights if weight.ndim == 2]
+        vectors = {weight.shape[1]: torch.ones(weight.shape[1]) for weight in matrices}
+        self.kernels: dict[str, Callable[[], Any]] = {
+            "sum": lambda: [weight.sum() for weight in self.weights],
+            "max": lambda: [weight.amax() for weight in self.weights],
+            "matrix-vector": lambda: [torch.mv(weight, vectors[weight.shape[1]]) for weight in matrices],
+        }
+        self.seconds_by_kernel: dict[str, list[float]] = {name: [] for name in self.kernels}
+
+    def measure(self, repeats: int) -> float:
+        """Seconds to read all weights once: the best kernel's median now."""
+        now = []
+        for name, kernel in self.kernels.items():
+            times = [seconds(kernel) for _ in range(repeats)]
+            self.seconds_by_kernel[name] += times
+            now.append(median(times))
+        return min(now)
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+class Clock:
+    """Times of a decoding's steps: a `progress` callback of the reference search, or a streamer of `generate`."""
+
+    def __init__(self):
+        self.begin = time.perf_counter()
+        self.times: list[float] = []
+        self._prompt_seen = False
+
+    def __call__(self, step: int) -> None:
+        self.times.append(time.perf_counter())
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self(0)
+        self._prompt_seen = True  # a streamer is handed the prompt first
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def first_token_seconds(self) -> float:
+        return self.times[0] - self.begin
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean over all steps after the first, growth of the cache and all."""
+        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+
+    @property
+    def steps(self) -> list[float]:
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+def search(model, inputs, segments, num_beams: int, length: int) -> Clock:
+    decoding = ReferenceDecodingConfig(num_beams=num_beams, max_new_tokens=length)
+    clock = Clock()
+    (answer,) = model.reference_search(inputs, segments, decoding, progress=clock)
+    if answer.num_tokens < length:
+        raise RuntimeError(f"The answer ended after {answer.num_tokens} of {length} tokens.")
+    return clock
+
+
+def generate(model, inputs, length: int, **kwargs) -> Clock:
+    clock = Clock()
+    model.generate(**inputs, max_new_tokens=length, do_sample=False, streamer=clock, **kwargs)
+    if len(clock.times) != length:
+        raise RuntimeError(f"The answer ended after {len(clock.times)} of {length} tokens.")
+    return clock
+
+
+def measure_prompt(model, inputs, segments, repeats: int) -> dict[str, float]:
+    """Medians of the vision tower alone, and of everything up to the first token at 1 and 3 beams."""
+    samples: dict[str, list[float]] = {"vision_seconds": [], "prompt_seconds_1_beam": [], "prompt_seconds_3_beams": []}
+    with torch.no_grad():
+        for _ in range(repeats):
+            samples["vision_seconds"].append(seconds(lambda: model.get_image_features(inputs["pixel_values"])))
+            samples["prompt_seconds_1_beam"].append(search(model, inputs, segments, 1, 1).first_token_seconds)
+            samples["prompt_seconds_3_beams"].append(search(model, inputs, segments, 3, 1).first_token_seconds)
+    pairs = zip(samples["prompt_seconds_3_beams"], samples["prompt_seconds_1_beam"], strict=True)
+    figures = {name: median(values) for name, values in samples.items()}
+    return figures | {"prompt_ratio_3_beams": median(three / one for three, one in pairs)}
+
+
+def measure_decoding(
+    model, inputs, segments, bandwidth: Bandwidth, lengths: list[int], rounds: int
+) -> Iterator[dict[str, Any]]:
+    """One row for every way to decode and every length.
+
+    A round runs all ways in turn with a reading of the bandwidth between them, so that a ratio compares neighbours.
+    """
+    token_ids = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
+    with torch.no_grad():
+        features = model.get_image_features(inputs["pixel_values"])
+    encoded = {**token_ids, "mm_encoder_outputs": {"image": features}}
+    ways: dict[str, tuple[int, Callable[[int], Clock]]] = {
+        "reference, 1 beam": (1, lambda length: search(model, encoded, segments, 1, length)),
+        "reference, 3 beams": (3, lambda length: search(model, encoded, segments, 3, length)),
+        "generate, greedy": (1, lambda length: generate(model, inputs, length)),
+        "generate, greedy, static cache": (
+            1,
+            lambda length: generate(model, inputs, length, cache_implementation="static", disable_compile=True),
+        ),
+    }
+    config = model.config.text_config
+    bytes_per_place = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * 4
+    prompt_length = inputs["input_ids"].shape[1]
+    for length in lengths:
+        samples: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        for index in range(rounds):
+            log(f"decoding, {length} tokens, round {index + 1} of {rounds}")
+            floor = bandwidth.measure(3)
+            for way, (num_beams, run) in ways.items():
+                clock = run(length)
+                after = bandwidth.measure(3)
+                beside, floor = min(floor, after), after
+                step = clock.seconds_per_step
+                samples[way].append(
+                    {
+                        "ms_per_step": 1e3 * step,
+                        "median_ms_per_step": 1e3 * median(clock.steps),
+                        "last_steps_ms": 1e3 * median(clock.steps[-32:]),
+                        "floor_ms": 1e3 * beside,
+                        "share_of_bandwidth": beside / step,
+                        "ratio_to_1_beam": step * 1e3 / samples["reference, 1 beam"][-1]["ms_per_step"]
+                        if num_beams > 1
+                        else 1.0,
+                    }
+                )
+        for way, (num_beams, _) in ways.items():
+            figures = {name: median(sample[name] for sample in samples[way]) for name in samples[way][0]}
+            cache_bytes = round(bytes_per_place * (prompt_length + num_beams * length / 2))
+            yield {
+                "way": way,
+                "num_beams": num_beams,
+                "length": length,
+                "tokens_per_second": 1e3 / figures["ms_per_step"],
+                **figures,
+                "weight_bytes_per_token": bandwidth.num_bytes,
+                "cache_bytes_per_token": cache_bytes,
+                "gigabytes_per_second": (bandwidth.num_bytes + cache_bytes) / figures["ms_per_step"] / 1e6,
+            }
+
+
+# ------------------------------------------------------------------------------------------------- tokenizer and import
+
+
+def greedy(text: str, words: set[str]) -> list[str]:
+    """The plain greedy matcher: for every position the longest candidate first."""
+    pieces, begin, unknown = [], 0, 0
+    while begin < len(text):
+        for end in range(min(len(text), begin + LONGEST_WORD), begin, -1):
+            if text[begin:end] in words:
+                if unknown < begin:
+                    pieces.append(text[unknown:begin])
+                pieces.append(text[begin:end])
+                begin = unknown = end
+                break
+        else:
+            begin += 1
+    if unknown < len(text):
+        pieces.append(text[unknown:])
+    return pieces
+
+
+def measure_tokenizer(vocab_file: Path, num_characters: int, repeats: int) -> dict[str, float]:
+    load_seconds = min(seconds(lambda: CpmBeeTokenizer(vocab_file).matcher) for _ in range(repeats))
+    tokenizer = CpmBeeTokenizer(vocab_file)
+    text = text_of(list(tokenizer.vocab), num_characters, seed=1)
+    lines = text.split("\n")
+    split = tokenizer.matcher.split
+    words = set(tokenizer.vocab) - set(tokenizer.all_special_tokens)
+    if [split(line) for line in lines] != [greedy(line, words) for line in lines]:
+        raise RuntimeError("The tokenizer and the plain greedy matcher disagree.")
+    ratios, rates = [], []
+    for _ in range(repeats):
+        plain = seconds(lambda: [greedy(line, words) for line in lines])
+        ours = seconds(lambda: [split(line) for line in lines])
+        ratios.append(plain / ours)
+        rates.append(num_characters / ours / 1e6)
+    # Linear in the text: a character of one string of a megabyte costs what it costs in a short one.
+    long = (text * (1_000_000 // len(text) + 1))[:1_000_000]
+    short = long[:10_000]
+    long_seconds = min(seconds(lambda: split(long)) for _ in range(repeats))
+    short_seconds = min(seconds(lambda: split(short)) for _ in range(10 * repeats))
+    return {
+        "tokenizer_load_seconds": load_seconds,
+        "tokenizer_million_characters_per_second": median(rates),
+        "tokenizer_ratio_to_greedy": median(ratios),
+        "tokenizer_megabyte_seconds": long_seconds,
+        "tokenizer_megabyte_ratio": long_seconds / len(long) / (short_seconds / len(short)),
+    }
+
+
+def measure_import(repeats: int) -> dict[str, float]:
+    """What `import viscpm_hf` costs over importing transformers' Auto classes, in fresh processes."""
+    auto_classes = (
+        "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, "
+        "AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer"
+    )
+
+    def once(statement: str) -> float:
+        code = f"import time; begin = time.perf_counter(); {statement}; print(time.perf_counter() - begin)"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return float(result.stdout)
+
+    once("import viscpm_hf")  # page cache
+    samples = [(once(auto_classes), once("import viscpm_hf")) for _ in range(repeats)]
+    transformers_seconds, ours = (min(values) for values in zip(*samples, strict=True))
+    return {
+        "import_seconds": ours - transformers_seconds,
+        "import_transformers_seconds": transformers_seconds,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def device_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_gigabytes() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"{report['device']}, {report['threads']} threads, torch {report['versions']['torch']}")
+    print(f"Prompt of {report['prompt_tokens']} tokens: vision {report['vision_seconds']:.3f} s; to the first token "
+          f"{report['prompt_seconds_1_beam']:.3f} s at 1 beam, {report['prompt_seconds_3_beams']:.3f} s at 3 beams")  # fmt: skip
+    print(f"Reading the language model's {report['weight_bytes_per_token'] / 1e6:.0f} MB once: "
+          f"{report['floor_ms']:.1f} ms at best, {report['bandwidth_gigabytes_per_second']:.1f} GB/s\n")  # fmt: skip
+    print(f"{'decoding':32}{'length':>7}{'ms/step':>9}{'tok/s':>7}{'last':>7}{'floor':>7}{'share':>7}{'GB/s':>7}")
+    for row in report["decoding"]:
+        print(
+            f"{row['way']:32}{row['length']:>7}{row['ms_per_step']:>9.1f}{row['tokens_per_second']:>7.1f}"
+            f"{row['last_steps_ms']:>7.1f}{row['floor_ms']:>7.1f}{row['share_of_bandwidth']:>7.0%}"
+            f"{row['gigabytes_per_second']:>7.1f}"
+        )
+    print(f"\n{'target':34}{'measured':>10}{'limit':>10}")
+    for name, limit, is_maximum in TARGETS:
+        if name in report:
+            kept = report[name] <= limit if is_maximum else report[name] >= limit
+            bound = f"{'<=' if is_maximum else '>='} {limit:.2f}"
+            print(f"{name:34}{report[name]:>10.3f}{bound:>10}  {'kept' if kept else 'MISSED'}")
+    print(f"\nPeak memory {report['peak_gigabytes']:.2f} GB\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model, one round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=12, help="of the language model and of the vision tower")
+    parser.add_argument("--hidden-size", type=int, default=1024, help="a multiple of 128; the tower's is half of it")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 512], help="answer lengths")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of every decoding")
+    parser.add_argument("--vocab", type=Path, help="vocab.txt; a synthetic one of the same size unless given")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.quick:
+        args.layers, args.hidden_size, args.lengths, args.rounds = 2, 128, [8, 32], 1
+    repeats = 1 if args.quick else 5
+    torch.set_num_threads(args.threads)
+
+    report: dict[str, Any] = {
+        "benchmark": "chat",
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "device": device_name(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        "dtype": "float32",
+        "versions": {
+            "viscpm_hf": viscpm_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "model": {"layers": args.layers, "hidden_size": args.hidden_size, "seed": args.seed},
+        "vocabulary": str(args.vocab) if args.vocab else "synthetic",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        vocab_file = args.vocab
+        if vocab_file is None:
+            vocab_file = Path(folder) / "vocab.txt"
+            vocab_file.write_text("".join(f"{word}\n" for word in synthetic_vocabulary(args.seed)), encoding="utf-8")
+        log("building the model")
+        model, processor = build(args, vocab_file)
+        inputs, segments = prompt_inputs(model, processor)
+        bandwidth = Bandwidth(model)
+        report |= {"prompt_tokens": inputs["input_ids"].shape[1], "weight_bytes_per_token": bandwidth.num_bytes}
+        search(model, inputs, segments, 3, 4)  # first touch of everything
+        log("prompt")
+        report |= measure_prompt(model, inputs, segments, repeats)
+        report["decoding"] = list(measure_decoding(model, inputs, segments, bandwidth, args.lengths, args.rounds))
+        for row in report["decoding"]:
+            if row["way"] == "reference, 1 beam":
+                report[f"share_of_bandwidth_1_beam_{row['length']}"] = row["share_of_bandwidth"]
+            elif row["way"] == "reference, 3 beams":
+                report[f"step_ratio_3_beams_{row['length']}"] = row["ratio_to_1_beam"]
+        best = min(min(times) for times in bandwidth.seconds_by_kernel.values())
+        report["floor_ms"] = 1e3 * best
+        report["floor_ms_by_kernel"] = {
+            name: 1e3 * median(times) for name, times in bandwidth.seconds_by_kernel.items()
+        }
+        report["bandwidth_gigabytes_per_second"] = bandwidth.num_bytes / best / 1e9
+        report["peak_gigabytes"] = peak_gigabytes()
+        log("tokenizer")
+        report |= measure_tokenizer(vocab_file, 20_000 if args.quick else 200_000, repeats)
+    log("import")
+    report |= measure_import(1 if args.quick else 7)
+    print_table(report)
+    print(json.dumps(report, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""VisCPM-Chat behind the original's own interface."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from transformers import AutoConfig, AutoProcessor, BatchFeature, TextStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from .auto import load_original_chat
+from .conversion.original import (
+    ORIGINAL_SUFFIXES,
+    ORIGINAL_WEIGHTS_NAME,
+    OriginalCheckpointError,
+    chat_config,
+    load_state_dict,
+    read_json,
+)
+from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from .modeling.configuration_viscpm_chat import VisCPMChatConfig
+from .modeling.generation_cpm_bee import reference_decoding
+from .modeling.image_processing_viscpm import VisCPMImageProcessor
+from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+from .modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
+from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
+from .pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
+
+
+logger = logging.get_logger(__name__)
+
+MODES = ("reference", "generate")
+SAFETY_POLICIES = ("raise", "refuse")
+REFUSAL = "抱歉，安全检查未通过这张图片，无法回答。 / Sorry, this image did not pass the safety check, so it is not answered."
+
+# Configurations that lie beside an original file in the original's repositories.
+CONFIG_NAMES_BESIDE = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
+VISION_CONFIG_NAME_BESIDE = "vision.json"
+VOCAB_NAME = "vocab.txt"
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """One answered question."""
+
+    question: str
+    answer: str
+    """For people: special tokens by name, every `<` once."""
+    context: str
+    """The conversation so far, this turn included, in document syntax: hand it to the next turn."""
+    vision_hidden_states: torch.Tensor | None
+    """`(images, queries, hidden)`: the encoded image, for the next turn."""
+    num_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+class VisCPMChat:
+    """Answers questions about images, as the original class of this name.
+
+    Args:
+        model_path: an original `.pt`/`.bin` file, or a folder or Hub id in the original's or our layout.
+        config_path: the original's JSON of the language model (`dim_model` and so on). If None, one beside the file is
+            used, and what it lacks follows from the tensors or is as in the 10B model.
+        image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id of
+            one, a function `image -> flagged`, or False.
+        vision_config_path: JSON of the vision tower's sizes, for checkpoints of other sizes than the released ones.
+        vocab_path: `vocab.txt`; if None, the one beside the model.
+        device: CUDA, then MPS, then the CPU unless given.
+        dtype: the checkpoint's own, unless the device is better off with another: on a CPU fp16 becomes bf16, or fp32
+            where the CPU has no bf16.
+        image_safety_policy: what happens to flagged images: `"raise"` an [`UnsafeImageError`], or `"refuse"` with a
+            fixed sentence as the answer. Either way nothing is said about the image.
+
+    Raises:
+        OriginalCheckpointError: if the checkpoint can't be used; the message says why.
+        OSError: if a file can't be found or read.
+
+    ```python
+    >>> from viscpm_hf import VisCPMChat
+
+    >>> chat = VisCPMChat("pytorch_model.bin")
+    >>> answer, context, vision_hidden_states = chat.chat("figures/vision.png", "这张图片里有什么？")
+    >>> answer, context, _ = chat.chat(None, "它是什么颜色的？", context, vision_hidden_states)
+    ```
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        config_path: str | os.PathLike | None = None,
+        image_safety_checker: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool] = False,
+        *,
+        vision_config_path: str | os.PathLike | None = None,
+        vocab_path: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_safety_policy: str = "raise",
+    ):
+        if image_safety_policy not in SAFETY_POLICIES:
+            raise ValueError(
+                f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {image_safety_policy!r}."
+            )
+        self.device = torch.device(device) if device is not None else default_device()
+        self.image_safety_policy = image_safety_policy
+        if image_safety_checker is True:
+            image_safety_checker = DEFAULT_SAFETY_CHECKER
+        if isinstance(image_safety_checker, (str, os.PathLike)):
+            image_safety_checker = ImageSafetyChecker.from_pretrained(image_safety_checker, self.device)
+        self.image_safety_checker = image_safety_checker or None
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+        original_file = find_original_file(model_path)
+        if original_file is not None:
+            model, self.processor = self._load_file(original_file, config_path, vision_config_path, vocab_path, dtype)
+        else:
+            if config_path is not None or vision_config_path is not None:
+                raise ValueError(
+                    f"config_path and vision_config_path belong to an original file; {model_path} is a folder or Hub id "
+                    "and has its own config.json."
+                )
+            model, self.processor = self._load_repository(model_path, vocab_path, dtype)
+        tokens, rows = len(self.processor.tokenizer), model.config.text_config.vocab_size
+        if tokens != rows:
+            raise OriginalCheckpointError(
+                f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."
+            )
+        self.model: VisCPMChatForConditionalGeneration = model.to(self.device).eval()
+
+    # ------------------------------------------------------------------------------------------------------- loading
+
+    def _load_file(
+        self, path: Path, config_path, vision_config_path, vocab_path, dtype: torch.dtype | None
+    ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+        vocab_file = Path(vocab_path) if vocab_path is not None else path.parent / VOCAB_NAME
+        if not vocab_file.is_file():
+            raise FileNotFoundError(
+                f"There is no vocabulary at {vocab_file}. The checkpoint's {VOCAB_NAME} belongs beside it, or give its "
+                "path as vocab_path."
+            )
+        tokenizer = CpmBeeTokenizer(os.fspath(vocab_file))
+        if config_path is None:
+            beside = (path.parent / name for name in CONFIG_NAMES_BESIDE)
+            config_path = next((candidate for candidate in beside if candidate.is_file()), None)
+        if vision_config_path is None and (path.parent / VISION_CONFIG_NAME_BESIDE).is_file():
+            vision_config_path = path.parent / VISION_CONFIG_NAME_BESIDE
+        llm = read_json(config_path, "The configuration") if config_path is not None else {}
+        vision = read_json(vision_config_path, "The vision configuration") if vision_config_path is not None else {}
+        logger.info("configurations of %s: %s, %s", path, config_path, vision_config_path)
+
+        state_dict = load_state_dict(path)
+        config = chat_config(llm, vision, {name: tensor.shape for name, tensor in state_dict.items()})
+        stored = next((tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()), None)
+        model = load_original_chat(path, config, state_dict, dtype=dtype or default_dtype(self.device, stored))
+        side = config.vision_config.image_size
+        image_processor = VisCPMImageProcessor(size={"height": side, "width": side})
+        return model, VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
+
+    def _load_repository(
+        self, name_or_path, vocab_path, dtype: torch.dtype | None
+    ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if not isinstance(config, VisCPMChatConfig):
+            raise OriginalCheckpointError(
+                f"{name_or_path} holds a {type(config).__name__}, but VisCPMChat needs a VisCPM-Chat checkpoint."
+            )
+        if dtype is None:
+            stored = config.dtype or stored_dtype(name_or_path)
+            dtype = default_dtype(self.device, stored) if stored is not None else "auto"
+        processor = AutoProcessor.from_pretrained(name_or_path)
+        if vocab_path is not None:
+            processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
+        return VisCPMChatForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype), processor
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def chat(
+        self,
+        image: str | os.PathLike | PIL.Image.Image | None,
+        question: str,
+        context: str = "",
+        vision_hidden_states: torch.Tensor | None = None,
+        **generation,
+    ) -> tuple[str, str, torch.Tensor | None]:
+        """Answers one question, with the original's results.
+
+        Args:
+            image: path or picture; None to go on with `vision_hidden_states`, or without a picture.
+            question: any text.
+            context: what the turn before returned, to go on with that conversation.
+            vision_hidden_states: likewise; the image isn't encoded again.
+            generation: see [`ask`].
+
+        Returns:
+            The answer, the context for the next turn in document syntax, and the encoded image
+            `(images, queries, hidden)`.
+        """
+        turn = self.ask(image, question, context, vision_hidden_states, **generation)
+        return turn.answer, turn.context, turn.vision_hidden_states
+
+    def ask(
+        self,
+        image: str | os.PathLike | PIL.Image.Image | None,
+        question: str,
+        context: str = "",
+        vision_hidden_states: torch.Tensor | None = None,
+        *,
+        mode: str = "reference",
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+        **generation,
+    ) -> ChatTurn:
+        """As [`chat`], with everything there is to know of the turn.
+
+        Args:
+            mode: `"reference"` decodes as the original did, with the parameters of [`ReferenceDecodingConfig`];
+                `"generate"` with everything that transformers' `generate` offers.
+            seed: makes sampling repeatable.
+            on_text: called with every new piece of the answer (`"generate"` with one beam only).
+            generation: `num_beams`, `max_new_tokens`, `temperature`, `repetition_penalty`, `length_penalty`, ...
+
+        Raises:
+            UnsafeImageError: if the safety checker flags the image and the policy is `"raise"`.
+            ValueError: for an image that can't be used, a prompt longer than `processor.tokenizer.model_max_length`
+                or a parameter outside its range.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
+        if not isinstance(question, str):
+            raise ValueError(f"A question is a str, got {type(question).__name__}.")
+        if mode == "reference":
+            if on_text is not None:
+                raise ValueError('Beam search knows its answer only at the end: on_text needs mode="generate".')
+            decoding = reference_decoding(generation)
+        else:
+            check_generation(generation)
+        begin = time.perf_counter()
+        escaped = self.processor.tokenizer.escape(question)
+        if image is not None and vision_hidden_states is None:
+            picture = open_picture(image, self.processor.image_processor)
+            if self.image_safety_checker is not None and self.image_safety_checker(picture):
+                return self._refuse(question, context, begin)
+            vision_hidden_states = self.encode_image(picture)
+        document = {"context": context, "question": escaped, "<ans>": ""}
+        with seeded(seed, self.device):
+            if mode == "reference":
+                ids, strings = self._reference(document, vision_hidden_states, decoding)
+            else:
+                ids, strings = self._generate(document, vision_hidden_states, generation, on_text)
+        answer = self.processor.tokenizer.decode(ids, extension_table=strings)
+        return ChatTurn(
+            question=question,
+            answer=self.processor.tokenizer.unescape(answer),
+            context=f"{context}User: {escaped}\nAI: {answer}\n",
+            vision_hidden_states=vision_hidden_states,
+            num_tokens=len(ids),
+            seconds=time.perf_counter() - begin,
+        )
+
+    @torch.no_grad()
+    def encode_image(self, image: PIL.Image.Image) -> torch.Tensor:
+        """The image as the language model sees it, `(1, queries, hidden)`."""
+        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values.to(self.device)).pooler_output
+
+    def fill(self, documents: Sequence[Mapping[str, Any]], **generation) -> list[dict[str, Any]]:
+        """Fills the answers of text documents with the language model; see `CpmBeeForCausalLM.fill`."""
+        return self.model.fill(documents, self.processor.tokenizer, **generation)
+
+    def _refuse(self, question: str, context: str, begin: float) -> ChatTurn:
+        if self.image_safety_policy == "raise":
+            raise UnsafeImageError("The safety checker flagged the image, so the question about it isn't answered.")
+        return ChatTurn(question, REFUSAL, context, None, 0, time.perf_counter() - begin)
+
+    def _inputs(
+        self, document: Mapping[str, str], vision_hidden_states: torch.Tensor | None, *, with_answer_start: bool
+    ) -> tuple[BatchFeature, int]:
+        """Model inputs of one turn, and the segment of its answer."""
+        num_images = 0
+        if vision_hidden_states is not None:
+            num_images = self._check_vision_hidden_states(vision_hidden_states)
+        encoded = self.processor.encode_prompt(ChatPrompt(dict(document), num_images))
+        self.processor.check_length(encoded)
+        slot = encoded.answer_slots[0]
+        prompt = encoded.prompt(open_slot=0 if with_answer_start else None)
+        inputs = self.processor.tokenizer.collate([prompt], return_tensors="pt").to(self.device)
+        if vision_hidden_states is not None:
+            encoded_image = vision_hidden_states.to(self.device, self.model.dtype)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded_image)}
+        return inputs, slot.segment_id
+
+    def _check_vision_hidden_states(self, vision_hidden_states: torch.Tensor) -> int:
+        config = self.model.config
+        expected = (config.num_query_tokens, config.text_config.hidden_size)
+        if vision_hidden_states.ndim != 3 or tuple(vision_hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"vision_hidden_states has shape {tuple(vision_hidden_states.shape)}, but this model's are "
+                f"(images, {expected[0]}, {expected[1]}): hand on what an earlier turn of the same model returned."
+            )
+        return vision_hidden_states.shape[0]
+
+    def _reference(
+        self, document: Mapping[str, str], vision_hidden_states: torch.Tensor | None, decoding: ReferenceDecodingConfig
+    ) -> tuple[list[int], dict[int, str]]:
+        inputs, segment = self._inputs(document, vision_hidden_states, with_answer_start=False)
+        (result,) = self.model.reference_search(inputs, [[segment]], decoding)
+        return result.token_ids[0], inputs.extension_strings[0]
+
+    def _generate(
+        self,
+        document: Mapping[str, str],
+        vision_hidden_states: torch.Tensor | None,
+        generation: Mapping[str, Any],
+        on_text: Callable[[str], None] | None,
+    ) -> tuple[list[int], dict[int, str]]:
+        inputs, _ = self._inputs(document, vision_hidden_states, with_answer_start=True)
+        strings = inputs.extension_strings[0]
+        tokenizer = self.processor.tokenizer
+        streamer = CallbackStreamer(tokenizer, on_text, strings) if on_text is not None else None
+        sequence = self.model.generate(**inputs, streamer=streamer, **generation)[0]
+        ids = sequence[inputs["input_ids"].shape[1] :].tolist()
+        if tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        return ids, strings
+
+
+class CallbackStreamer(TextStreamer):
+    """Hands every new piece of the answer to a function."""
+
+    def __init__(self, tokenizer: CpmBeeTokenizer, on_text: Callable[[str], None], strings: Mapping[int, str]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, extension_table=strings)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype that suits the device, for a checkpoint stored in `stored`."""
+    if device.type != "cpu" or stored != torch.float16:
+        return stored
+    # Half precision on a CPU is bf16 or nothing: fp16 products are emulated.
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def stored_dtype(name_or_path: str | os.PathLike) -> torch.dtype | None:
+    """Dtype of a folder's original weights; None if there are none at hand."""
+    weights = Path(name_or_path) / ORIGINAL_WEIGHTS_NAME
+    if not weights.is_file():
+        return None
+    return next((tensor.dtype for tensor in load_state_dict(weights).values() if tensor.is_floating_point()), None)
+
+
+def find_original_file(model_path: str | os.PathLike) -> Path | None:
+    """The original file that `model_path` means; None for a folder with its own configuration, or a Hub id.
+
+    Raises:
+        OriginalCheckpointError: if a folder without configuration holds several original files, or none.
+        FileNotFoundError: for a path that looks like a file and isn't there.
+    """
+    path = Path(model_path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        if path.suffix in ORIGINAL_SUFFIXES:
+            raise FileNotFoundError(f"There is no checkpoint at {path}.")
+        return None
+    if (path / "config.json").is_file():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix in ORIGINAL_SUFFIXES and file.is_file())
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise OriginalCheckpointError(
+            f"{path} has no config.json, so it should hold one original .pt or .bin file; it holds: {names}. Give the "
+            "path of the file."
+        )
+    return files[0]
+
+
+def open_picture(image: Any, image_processor: VisCPMImageProcessor) -> PIL.Image.Image:
+    """A path, bytes or picture -> picture, with the image processor's checks."""
+    picture = image_processor.fetch_images(image)
+    if not isinstance(picture, PIL.Image.Image):
+        raise ValueError(f"An image is a path or a PIL image, got {type(image).__name__}.")
+    return picture
+
+
+def check_generation(generation: Mapping[str, Any]) -> None:
+    """Checks what `generate` would take silently or fail on deep inside."""
+    value = generation.get("max_new_tokens")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {value!r}.")
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seeds torch's generators, and leaves them afterwards as they were; does nothing without a seed."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,6 @@
+"""The command `viscpm-hf`."""
+
+from .main import main
+
+
+__all__ = ["main"]

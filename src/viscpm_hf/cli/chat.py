@@ -1,0 +1,210 @@
+"""`viscpm-hf chat`: questions about an image, in one conversation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .errors import describe
+
+
+if TYPE_CHECKING:
+    from ..chat import ChatTurn, VisCPMChat
+
+
+HELP = """\
+/image PATH   another picture, and a new conversation / 换一张图片，重新开始对话
+/clear        forget the conversation / 清除对话历史
+/help         this list / 显示本帮助
+/quit         end / 退出
+"""
+
+# The reference decoding has no sampling; these ask for `generate`.
+GENERATE_ONLY = ("top_p",)
+GENERATION_OPTIONS = ("num_beams", "max_new_tokens", "temperature", "repetition_penalty", "length_penalty", "top_p")
+
+
+def positive(kind: type) -> Any:
+    def parse(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="ask questions about an image / 就一张图片提问",
+        description="Ask questions about an image, in one conversation. Without a question: an interactive prompt. / "
+        "就一张图片在同一段对话中提问；不给问题则进入交互模式。",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder, Hub id, or original .pt/.bin file / 模型")
+    parser.add_argument("image", metavar="IMAGE", help="picture to ask about / 图片")
+    parser.add_argument("questions", metavar="QUESTION", nargs="*", help="questions, asked in turn / 问题")
+    parser.add_argument(
+        "--mode",
+        choices=("reference", "generate"),
+        help="reference: the original's beam search (default for given questions); generate: transformers' own, which "
+        "streams (default for the interactive prompt) / 解码方式",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu ... / 设备")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights / 精度")
+    parser.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
+    parser.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
+    parser.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
+    parser.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
+    parser.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
+    parser.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+    parser.add_argument("--seed", type=int, help="makes sampling repeatable / 随机种子")
+    parser.add_argument("--json", action="store_true", help="one JSON object a turn / 每轮输出一个 JSON 对象")
+    parser.add_argument(
+        "--config", metavar="JSON", help="original file: the language model's configuration / 语言模型配置"
+    )
+    parser.add_argument(
+        "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
+    )
+    parser.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
+    parser.set_defaults(run=run)
+
+
+def generation_options(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
+    """The decoding options that were given, as `VisCPMChat.ask` takes them."""
+    options = {name: getattr(arguments, name) for name in GENERATION_OPTIONS if getattr(arguments, name) is not None}
+    if mode == "reference":
+        wrong = [f"--{name.replace('_', '-')}" for name in GENERATE_ONLY if name in options]
+        if wrong:
+            raise ValueError(
+                f"{', '.join(wrong)} needs sampling, which the reference decoding has none of: add --mode generate."
+            )
+    elif "temperature" in options or "top_p" in options:
+        options["do_sample"] = True
+    return options
+
+
+def run(arguments: argparse.Namespace) -> int:
+    is_interactive = not arguments.questions
+    mode = arguments.mode or ("generate" if is_interactive or arguments.top_p is not None else "reference")
+    options = {"mode": mode, "seed": arguments.seed, **generation_options(arguments, mode)}
+    from ..chat import VisCPMChat, open_picture
+    from ..modeling.image_processing_viscpm import VisCPMImageProcessor
+
+    open_picture(arguments.image, VisCPMImageProcessor())  # a bad picture is known before minutes of loading
+    chat = VisCPMChat(
+        arguments.model,
+        arguments.config,
+        vision_config_path=arguments.vision_config,
+        vocab_path=arguments.vocab,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+    conversation = Conversation(chat, arguments.image, options, as_json=arguments.json)
+    if is_interactive:
+        return conversation.interact()
+    for question in arguments.questions:
+        if not arguments.json:
+            print(f"Q: {question}")
+        conversation.ask(question)
+    return 0
+
+
+class Conversation:
+    """A conversation about one picture, in a terminal."""
+
+    def __init__(self, chat: VisCPMChat, image: str, options: dict[str, Any], as_json: bool):
+        self.chat = chat
+        self.options = options
+        self.as_json = as_json
+        self.image = image
+        self.change_image(image)
+
+    def change_image(self, image: str) -> None:
+        """Another picture and a new conversation; a picture that can't be used changes nothing."""
+        from ..chat import open_picture
+
+        open_picture(image, self.chat.processor.image_processor)
+        self.image = image
+        self.encoded_image = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.context = ""
+
+    def ask(self, question: str) -> ChatTurn:
+        streams = self.options["mode"] == "generate" and not self.as_json and self.options.get("num_beams", 1) == 1
+        if streams:
+            print("A: ", end="", flush=True)
+        turn = self.chat.ask(
+            self.image if self.encoded_image is None else None,
+            question,
+            self.context,
+            self.encoded_image,
+            on_text=(lambda text: print(text, end="", flush=True)) if streams else None,
+            **self.options,
+        )
+        self.context, self.encoded_image = turn.context, turn.vision_hidden_states
+        if self.as_json:
+            print(json.dumps(turn_as_dict(turn), ensure_ascii=False), flush=True)
+        elif streams:
+            print(f"\n   {timing(turn)}", flush=True)
+        else:
+            print(f"A: {turn.answer}\n   {timing(turn)}", flush=True)
+        return turn
+
+    def interact(self) -> int:
+        """Reads questions and commands until the input ends; an error ends a turn, not the program."""
+        is_terminal = sys.stdin.isatty()
+        if is_terminal:
+            print(HELP, file=sys.stderr)
+        while True:
+            try:
+                line = input("Q: " if is_terminal else "").strip()
+            except EOFError:
+                return 0
+            if not line:
+                continue
+            try:
+                if not self.command(line):
+                    self.ask(line)
+            except StopIteration:
+                return 0
+            except KeyboardInterrupt:
+                print("\n   (stopped / 已停止)", file=sys.stderr)
+            except (ValueError, OSError) as error:
+                print(f"viscpm-hf: error: {describe(error)}", file=sys.stderr)
+
+    def command(self, line: str) -> bool:
+        """Obeys a command; False for a question. Raises `StopIteration` to end."""
+        name, _, argument = line.partition(" ")
+        if name in ("/quit", "/exit", "/q"):
+            raise StopIteration
+        if name == "/clear":
+            self.clear()
+        elif name == "/image":
+            if not argument.strip():
+                raise ValueError("/image needs the path of a picture.")
+            self.change_image(argument.strip())
+        elif name == "/help":
+            print(HELP, file=sys.stderr)
+        else:
+            return False
+        return True
+
+
+def turn_as_dict(turn: ChatTurn) -> dict[str, Any]:
+    return {
+        "question": turn.question,
+        "answer": turn.answer,
+        "tokens": turn.num_tokens,
+        "seconds": round(turn.seconds, 3),
+        "tokens_per_second": round(turn.tokens_per_second, 2),
+    }
+
+
+def timing(turn: ChatTurn) -> str:
+    return f"({turn.num_tokens} tokens, {turn.seconds:.1f} s, {turn.tokens_per_second:.1f} tokens/s)"

@@ -1,0 +1,62 @@
+"""Entry point: `viscpm-hf COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ..version import __version__
+from . import chat
+from .errors import describe
+
+
+COMMANDS = (chat,)
+
+# As shells do for a program ended by Ctrl-C.
+EXIT_INTERRUPTED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="viscpm-hf",
+        description="VisCPM in today's Hugging Face stack / 在今天的 Hugging Face 生态中使用 VisCPM",
+    )
+    parser.add_argument("--version", action="version", version=f"viscpm-hf {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what is done / 显示日志")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; errors that the user can mend are one line on stderr and exit status 1."""
+    arguments = build_parser().parse_args(argv)
+    _configure_logging(arguments.verbose)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\nviscpm-hf: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output is gone; nothing more can be said to it, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, MemoryError) as error:
+        if arguments.verbose:
+            raise
+        print(f"viscpm-hf: error: {describe(error)}", file=sys.stderr)
+        return 1
+
+
+def _configure_logging(verbose: bool) -> None:
+    from transformers.utils import logging
+
+    if verbose:
+        logging.set_verbosity_info()
+    else:
+        logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
