@@ -56,9 +56,10 @@ from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
 # Keyword arguments that say where files come from; the rest belongs to the object that is loaded.
 SOURCE_ARGUMENTS = (
     "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder",
-    "trust_remote_code", "code_revision", "name_or_path", "gguf_file", "config", "backend", "use_fast", "tokenizer_type", "_from_auto",
-    "_from_pipeline", "_commit_hash", "_raise_exceptions_for_gated_repo", "_raise_exceptions_for_missing_entries",
-    "_raise_exceptions_for_connection_errors", "user_agent",
+    "trust_remote_code", "code_revision", "name_or_path", "gguf_file", "config", "backend", "use_fast",
+    "tokenizer_type", "user_agent", "_from_auto", "_from_pipeline", "_commit_hash",
+    "_raise_exceptions_for_gated_repo", "_raise_exceptions_for_missing_entries",
+    "_raise_exceptions_for_connection_errors",
 )  # fmt: skip
 
 # A configuration, its models by Auto class, and the maps that load original files into them.

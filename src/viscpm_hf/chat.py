@@ -39,7 +39,10 @@ logger = logging.get_logger(__name__)
 
 MODES = ("reference", "generate")
 SAFETY_POLICIES = ("raise", "refuse")
-REFUSAL = "抱歉，安全检查未通过这张图片，无法回答。 / Sorry, this image did not pass the safety check, so it is not answered."
+REFUSAL = (
+    "抱歉，安全检查未通过这张图片，无法回答。 / "
+    "Sorry, this image did not pass the safety check, so it is not answered."
+)
 
 # Configurations that lie beside an original file in the original's repositories.
 CONFIG_NAMES_BESIDE = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
@@ -73,8 +76,8 @@ class VisCPMChat:
         model_path: an original `.pt`/`.bin` file, or a folder or Hub id in the original's or our layout.
         config_path: the original's JSON of the language model (`dim_model` and so on). If None, one beside the file is
             used, and what it lacks follows from the tensors or is as in the 10B model.
-        image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id of
-            one, a function `image -> flagged`, or False.
+        image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id
+            of one, a function `image -> flagged`, or False.
         vision_config_path: JSON of the vision tower's sizes, for checkpoints of other sizes than the released ones.
         vocab_path: `vocab.txt`; if None, the one beside the model.
         device: CUDA, then MPS, then the CPU unless given.
@@ -127,8 +130,8 @@ class VisCPMChat:
         else:
             if config_path is not None or vision_config_path is not None:
                 raise ValueError(
-                    f"config_path and vision_config_path belong to an original file; {model_path} is a folder or Hub id "
-                    "and has its own config.json."
+                    "config_path and vision_config_path belong to an original file; "
+                    f"{model_path} is a folder or Hub id and has its own config.json."
                 )
             model, self.processor = self._load_repository(model_path, vocab_path, dtype)
         tokens, rows = len(self.processor.tokenizer), model.config.text_config.vocab_size
@@ -146,8 +149,8 @@ class VisCPMChat:
         vocab_file = Path(vocab_path) if vocab_path is not None else path.parent / VOCAB_NAME
         if not vocab_file.is_file():
             raise FileNotFoundError(
-                f"There is no vocabulary at {vocab_file}. The checkpoint's {VOCAB_NAME} belongs beside it, or give its "
-                "path as vocab_path."
+                f"There is no vocabulary at {vocab_file}. The checkpoint's {VOCAB_NAME} belongs beside it, or give "
+                "its path as vocab_path."
             )
         tokenizer = CpmBeeTokenizer(os.fspath(vocab_file))
         if config_path is None:

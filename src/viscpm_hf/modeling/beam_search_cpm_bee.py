@@ -34,8 +34,8 @@ class ReferenceDecodingConfig:
 
     num_beams: int = 3
     max_new_tokens: int = 512
-    """Decoding ends with step `max_new_tokens + 1`, counted from 0: the original counts neither the first token nor the
-    end token, so an answer that is cut off has two tokens more."""
+    """Decoding ends with step `max_new_tokens + 1`, counted from 0: the original counts neither the first token nor
+    the end token, so an answer that is cut off has two tokens more."""
     temperature: float = 0.7
     repetition_penalty: float = 1.1
     length_penalty: float = 3.0

@@ -9,9 +9,9 @@ Vocabulary of the CPM-Bee files (CPM-Bee and VisCPM, arXiv:2308.12038):
 - *Document syntax* is the text form of tokens: `<name>` is a special token, `<<` stands for one literal `<`.
 - A string without a token of its own (a run of characters that no token covers, or a special such as `<ans_1>`) is an
   *extension token*. The model sees it as a base token plus a number that rotates the base embedding: `<ans>` for
-  `<ans_1>`, `<unk>` for unknown runs, numbered from 0 in order of first use within the document. Number 0 *is* the base
-  token. The others are gathered in the *extension table* of a batch: row `e`, `(base id, number)`, is the token with id
-  `vocab_size + e` in both the input and the logits.
+  `<ans_1>`, `<unk>` for unknown runs, numbered from 0 in order of first use within the document. Number 0 *is* the
+  base token. The others are gathered in the *extension table* of a batch: row `e`, `(base id, number)`, is the token
+  with id `vocab_size + e` in both the input and the logits.
 """
 
 from __future__ import annotations

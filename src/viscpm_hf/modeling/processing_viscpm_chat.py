@@ -2,7 +2,8 @@
 
 The text form of a prompt is document syntax, the special tokens marking the segments:
 
-    <s><root></s><s>image</s><s><image></s><s>context</s><s>User: ...\\nAI: ...\\n</s><s>question</s><s>...</s><s><ans></s><s>
+    <s><root></s><s>image</s><s><image></s><s>context</s><s>User: ...\\nAI: ...\\n</s>
+        <s>question</s><s>...</s><s><ans></s><s>
 
 The chat template writes it and doubles every `<` of a message, so no message can forge a special token.
 """
@@ -55,7 +56,7 @@ CHAT_TEMPLATE = """\
         {%- set turn.question = text_of(message) -%}
     {%- elif message['role'] == 'assistant' -%}
         {%- if turn.question is none -%}
-            {{- raise_exception("An assistant message has no user message before it; user and assistant take turns.") -}}
+            {{- raise_exception("An assistant message needs a user message before it.") -}}
         {%- endif -%}
         {%- if loop.last -%}
             {%- set turn.answer = text_of(message) -%}
@@ -68,7 +69,7 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- if turn.question is none -%}
-    {{- raise_exception("The conversation has no question: its last message must be the user's or an answer to it.") -}}
+    {{- raise_exception("The conversation has no question: its last message is the user's or an answer.") -}}
 {%- endif -%}
 <s><root></s>
 {%- if turn.images -%}<s>image</s><s>{{- '<image>' * turn.images -}}</s>{%- endif -%}
