@@ -31,6 +31,7 @@ from transformers.models.auto import modeling_auto
 from .conversion import key_maps
 from .conversion.original import (
     CHAT,
+    CPM_BEE,
     ORIGINAL_WEIGHTS_NAME,
     PAINT,
     OriginalCheckpointError,
@@ -70,6 +71,7 @@ MODELS: tuple[tuple[type, dict[type, type], tuple[key_maps.KeyMap, ...]], ...] =
             AutoModel: VisCPMChatModel,
             AutoModelForImageTextToText: VisCPMChatForConditionalGeneration,
             AutoModelForMultimodalLM: VisCPMChatForConditionalGeneration,
+            AutoModelForCausalLM: VisCPMChatForConditionalGeneration,
         },
         (key_maps.CHAT,),
     ),
@@ -90,9 +92,10 @@ def register() -> None:
             auto_class.register(config_class, model_class, exist_ok=True)
         if maps:
             register_key_map(config_class.model_type, *maps)
-        dropped = [re.escape(entry.source) for key_map in maps for entry in key_map.dropped]
-        for model_class in set(models.values()) if dropped else ():
-            model_class._keys_to_ignore_on_load_unexpected = dropped
+        for model_class in set(models.values()):
+            model_class._keys_to_ignore_on_load_unexpected = [
+                f"^{re.escape(entry.source)}" for key_map in maps for entry in key_map.dropped
+            ]
     for config_class in (VisCPMChatConfig, CpmBeeConfig):
         AutoTokenizer.register(config_class, tokenizer_class=CpmBeeTokenizer, exist_ok=True)
     AutoImageProcessor.register(VisCPMChatConfig, image_processor_classes={"pil": VisCPMImageProcessor}, exist_ok=True)
@@ -182,7 +185,8 @@ def _check_original(model_class: type) -> None:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         found = find_original_config(pretrained_model_name_or_path, **kwargs)
         if found is not None:
-            config = config if config is not None else found
+            if config is None:
+                config = found if isinstance(found, cls.config_class) else found.get_text_config()
             weights = find_repository_file(pretrained_model_name_or_path, ORIGINAL_WEIGHTS_NAME, **kwargs)
             if weights is not None:
                 check_original_weights(load_state_dict(weights), cls, config, weights)
@@ -197,7 +201,9 @@ def check_original_weights(
 ) -> None:
     """Raises [`OriginalCheckpointError`] unless the state dict is what `model_class` of `config` needs."""
     kind = checkpoint_kind(state_dict)
-    wants = CHAT if isinstance(config, VisCPMChatConfig) else "cpm_bee"
+    wants = CHAT if isinstance(config, VisCPMChatConfig) else CPM_BEE
+    if wants == CPM_BEE and kind in (CHAT, PAINT):  # both files hold a language model
+        kind = CPM_BEE
     if kind is None:
         raise OriginalCheckpointError(
             f"{path} is no VisCPM or CPM-Bee checkpoint: its {len(state_dict)} tensors have other names "

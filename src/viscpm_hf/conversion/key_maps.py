@@ -27,6 +27,7 @@ class Entry(NamedTuple):
 
 class Dropped(NamedTuple):
     source: str
+    """A name, or the beginning of names if it ends with a dot."""
     reason: str
 
 
@@ -113,4 +114,10 @@ CHAT = KeyMap(
 
 # CPM-Bee alone, bare or as the `llm.` part of a file.
 CPM_BEE = KeyMap(_within(_LANGUAGE_MODEL, "", "model."))
-CPM_BEE_WITHIN = KeyMap(_within(_LANGUAGE_MODEL, "llm.", "model."))
+CPM_BEE_WITHIN = KeyMap(
+    _within(_LANGUAGE_MODEL, "llm.", "model."),
+    dropped=tuple(
+        Dropped(source, "part of VisCPM, not of its language model")
+        for source in ("query", "vpm.", "mapping.", "unet.", "trans_block.")
+    ),
+)

@@ -83,7 +83,6 @@ class KeyMatcher:
     def __init__(self, key_map: KeyMap):
         self.key_map = key_map
         self._patterns = [(re.compile(source_pattern(entry)), entry) for entry in key_map.entries]
-        self._dropped = {entry.source: entry.reason for entry in key_map.dropped}
 
     def match(self, name: str) -> tuple[str, Entry] | None:
         """Our name and the entry, or None for a name that the map doesn't have."""
@@ -94,7 +93,11 @@ class KeyMatcher:
         return None
 
     def dropped_reason(self, name: str) -> str | None:
-        return self._dropped.get(name)
+        """Why the map leaves a name out; None if it doesn't."""
+        for entry in self.key_map.dropped:
+            if name == entry.source or (entry.source.endswith(".") and name.startswith(entry.source)):
+                return entry.reason
+        return None
 
     def covers(self, names: Iterable[str]) -> bool:
         """Whether any of the names is of this map."""

@@ -140,7 +140,7 @@ class VisCPMChatProcessor(ProcessorMixin):
         self,
         images: ImageInput | Sequence[ImageInput] | None = None,
         text: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
-        return_labels: bool = False,
+        return_labels: bool | None = None,
         **kwargs: Unpack[VisCPMChatProcessorKwargs],
     ) -> BatchFeature:
         """
@@ -173,7 +173,7 @@ class VisCPMChatProcessor(ProcessorMixin):
         if flat_images:
             pixel_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
 
-        documents = [self.encode_prompt(prompt, close_answers=return_labels) for prompt in prompts]
+        documents = [self.encode_prompt(prompt, close_answers=bool(return_labels)) for prompt in prompts]
         max_length = text_kwargs.get("max_length")
         for index, document in enumerate(documents):
             self.check_length(document, index, max_length)
@@ -184,7 +184,7 @@ class VisCPMChatProcessor(ProcessorMixin):
             padding = True  # documents carry tables of the whole batch, so rows need one length
         encoding = self.tokenizer.collate(
             documents,
-            with_labels=return_labels,
+            with_labels=bool(return_labels),
             padding_side=text_kwargs.get("padding_side"),
             pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
             min_length=(max_length or 0) if padding == "max_length" else 0,
