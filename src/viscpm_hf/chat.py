@@ -18,8 +18,11 @@ from transformers.utils import logging
 
 from .auto import load_original_chat
 from .conversion.original import (
+    ORIGINAL_CONFIG_NAMES,
     ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
+    VISION_CONFIG_NAME,
+    VOCAB_NAME,
     OriginalCheckpointError,
     chat_config,
     load_state_dict,
@@ -43,11 +46,6 @@ REFUSAL = (
     "抱歉，安全检查未通过这张图片，无法回答。 / "
     "Sorry, this image did not pass the safety check, so it is not answered."
 )
-
-# Configurations that lie beside an original file in the original's repositories.
-CONFIG_NAMES_BESIDE = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
-VISION_CONFIG_NAME_BESIDE = "vision.json"
-VOCAB_NAME = "vocab.txt"
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,10 @@ class VisCPMChat:
             )
         tokenizer = CpmBeeTokenizer(os.fspath(vocab_file))
         if config_path is None:
-            beside = (path.parent / name for name in CONFIG_NAMES_BESIDE)
+            beside = (path.parent / name for name in ORIGINAL_CONFIG_NAMES)
             config_path = next((candidate for candidate in beside if candidate.is_file()), None)
-        if vision_config_path is None and (path.parent / VISION_CONFIG_NAME_BESIDE).is_file():
-            vision_config_path = path.parent / VISION_CONFIG_NAME_BESIDE
+        if vision_config_path is None and (path.parent / VISION_CONFIG_NAME).is_file():
+            vision_config_path = path.parent / VISION_CONFIG_NAME
         llm = read_json(config_path, "The configuration") if config_path is not None else {}
         vision = read_json(vision_config_path, "The vision configuration") if vision_config_path is not None else {}
         logger.info("configurations of %s: %s, %s", path, config_path, vision_config_path)

@@ -25,6 +25,10 @@ logger = logging.get_logger(__name__)
 CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
 ORIGINAL_SUFFIXES = (".pt", ".bin", ".pth")
 ORIGINAL_WEIGHTS_NAME = "pytorch_model.bin"
+# The Hub's name first, then the GitHub repository's.
+ORIGINAL_CONFIG_NAMES = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
+VISION_CONFIG_NAME = "vision.json"
+VOCAB_NAME = "vocab.txt"
 ORIGINAL_MODEL_TYPES = ("viscpmchatbee", "cpmbee", "viscpmbee")
 
 # Names that only the original's language model configuration has, in the GitHub and in the Hub spelling.
@@ -289,7 +293,10 @@ def find_original_config(name_or_path: Any, **hub_kwargs) -> VisCPMChatConfig | 
     """
     if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
         return None
-    found = find_repository_file(name_or_path, "config.json", **hub_kwargs)
+    # A Hub id is asked for the one file that its loading begins with anyway.
+    names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
+    candidates = (find_repository_file(name_or_path, name, **hub_kwargs) for name in names)
+    found = next((path for path in candidates if path is not None), None)
     if found is None:
         return None
     try:
@@ -299,7 +306,7 @@ def find_original_config(name_or_path: Any, **hub_kwargs) -> VisCPMChatConfig | 
     if not is_original_config(original):
         return None
     folder = Path(found).parent
-    vision_file = folder / "vision.json"
+    vision_file = folder / VISION_CONFIG_NAME
     vision = read_json(vision_file, "The vision configuration") if vision_file.is_file() else None
     weights = folder / ORIGINAL_WEIGHTS_NAME
     state_dict = load_state_dict(weights) if weights.is_file() else None

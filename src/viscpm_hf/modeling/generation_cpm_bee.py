@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -58,7 +59,9 @@ class CpmBeeGenerationMixin(GenerationMixin):
             defaults.max_new_tokens = DEFAULT_MAX_NEW_TOKENS
 
     def adjust_generation_fn(self, *args, **kwargs):
-        super().adjust_generation_fn(*args, **kwargs)
+        # An original folder may have neither of the files looked for; transformers then opens None.
+        with contextlib.suppress(OSError, TypeError):
+            super().adjust_generation_fn(*args, **kwargs)
         self.set_default_generation()
 
     @torch.no_grad()

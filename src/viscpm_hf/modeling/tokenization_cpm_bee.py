@@ -44,8 +44,8 @@ def load_vocab(vocab_file: str | os.PathLike) -> dict[str, int]:
         raise ValueError(f"{vocab_file} is not a CPM-Bee vocabulary: {error}.") from error
     if lines[-1] == "":
         lines.pop()
-    if lines and all(line.endswith("\r") for line in lines):  # checked out with CRLF line ends
-        lines = [line[:-1] for line in lines]
+    if all(line.endswith("\r") for line in lines[:-1]):  # checked out with CRLF line ends; the last may have none
+        lines = [line.removesuffix("\r") for line in lines]
     vocab = {VOCAB_FILE_NAMES_OF_WHITESPACE.get(line, line): index for index, line in enumerate(lines)}
     missing = [token for token in (*SPECIAL_TOKENS, "\n", " ") if token not in vocab]
     if missing:
@@ -91,7 +91,7 @@ class LongestMatch:
         while begin < end_of_text:
             end = begin + 2  # most words have two characters or more: look there first
             entry = get(text[begin:end]) or get(text[begin])
-            if entry is None or not entry[1]:
+            if entry is None:
                 begin += 1
                 continue
             while entry[2] and end < end_of_text:
@@ -100,6 +100,9 @@ class LongestMatch:
                 if longer is None:
                     break
                 entry = longer
+            if not entry[1]:  # words begin so, but none is here
+                begin += 1
+                continue
             if unknown < begin:
                 append(text[unknown:begin])
             append(entry[0])
