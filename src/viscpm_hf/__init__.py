@@ -1,48 +1,76 @@
-"""VisCPM in today's Hugging Face stack. Importing it registers every model with transformers' Auto classes."""
+"""VisCPM in today's Hugging Face stack.
+
+Importing it registers every model with transformers' Auto classes and every pipeline with diffusers.
+"""
 
 from typing import TYPE_CHECKING
 
 from .auto import register
+from .pipelines.registration import register_pipelines
 from .version import __version__
 
 
 register()
+register_pipelines()
 
 # Public names and where they live; loaded when first used.
 _EXPORTS = {
     "Beit3Config": "modeling.configuration_beit3",
     "Beit3Model": "modeling.modeling_beit3",
+    "ConversionError": "conversion.errors",
+    "ConversionResult": "conversion.convert",
     "CpmBeeConfig": "modeling.configuration_cpm_bee",
     "CpmBeeForCausalLM": "modeling.modeling_cpm_bee",
     "CpmBeeModel": "modeling.modeling_cpm_bee",
     "CpmBeeTokenizer": "modeling.tokenization_cpm_bee",
     "ImageSafetyChecker": "pipelines.safety",
-    "OriginalCheckpointError": "conversion.original",
+    "Inspection": "conversion.inspect",
+    "OriginalCheckpointError": "conversion.errors",
     "ReferenceDecodingConfig": "modeling.beam_search_cpm_bee",
     "UnsafeImageError": "pipelines.safety",
+    "UnsafePromptError": "pipelines.prompt_safety",
     "VisCPMChat": "chat",
     "VisCPMChatConfig": "modeling.configuration_viscpm_chat",
     "VisCPMChatForConditionalGeneration": "modeling.modeling_viscpm_chat",
     "VisCPMChatModel": "modeling.modeling_viscpm_chat",
     "VisCPMChatProcessor": "modeling.processing_viscpm_chat",
     "VisCPMImageProcessor": "modeling.image_processing_viscpm",
+    "VisCPMPaint": "paint",
+    "VisCPMPaintImg2ImgPipeline": "pipelines.pipeline_viscpm_paint_img2img",
+    "VisCPMPaintInpaintPipeline": "pipelines.pipeline_viscpm_paint_inpaint",
+    "VisCPMPaintPipeline": "pipelines.pipeline_viscpm_paint",
+    "VisCPMPaintTextEncoder": "modeling.modeling_viscpm_paint",
+    "VisCPMPaintTextEncoderConfig": "modeling.configuration_viscpm_paint",
+    "convert": "conversion.convert",
+    "inspect": "conversion.inspect",
+    "publish": "conversion.publish",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from .chat import VisCPMChat
-    from .conversion.original import OriginalCheckpointError
+    from .conversion.convert import ConversionResult, convert
+    from .conversion.errors import ConversionError, OriginalCheckpointError
+    from .conversion.inspect import Inspection, inspect
+    from .conversion.publish import publish
     from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig
     from .modeling.configuration_beit3 import Beit3Config
     from .modeling.configuration_cpm_bee import CpmBeeConfig
     from .modeling.configuration_viscpm_chat import VisCPMChatConfig
+    from .modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
     from .modeling.image_processing_viscpm import VisCPMImageProcessor
     from .modeling.modeling_beit3 import Beit3Model
     from .modeling.modeling_cpm_bee import CpmBeeForCausalLM, CpmBeeModel
     from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
+    from .modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
     from .modeling.processing_viscpm_chat import VisCPMChatProcessor
     from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
+    from .paint import VisCPMPaint
+    from .pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
+    from .pipelines.pipeline_viscpm_paint_img2img import VisCPMPaintImg2ImgPipeline
+    from .pipelines.pipeline_viscpm_paint_inpaint import VisCPMPaintInpaintPipeline
+    from .pipelines.prompt_safety import UnsafePromptError
     from .pipelines.safety import ImageSafetyChecker, UnsafeImageError
 
 

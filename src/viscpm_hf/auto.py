@@ -41,15 +41,18 @@ from .conversion.original import (
     find_repository_file,
     key_map_of,
     load_state_dict,
+    read_json,
 )
 from .conversion.weight_transforms import register_key_map
 from .modeling.configuration_beit3 import Beit3Config
 from .modeling.configuration_cpm_bee import CpmBeeConfig
 from .modeling.configuration_viscpm_chat import VisCPMChatConfig
+from .modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from .modeling.image_processing_viscpm import VisCPMImageProcessor
 from .modeling.modeling_beit3 import Beit3Model
 from .modeling.modeling_cpm_bee import CpmBeeForCausalLM, CpmBeeModel
 from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
+from .modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from .modeling.processing_viscpm_chat import VisCPMChatProcessor
 from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
 
@@ -81,6 +84,7 @@ MODELS: tuple[tuple[type, dict[type, type], tuple[key_maps.KeyMap, ...]], ...] =
         (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN),
     ),
     (Beit3Config, {AutoModel: Beit3Model}, ()),
+    (VisCPMPaintTextEncoderConfig, {AutoModel: VisCPMPaintTextEncoder}, (key_maps.PAINT_TEXT_ENCODER,)),
 )
 
 
@@ -96,10 +100,17 @@ def register() -> None:
             model_class._keys_to_ignore_on_load_unexpected = [
                 f"^{re.escape(entry.source)}" for key_map in maps for entry in key_map.dropped
             ]
-    for config_class in (VisCPMChatConfig, CpmBeeConfig):
+    for config_class in (VisCPMChatConfig, CpmBeeConfig, VisCPMPaintTextEncoderConfig):
         AutoTokenizer.register(config_class, tokenizer_class=CpmBeeTokenizer, exist_ok=True)
     AutoImageProcessor.register(VisCPMChatConfig, image_processor_classes={"pil": VisCPMImageProcessor}, exist_ok=True)
     AutoProcessor.register(VisCPMChatConfig, VisCPMChatProcessor, exist_ok=True)
+    # A saved folder carries the code of its classes, so that it also loads where this package isn't installed.
+    for config_class, models, _ in MODELS:
+        config_class.register_for_auto_class()
+        for auto_class, model_class in reversed(models.items()):  # of several, the first one stays
+            model_class.register_for_auto_class(auto_class)
+    for processor_class in (CpmBeeTokenizer, VisCPMImageProcessor, VisCPMChatProcessor):
+        processor_class.register_for_auto_class()
     # `transformers serve` and the test mixins look a model up by these tables of names.
     for names in (
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -115,7 +126,13 @@ def register() -> None:
         _prefer_original(processor_class, _original_image_processor)
     for processor_class in (AutoProcessor, VisCPMChatProcessor):
         _prefer_original(processor_class, _original_processor)
-    for model_class in (VisCPMChatForConditionalGeneration, VisCPMChatModel, CpmBeeForCausalLM, CpmBeeModel):
+    for model_class in (
+        VisCPMChatForConditionalGeneration,
+        VisCPMChatModel,
+        CpmBeeForCausalLM,
+        CpmBeeModel,
+        VisCPMPaintTextEncoder,
+    ):
         _check_original(model_class)
 
 
@@ -133,11 +150,23 @@ def _prefer_original(auto_class: type, load: Callable[..., Any]) -> None:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         config = find_original_config(pretrained_model_name_or_path, **kwargs)
         if config is None:
+            if cls is AutoTokenizer and kwargs.get("trust_remote_code"):
+                kwargs["trust_remote_code"] = not _has_our_tokenizer(pretrained_model_name_or_path, kwargs)
             return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
         return load(config, pretrained_model_name_or_path, **kwargs)
 
     from_pretrained._viscpm_hf = True
     auto_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _has_our_tokenizer(path: Any, kwargs: dict[str, Any]) -> bool:
+    """Other Auto classes prefer a registered class to a folder's own code; AutoTokenizer has to be told."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    config_file = find_repository_file(path, "tokenizer_config.json", **kwargs)
+    if config_file is None:
+        return False
+    return read_json(config_file, "The configuration").get("tokenizer_class") == CpmBeeTokenizer.__name__
 
 
 def _without_source(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +212,8 @@ def _check_original(model_class: type) -> None:
 
     @functools.wraps(stock)
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        found = find_original_config(pretrained_model_name_or_path, **kwargs)
+        is_text_encoder = issubclass(cls, VisCPMPaintTextEncoder)
+        found = find_original_config(pretrained_model_name_or_path, as_text_encoder=is_text_encoder, **kwargs)
         if found is not None:
             if config is None:
                 config = found if isinstance(found, cls.config_class) else found.get_text_config()
@@ -201,7 +231,9 @@ def check_original_weights(
 ) -> None:
     """Raises [`OriginalCheckpointError`] unless the state dict is what `model_class` of `config` needs."""
     kind = checkpoint_kind(state_dict)
-    wants = CHAT if isinstance(config, VisCPMChatConfig) else CPM_BEE
+    wants = CHAT if issubclass(model_class, (VisCPMChatForConditionalGeneration, VisCPMChatModel)) else CPM_BEE
+    if isinstance(config, VisCPMPaintTextEncoderConfig):
+        wants = PAINT
     if wants == CPM_BEE and kind in (CHAT, PAINT):  # both files hold a language model
         kind = CPM_BEE
     if kind is None:
@@ -209,7 +241,12 @@ def check_original_weights(
             f"{path} is no VisCPM or CPM-Bee checkpoint: its {len(state_dict)} tensors have other names "
             f"({', '.join(list(state_dict)[:3])})."
         )
-    if kind == PAINT:
+    if kind == CHAT and wants == PAINT:
+        raise OriginalCheckpointError(
+            f"{path} is a VisCPM-Chat checkpoint (it has vpm.* tensors) and can't paint: VisCPM-Paint needs the file "
+            "of openbmb/VisCPM-Paint."
+        )
+    if kind == PAINT and wants != PAINT:
         raise OriginalCheckpointError(
             f"{path} is a VisCPM-Paint checkpoint (it has unet.* tensors), not a {wants.replace('_', '-')} one: "
             "VisCPM-Chat needs the file of openbmb/VisCPM-Chat."
@@ -221,7 +258,8 @@ def check_original_weights(
         )
     with torch.device("meta"):
         model = model_class(config)
-    prefix = "" if hasattr(model, "lm_head") else "model."
+    # The maps know the language model's parts by their names within `...ForCausalLM`, and so on.
+    prefix = "model." if isinstance(model, (CpmBeeModel, VisCPMChatModel)) else ""
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     expected = {prefix + name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     problems = check_state_dict(state_dict, key_map_of(kind, state_dict), expected)
@@ -238,3 +276,12 @@ def load_original_chat(
     """Loads a mapped original Chat file (`load_state_dict`) into a model; `kwargs` go to `from_pretrained`."""
     check_original_weights(state_dict, VisCPMChatForConditionalGeneration, config, Path(path))
     return VisCPMChatForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+
+
+def load_original_text_encoder(
+    path: str | os.PathLike, config: VisCPMPaintTextEncoderConfig, state_dict: dict[str, torch.Tensor], **kwargs
+) -> VisCPMPaintTextEncoder:
+    """As [`load_original_chat`], for the text encoder of an original Paint file."""
+    check_original_weights(state_dict, VisCPMPaintTextEncoder, config, Path(path))
+    own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("unet.")}
+    return VisCPMPaintTextEncoder.from_pretrained(None, config=config, state_dict=own, **kwargs)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoProcessor, BatchFeature, TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .auto import load_original_chat
+from .auto import check_original_weights, load_original_chat
 from .conversion.original import (
     ORIGINAL_CONFIG_NAMES,
     ORIGINAL_SUFFIXES,
@@ -25,6 +25,7 @@ from .conversion.original import (
     VOCAB_NAME,
     OriginalCheckpointError,
     chat_config,
+    find_repository_file,
     load_state_dict,
     read_json,
 )
@@ -113,7 +114,7 @@ class VisCPMChat:
             raise ValueError(
                 f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {image_safety_policy!r}."
             )
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = usable_device(device) if device is not None else default_device()
         self.image_safety_policy = image_safety_policy
         if image_safety_checker is True:
             image_safety_checker = DEFAULT_SAFETY_CHECKER
@@ -173,6 +174,9 @@ class VisCPMChat:
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
         config = AutoConfig.from_pretrained(name_or_path)
         if not isinstance(config, VisCPMChatConfig):
+            weights = find_repository_file(name_or_path, ORIGINAL_WEIGHTS_NAME)
+            if weights is not None:  # then there is more to say: VisCPM-Paint's file is named as Chat's
+                check_original_weights(load_state_dict(weights), VisCPMChatForConditionalGeneration, config, weights)
             raise OriginalCheckpointError(
                 f"{name_or_path} holds a {type(config).__name__}, but VisCPMChat needs a VisCPM-Chat checkpoint."
             )
@@ -355,6 +359,20 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: if torch knows no such device, or can't use it here.
+    """
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without CUDA
+        raise ValueError(f"The device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def default_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from transformers.models.auto import modeling_auto
 from viscpm_hf import auto
 
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "conformance.md"
 SKIPS = tomllib.loads((Path(__file__).parent / "skips.toml").read_text("utf-8"))
 DECLARED = {(entry["class"], entry["test"]): entry["reason"] for entry in SKIPS["declared"]}
 KNOWN = [re.compile(entry["reason"]) for entry in SKIPS["environment"] + SKIPS["inapplicable"]]
@@ -20,7 +21,18 @@ for config_class, models, _ in auto.MODELS:
     modeling_auto.MODEL_MAPPING_NAMES[config_class.model_type] = models[auto.AutoModel].__name__
 
 
+def table_rows() -> list[str]:
+    """The rows that docs/conformance.md has to have."""
+    cells = [(entry["reason"], entry["why"]) for entry in SKIPS["environment"] + SKIPS["inapplicable"]]
+    cells += [(f"{entry['class']}.{entry['test']}", entry["reason"]) for entry in SKIPS["declared"]]
+    return ["| `{}` | {} |".format(first.replace("|", "\\|").replace("`", "'"), second) for first, second in cells]
+
+
 def pytest_collection_modifyitems(items):
+    classes = {item.cls.__name__: item.cls for item in items}
+    for name, test in DECLARED:
+        if name in classes and not hasattr(classes[name], test):
+            raise pytest.UsageError(f"skips.toml: {name} has no {test}.")
     for item in items:
         reason = DECLARED.get((item.cls.__name__, item.name))
         if reason is not None:
@@ -64,5 +76,9 @@ class Ledger:
 
 
 def pytest_configure(config):
+    document = DOCUMENT.read_text("utf-8").splitlines()
+    missing = [row for row in table_rows() if row not in document]
+    if missing:
+        raise pytest.UsageError("docs/conformance.md lacks what skips.toml says:\n" + "\n".join(missing))
     if not hasattr(config, "workerinput"):  # with pytest-xdist: the process that hears of all tests
         config.pluginmanager.register(Ledger())

@@ -9,8 +9,8 @@ fetched, and the tests of generation and export, which the distribution lacks, r
 from __future__ import annotations
 
 import argparse
-import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,15 +63,17 @@ def check_checkout(path: Path, release: str) -> Path:
     init = path / "src" / "transformers" / "__init__.py"
     if not init.is_file() or not (path / "tests" / "test_modeling_common.py").is_file():
         raise SystemExit(f"{path} is no checkout of transformers: it lacks src/transformers or tests.")
-    assignments = [node for node in ast.parse(init.read_text("utf-8")).body if isinstance(node, ast.Assign)]
-    found = next((ast.literal_eval(node.value) for node in assignments if node.targets[0].id == "__version__"), None)
+    found = re.search(r'^__version__ = "(.+)"$', init.read_text("utf-8"), re.MULTILINE)
+    found = found and found[1]
     if found != release:
         raise SystemExit(f"{path} is transformers {found}, but {release} is installed: check out v{release}.")
     return path
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="All else is handed on to pytest.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="All else is handed on to pytest.", allow_abbrev=False
+    )
     parser.add_argument("--transformers", type=Path, metavar="PATH", help="a checkout of the installed version")
     options, pytest_arguments = parser.parse_known_args()
 
@@ -82,11 +84,12 @@ def main() -> int:
         suite = fetch(release)
         shutil.copytree(HERE / "stubs", suite, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
-    paths = [] if any(Path(argument.split("::")[0]).exists() for argument in pytest_arguments) else [str(HERE)]
     # -P: our own folder `tests` must not stand before the suite's.
     pytest = [sys.executable, "-P", "-m", "pytest", "-c", str(REPOSITORY / "pyproject.toml")]
-    settings = ["-p", "no:cacheprovider", "-o", "addopts=--disable-warnings", "-o", "norecursedirs=stubs __pycache__"]
-    settings += ["-W", "ignore::pytest.PytestUnknownMarkWarning"]
+    settings = ["-p", "no:cacheprovider", "-W", "ignore::pytest.PytestUnknownMarkWarning", "--disable-warnings"]
+    settings += ["--confcutdir", str(HERE)]  # the fixtures of our own tests are not for this run
+    for setting in ("addopts=", "testpaths=tests/conformance", "norecursedirs=stubs __pycache__"):
+        settings += ["-o", setting]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(
@@ -94,9 +97,10 @@ def main() -> int:
         ),
         "PYTHONDONTWRITEBYTECODE": "1",
         "HF_HUB_OFFLINE": "1",
+        "RUN_SLOW": os.environ.get("RUN_SLOW", "1"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
-    return subprocess.run([*pytest, *settings, *pytest_arguments, *paths], env=environment).returncode
+    return subprocess.run([*pytest, *settings, *pytest_arguments], env=environment, cwd=REPOSITORY).returncode
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ RENAMES = (
     (r"^vpm\.beit3\.encoder\.embed_positions\.A\.", "embeddings.image_position_embedding."),
     (r"^vpm\.beit3\.encoder\.embed_positions\.B\.", "embeddings.query_position_embedding."),
     (r"^vpm\.beit3\.encoder\.", ""),
+    (r"\.(q|k|v|out)_proj\.", r".\1_experts."),
     (r"\.inner_attn_ln\.", ".inner_layer_norm."),
     (r"\.ffn\.", ".mlp."),
     (r"\.ffn_layernorm\.", ".layer_norm."),
@@ -148,11 +149,11 @@ def test_matches_a_direct_formula(model, pixel_values):
         normed = multiway(layer.self_attn_layer_norm, states)
         q, k, v = (
             multiway(proj, normed).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+            for proj in (attention.q_experts, attention.k_experts, attention.v_experts)
         )
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
         attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        states = states + multiway(attention.out_proj, multiway(attention.inner_layer_norm, attended))
+        states = states + multiway(attention.out_experts, multiway(attention.inner_layer_norm, attended))
         normed = multiway(layer.final_layer_norm, states)
         inner = torch.where(is_query[:, None], layer.mlp.query.fc1(normed), layer.mlp.image.fc1(normed))
         inner = 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
@@ -257,7 +258,7 @@ def test_only_the_skipped_half_of_the_last_layer_gets_no_gradient(model, pixel_v
     model(pixel_values).last_hidden_state.sum().backward()
     without = {name for name, p in model.named_parameters() if p.grad is None}
     skipped = (
-        r"layers\.2\.(self_attn\.(q_proj|out_proj|inner_layer_norm)|mlp|final_layer_norm)\.image\.|layer_norm\.image\."
+        r"layers\.2\.(self_attn\.(q_experts|out_experts|inner_layer_norm)|mlp|final_layer_norm)\.image\.|layer_norm\.image\."
     )
     expected = {name for name, _ in model.named_parameters() if re.match(skipped, name)}
     assert without == expected and len(expected) == 16

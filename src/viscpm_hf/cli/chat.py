@@ -91,10 +91,10 @@ def run(arguments: argparse.Namespace) -> int:
     is_interactive = not arguments.questions
     mode = arguments.mode or ("generate" if is_interactive or arguments.top_p is not None else "reference")
     options = {"mode": mode, "seed": arguments.seed, **generation_options(arguments, mode)}
-    from ..chat import VisCPMChat, open_picture
+    from ..chat import VisCPMChat
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
 
-    open_picture(arguments.image, VisCPMImageProcessor())  # a bad picture is known before minutes of loading
+    VisCPMImageProcessor()(arguments.image)  # a bad picture is known before minutes of loading
     chat = VisCPMChat(
         arguments.model,
         arguments.config,
@@ -125,9 +125,7 @@ class Conversation:
 
     def change_image(self, image: str) -> None:
         """Another picture and a new conversation; a picture that can't be used changes nothing."""
-        from ..chat import open_picture
-
-        open_picture(image, self.chat.processor.image_processor)
+        self.chat.processor.image_processor(image)
         self.image = image
         self.encoded_image = None
         self.clear()

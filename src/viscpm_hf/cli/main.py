@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import chat
+from . import chat, convert, inspect, paint, publish
 from .errors import describe
 
 
-COMMANDS = (chat,)
+COMMANDS = (chat, paint, inspect, convert, publish)
 
 # As shells do for a program ended by Ctrl-C.
 EXIT_INTERRUPTED = 130
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output is gone; nothing more can be said to it, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:  # out of GPU memory is the last
         if arguments.verbose:
             raise
         print(f"viscpm-hf: error: {describe(error)}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """Which tensor of the original files becomes which of ours. Data only.
 
-An entry is `(original name, our name, operation)`; `{n}` stands for a layer number. Operations:
+An entry is `(original name, our name, operation)`; `{n}` stands for a layer number, `{name}` for any name. The first
+entry that matches counts. Operations:
 
 - `KEEP`: the same values.
 - `FOLD_WIDTH`: divided by the square root of the last dimension. The original divides every product by it, here it is
   part of the weights (`modeling_cpm_bee`).
+- `AS_MATRIX`: a 1×1 convolution's weight `(out, in, 1, 1)` as a matrix `(out, in)`; a matrix stays what it is.
 
-Names are those within a part; `CHAT`, `CPM_BEE` and `PAINT_TEXT_ENCODER` say where the parts lie in the files.
+Names are those within a part; `CHAT`, `CPM_BEE` and the `PAINT_` maps say where the parts lie in the files.
 Source: the checkpoints of openbmb/VisCPM-Chat and openbmb/VisCPM-Paint.
 """
 
@@ -17,6 +19,7 @@ from typing import NamedTuple
 
 KEEP = "keep"
 FOLD_WIDTH = "fold_width"
+AS_MATRIX = "as_matrix"
 
 
 class Entry(NamedTuple):
@@ -74,8 +77,8 @@ _VISION_TOWER = (
                 Entry(f"vpm.beit3.encoder.{source}.{leaf}",                    f"{target}.{leaf}")
                 for source, target in (
                     *(
-                        (f"layers.{{n}}.self_attn.{projection}.{expert}",      f"layers.{{n}}.self_attn.{projection}.{name}")
-                        for projection in ("q_proj", "k_proj", "v_proj", "out_proj")
+                        (f"layers.{{n}}.self_attn.{role}_proj.{expert}",       f"layers.{{n}}.self_attn.{role}_experts.{name}")
+                        for role in ("q", "k", "v", "out")
                     ),
                     (f"layers.{{n}}.self_attn.inner_attn_ln.{expert}",         f"layers.{{n}}.self_attn.inner_layer_norm.{name}"),
                     (f"layers.{{n}}.self_attn_layer_norm.{expert}",            f"layers.{{n}}.self_attn_layer_norm.{name}"),
@@ -121,3 +124,32 @@ CPM_BEE_WITHIN = KeyMap(
         for source in ("query", "vpm.", "mapping.", "unet.", "trans_block.")
     ),
 )
+
+# VisCPM-Paint's file holds its text encoder and its UNet, in diffusers' own names. The VAE is another file.
+PAINT_TEXT_ENCODER = KeyMap(
+    entries=(
+        *_within(_LANGUAGE_MODEL, "llm.", "model."),
+        Entry("trans_block.w_out_res.weight",                                  "projection.weight"),
+        Entry("trans_block.layernorm.weight",                                  "layer_norm.weight"),
+        Entry("trans_block.layernorm.bias",                                    "layer_norm.bias"),
+    ),
+    dropped=(Dropped("unet.", "part of VisCPM-Paint, not of its text encoder"),),
+)  # fmt: skip
+
+PAINT_UNET = KeyMap((Entry("unet.{name}", "{name}"),))
+
+# Attention was made of 1×1 convolutions once, under other names.
+VAE = KeyMap(
+    entries=(
+        *(
+            Entry(f"{coder}.mid_block.attentions.{{n}}.{source}.{leaf}",       f"{coder}.mid_block.attentions.{{n}}.{target}.{leaf}", AS_MATRIX)
+            for coder in ("encoder", "decoder")
+            for source, target in (
+                ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"),
+                ("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out.0", "to_out.0"),
+            )
+            for leaf in ("weight", "bias")
+        ),
+        Entry("{name}",                                                        "{name}"),
+    ),
+)  # fmt: skip

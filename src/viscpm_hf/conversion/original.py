@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,10 @@ from transformers.utils.hub import cached_file
 
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from . import key_maps
+from .archive import check_tensors, record_sizes
+from .errors import OriginalCheckpointError
 from .weight_transforms import KeyMatcher
 
 
@@ -57,10 +61,6 @@ VISION_SPELLINGS = {
 VISION_HEAD_DIM = 64
 
 
-class OriginalCheckpointError(ValueError):
-    """An original file that can't be used; the message says what is wrong with it and what to do."""
-
-
 @dataclass(frozen=True)
 class CheckpointProblems:
     """What is wrong with the tensors of a checkpoint."""
@@ -99,10 +99,13 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     with path.open("rb") as file:  # the system's own words for a missing or forbidden file
         file.read(1)
+    records = record_sizes(path)
     try:
         state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n\n")[0].splitlines()[0]
+        # torch's own words advise to load the file nevertheless.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "its pickle has instructions that none of tensors needs"
         raise OriginalCheckpointError(
             f"{path} was refused: it holds more than tensors, and loading it could run code of its own ({reason}). "
             "Get the checkpoint from its source again."
@@ -123,6 +126,8 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"{path} is no flat dict of tensors: {len(strange)} of {len(state_dict)} entries are none "
             f"({', '.join(map(str, strange[:3]))})."
         )
+    if records is not None:
+        check_tensors(path, state_dict, records)
     return dict(state_dict)
 
 
@@ -140,6 +145,8 @@ def checkpoint_kind(names: Mapping[str, Any]) -> str | None:
 def key_map_of(kind: str, names: Mapping[str, Any]) -> key_maps.KeyMap:
     if kind == CHAT:
         return key_maps.CHAT
+    if kind == PAINT:
+        return key_maps.PAINT_TEXT_ENCODER
     return key_maps.CPM_BEE_WITHIN if any(name.startswith("llm.") for name in names) else key_maps.CPM_BEE
 
 
@@ -206,6 +213,21 @@ def text_config(original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | 
         shapes = {name.removeprefix("llm."): shape for name, shape in shapes.items()}
         sizes = _text_sizes(shapes, sizes) | sizes
     return CpmBeeConfig(**sizes)
+
+
+def text_encoder_config(
+    original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None
+) -> VisCPMPaintTextEncoderConfig:
+    """The configuration of VisCPM-Paint's text encoder from an original one."""
+    sizes = _pick(original, {"projection_dim": ("unet_cross_attention_dim",)})
+    llm_shapes = None
+    if shapes is not None:
+        llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
+        if "trans_block.w_out_res.weight" in shapes:
+            sizes = {"projection_dim": shapes["trans_block.w_out_res.weight"][0]} | sizes
+    llm = text_config(original, llm_shapes).to_diff_dict()
+    llm.pop("model_type")
+    return VisCPMPaintTextEncoderConfig(**llm, **sizes)
 
 
 def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> dict[str, int]:
@@ -285,8 +307,12 @@ def is_original_config(config: Mapping[str, Any]) -> bool:
     return model_type in ORIGINAL_MODEL_TYPES
 
 
-def find_original_config(name_or_path: Any, **hub_kwargs) -> VisCPMChatConfig | CpmBeeConfig | None:
+def find_original_config(
+    name_or_path: Any, *, as_text_encoder: bool = False, **hub_kwargs
+) -> VisCPMChatConfig | CpmBeeConfig | None:
     """The configuration of a folder or Hub id in the original's layout; None for anything else.
+
+    With `as_text_encoder` it is that of VisCPM-Paint's text encoder, not of the language model within.
 
     Sizes come from `config.json`, then from the tensors if the weights are at hand (their names are looked at, not
     their values), then from the 10B model.
@@ -315,7 +341,10 @@ def find_original_config(name_or_path: Any, **hub_kwargs) -> VisCPMChatConfig | 
     if kind is None:
         is_chat = original.get("model_type") == "viscpmchatbee" or "query_num" in original or "vision_dim" in original
         kind = CHAT if is_chat else CPM_BEE
-    config = chat_config(original, vision, shapes) if kind == CHAT else text_config(original, shapes)
+    if as_text_encoder:
+        config = text_encoder_config(original, shapes)
+    else:
+        config = chat_config(original, vision, shapes) if kind == CHAT else text_config(original, shapes)
     config.name_or_path = str(name_or_path)
     return config
 

@@ -14,7 +14,11 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import ConversionOps
 
-from .key_maps import FOLD_WIDTH, KEEP, Entry, KeyMap
+from .key_maps import AS_MATRIX, FOLD_WIDTH, KEEP, Entry, KeyMap
+
+
+# Values that are scaled at a time.
+SCALED_VALUES = 2**18
 
 
 def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -22,18 +26,33 @@ def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
     if operation == KEEP:
         return tensor
     if operation == FOLD_WIDTH:
-        # Through fp32: the factor of an fp16 weight must not be rounded too.
-        return (tensor.float() * tensor.shape[-1] ** -0.5).to(tensor.dtype)
+        return _scaled(tensor, tensor.shape[-1] ** -0.5)
+    if operation == AS_MATRIX:
+        return tensor.flatten(1) if tensor.ndim == 4 else tensor
     raise ValueError(f"unknown operation {operation!r}")
 
 
 def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
     """Our tensor -> the original's."""
-    if operation == KEEP:
+    if operation in (KEEP, AS_MATRIX):
         return tensor
     if operation == FOLD_WIDTH:
-        return (tensor.float() * tensor.shape[-1] ** 0.5).to(tensor.dtype)
+        return _scaled(tensor, tensor.shape[-1] ** 0.5)
     raise ValueError(f"unknown operation {operation!r}")
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Through a wider dtype, so that values are rounded once and there and back is at most one rounding off."""
+    has_float64 = tensor.device.type != "mps"
+    wide = torch.float64 if tensor.dtype == torch.float32 and has_float64 else torch.float32
+    if tensor.device.type != "cpu" or tensor.ndim < 2 or tensor.numel() <= SCALED_VALUES:
+        return (tensor.to(wide) * factor).to(tensor.dtype)
+    # By the row: no second copy of a big tensor in a wider dtype, and faster, since a piece stays in the cache.
+    scaled = torch.empty(tensor.shape, dtype=tensor.dtype)
+    rows = max(1, SCALED_VALUES * tensor.shape[0] // tensor.numel())
+    for piece, into in zip(tensor.split(rows), scaled.split(rows), strict=True):
+        into.copy_(piece.to(wide).mul_(factor))
+    return scaled
 
 
 class FoldWidth(ConversionOps):
@@ -69,12 +88,12 @@ class UnfoldWidth(FoldWidth):
         return FoldWidth()
 
 
-def source_pattern(entry: Entry) -> str:
-    return re.escape(entry.source).replace(r"\{n\}", r"(\d+)")
+def name_pattern(name: str) -> str:
+    return re.escape(name).replace(r"\{n\}", r"(\d+)").replace(r"\{name\}", r"(.+)")
 
 
 def target_pattern(entry: Entry) -> str:
-    return entry.target.replace("{n}", r"\1")
+    return entry.target.replace("{n}", r"\1").replace("{name}", r"\1")
 
 
 class KeyMatcher:
@@ -82,7 +101,8 @@ class KeyMatcher:
 
     def __init__(self, key_map: KeyMap):
         self.key_map = key_map
-        self._patterns = [(re.compile(source_pattern(entry)), entry) for entry in key_map.entries]
+        self._patterns = [(re.compile(name_pattern(entry.source)), entry) for entry in key_map.entries]
+        self._target_patterns = [(re.compile(name_pattern(entry.target)), entry) for entry in key_map.entries]
 
     def match(self, name: str) -> tuple[str, Entry] | None:
         """Our name and the entry, or None for a name that the map doesn't have."""
@@ -90,6 +110,15 @@ class KeyMatcher:
             found = pattern.fullmatch(name)
             if found:
                 return found.expand(target_pattern(entry)), entry
+        return None
+
+    def match_target(self, name: str) -> tuple[str, Entry] | None:
+        """The original name of one of ours, and the entry; the way back of [`match`]."""
+        for pattern, entry in self._target_patterns:
+            found = pattern.fullmatch(name)
+            if found:
+                original = re.sub(r"\{(n|name)\}", r"\\1", entry.source)
+                return found.expand(original), entry
         return None
 
     def dropped_reason(self, name: str) -> str | None:
@@ -110,7 +139,7 @@ def register_key_map(model_type: str, *key_maps: KeyMap) -> None:
     for key_map in key_maps:
         for entry in key_map.entries:
             # To the end of the name: of ours, some begin like an original one.
-            source, target = f"^{source_pattern(entry)}(?![\\w.])", target_pattern(entry)
+            source, target = f"^{name_pattern(entry.source)}(?![\\w.])", target_pattern(entry)
             if entry.operation == KEEP:
                 transforms.append(WeightRenaming(source, target))
             else:

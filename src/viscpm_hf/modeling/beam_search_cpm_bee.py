@@ -95,6 +95,111 @@ class _Beam:
     slot: int = 0
 
 
+@dataclass
+class _Candidates:
+    """The best continuations of one row, best first."""
+
+    scores: list[float]
+    parents: list[int]
+    tokens: list[int]
+
+
+@dataclass
+class _Continuation:
+    """What one beam goes on with."""
+
+    rank: int
+    """Which candidate it is."""
+    token: int
+    """The next input: the candidate's token, or the `<s>` of the next slot."""
+    starts_slot: bool
+    beam: _Beam
+
+
+class _Places:
+    """The places of the shared cache: what they hold, and which of them are a beam's own past.
+
+    Args:
+        attention_mask, segment_ids: the prompts', `(rows, prompt length)`.
+        num_beams, num_steps: a step appends one place per beam, to be seen by that beam alone.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor, segment_ids: torch.Tensor, num_beams: int, num_steps: int):
+        num_rows, prompt_length = attention_mask.shape
+        capacity, device = prompt_length + num_steps * num_beams, attention_mask.device
+        self.end = prompt_length
+        self.positions = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
+        self.positions[:, :prompt_length] = torch.arange(prompt_length, device=device)
+        self.segments = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
+        self.segments[:, :prompt_length] = segment_ids
+        self.visible = torch.zeros(num_rows, num_beams, capacity, dtype=torch.bool, device=device)
+        self.visible[:, :, :prompt_length] = attention_mask.bool()[:, None]
+        self._itself = torch.eye(num_beams, dtype=torch.bool, device=device)
+
+    def append(self, positions: torch.Tensor, segments: torch.Tensor) -> None:
+        """Takes the next places for a token `(rows, beams)` of every beam."""
+        begin, self.end = self.end, self.end + positions.shape[1]
+        self.positions[:, begin : self.end] = positions
+        self.segments[:, begin : self.end] = segments
+        self.visible[:, :, begin : self.end] = self._itself
+
+    def reorder(self, parents: torch.Tensor) -> None:
+        """Every beam takes over the past of its parent `(rows, beams)`."""
+        self.visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
+
+
+class _Vocabulary:
+    """Tokens in and logits out, the extension tokens' embeddings computed once for all steps.
+
+    Args:
+        model: with `lm_head` and `language_model()`.
+        extension_table: `(rows, E, 2)` or None.
+        extension_mask: `(rows, 1 + E)`: whether plain `<unk>` and the extension tokens are of the row's own prompt.
+    """
+
+    def __init__(self, model, extension_table: torch.Tensor | None, extension_mask: torch.Tensor | None):
+        self.lm_head = model.lm_head
+        self.language_model = model.language_model()
+        self.config = self.language_model.config
+        self.forbidden = None if extension_mask is None else ~extension_mask.bool()
+        self.extension_bases: torch.Tensor | None = None
+        self.extension_embeddings: torch.Tensor | None = None
+        if extension_table is not None and extension_table.shape[1] > 0:
+            self.extension_bases = extension_table[..., 0]
+            self.extension_embeddings = self.language_model.embed_extensions(extension_table)
+
+    def base_ids(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(rows, n)` with extension tokens replaced by their base tokens."""
+        if self.extension_bases is None:
+            return tokens
+        entry = (tokens - self.config.vocab_size).clamp(min=0)
+        return torch.where(tokens < self.config.vocab_size, tokens, self.extension_bases.gather(1, entry))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(rows, n)` -> `(rows, n, hidden)`."""
+        embeddings = self.language_model.embed_tokens(self.base_ids(tokens))
+        if self.extension_embeddings is None:
+            return embeddings
+        entry = (tokens - self.config.vocab_size).clamp(min=0).to(embeddings.device)
+        extensions = self.extension_embeddings.gather(1, entry[..., None].expand_as(embeddings))
+        is_extension = (tokens >= self.config.vocab_size).to(embeddings.device)
+        return torch.where(is_extension[..., None], extensions, embeddings)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(rows, n, hidden)` -> `(rows, n, vocab_size + E)` in fp32, forbidden tokens as the original has them."""
+        logits = self.lm_head(hidden_states).float()
+        if self.extension_embeddings is not None:
+            extensions = self.extension_embeddings.to(hidden_states.device, hidden_states.dtype)
+            extension_logits = torch.matmul(hidden_states, extensions.transpose(1, 2))
+            logits = torch.cat([logits, extension_logits.to(logits)], dim=-1)
+        if self.forbidden is not None:
+            forbidden = self.forbidden.to(logits.device)[:, None]
+            logits[..., self.config.unk_token_id].masked_fill_(forbidden[..., 0], FORBIDDEN_LOGIT)
+            if forbidden.shape[-1] > 1:
+                logits[..., self.config.vocab_size :].masked_fill_(forbidden[..., 1:], FORBIDDEN_LOGIT)
+        return logits
+
+
 class ReferenceBeamSearch:
     """One search over a batch of prompts; rows are independent of each other."""
 
@@ -113,26 +218,15 @@ class ReferenceBeamSearch:
     ) -> list[SlotAnswers]:
         decoding, config = self.decoding, self.config
         inputs = dict(inputs)
-        num_rows, num_beams, limit = len(answer_segments), decoding.num_beams, decoding.last_step
-        extension_mask = inputs.pop("extension_mask", None)
-        extension_table = inputs.get("extension_table")
-        attention_mask = inputs["attention_mask"]
-        prompt_length = attention_mask.shape[1]
+        num_rows, num_beams, num_steps = len(answer_segments), decoding.num_beams, decoding.last_step + 1
+        vocabulary = _Vocabulary(self.model, inputs.get("extension_table"), inputs.pop("extension_mask", None))
+        segment_relations = inputs["segment_relations"]
 
         cache = CpmBeeCache()
         self.model.model(**inputs, past_key_values=cache, use_cache=True)
 
-        device = attention_mask.device
-        capacity = prompt_length + (limit + 1) * num_beams
-        key_positions = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
-        key_segments = torch.zeros(num_rows, capacity, dtype=torch.long, device=device)
-        key_positions[:, :prompt_length] = torch.arange(prompt_length, device=device)
-        key_segments[:, :prompt_length] = inputs["segment_ids"]
-        # Own past of every beam: the prompt, then one place a step.
-        visible = torch.zeros(num_rows, num_beams, capacity, dtype=torch.bool, device=device)
-        visible[:, :, :prompt_length] = attention_mask.bool()[:, None]
-
-        forbidden = self._forbidden_columns(extension_mask, extension_table)
+        places = _Places(inputs["attention_mask"], inputs["segment_ids"], num_beams, num_steps)
+        device = places.positions.device
         beams = [[_Beam() for _ in range(num_beams)] for _ in range(num_rows)]
         hypotheses = [_Hypotheses(num_beams, decoding.length_penalty) for _ in range(num_rows)]
         scores = torch.full((num_rows, num_beams), ABSENT_BEAM_SCORE, device=device)
@@ -140,100 +234,74 @@ class ReferenceBeamSearch:
         tokens = torch.full((num_rows, num_beams), config.bos_token_id, device=device)
         segments = torch.tensor([[slots[0]] * num_beams for slots in answer_segments], device=device)
         positions = torch.zeros(num_rows, num_beams, dtype=torch.long, device=device)
-        history = torch.empty(num_rows, num_beams, limit + 1, dtype=torch.long, device=device)
+        history = torch.empty(num_rows, num_beams, num_steps, dtype=torch.long, device=device)
 
-        for step in range(limit + 1):
-            places = slice(prompt_length + step * num_beams, prompt_length + (step + 1) * num_beams)
-            key_positions[:, places] = positions
-            key_segments[:, places] = segments
-            visible[:, :, places] = torch.eye(num_beams, dtype=torch.bool, device=device)
-            history[:, :, step] = self._base_ids(tokens, extension_table)
-            logits = self._logits(
-                tokens,
-                places,
-                key_positions,
-                key_segments,
-                visible,
-                inputs["segment_relations"],
-                extension_table,
-                cache,
-            )
-            values, indices = self._best_candidates(logits, scores, forbidden, history[:, :, : step + 1])
-            num_columns = logits.shape[-1]
-            candidate_values, candidate_indices = values.tolist(), indices.tolist()  # the step's one synchronisation
+        for step in range(num_steps):
+            places.append(positions, segments)
+            history[:, :, step] = vocabulary.base_ids(tokens)
+            hidden_states = self._decode(vocabulary.embed(tokens), places, segment_relations, cache)
+            logits = vocabulary.logits(hidden_states).to(device)
+            best_scores, best_parents, best_tokens = self._best_candidates(logits, scores, history[:, :, : step + 1])
 
-            parents, next_tokens, next_scores = [], [], []
-            for row in range(num_rows):
-                chosen = self._advance_row(
-                    step, answer_segments[row], beams[row], hypotheses[row],
-                    candidate_values[row], candidate_indices[row], num_columns,
-                )  # fmt: skip
-                beams[row] = [beam for _, _, _, beam in chosen]
-                parents.append([parent for parent, _, _, _ in chosen])
-                next_tokens.append([token for _, token, _, _ in chosen])
-                next_scores.append([score for _, _, score, _ in chosen])
+            continuations = [
+                self._advance_row(step, answer_segments[row], beams[row], hypotheses[row], candidates)
+                for row, candidates in enumerate(to_host(best_scores, best_parents, best_tokens))
+            ]
             if progress is not None:
                 progress(step + 1)
             if all(row.done for row in hypotheses):
                 break
-            order = torch.tensor(parents, device=device)
-            tokens = torch.tensor(next_tokens, device=device)
-            scores = torch.tensor(next_scores, device=device)
-            starts_slot = tokens == config.bos_token_id
-            starts_slot &= torch.tensor([[beam.slots[-1:] != [beam.slot] for beam in row] for row in beams]).to(device)
-            positions = torch.where(starts_slot, 0, positions.gather(1, order) + 1)
-            segments = torch.tensor(
-                [[slots[beam.slot] for beam in row] for slots, row in zip(answer_segments, beams, strict=True)],
+            beams = [[entry.beam for entry in row] for row in continuations]
+            ranks, tokens, segments, starts_slot = torch.tensor(
+                [
+                    [[entry.rank, entry.token, slots[entry.beam.slot], entry.starts_slot] for entry in row]
+                    for slots, row in zip(answer_segments, continuations, strict=True)
+                ],
                 device=device,
-            )
-            visible = visible.gather(1, order[..., None].expand_as(visible))
-            history = history.gather(1, order[..., None].expand_as(history))
+            ).unbind(-1)
+            parents, scores = best_parents.gather(1, ranks), best_scores.gather(1, ranks)
+            positions = (positions.gather(1, parents) + 1) * (1 - starts_slot)
+            history = history.gather(1, parents[..., None].expand_as(history))
+            places.reorder(parents)
 
         return [self._best(row, slots) for row, slots in zip(hypotheses, answer_segments, strict=True)]
 
     # ------------------------------------------------------------------------------------------------ model and scores
 
-    def _logits(
-        self, tokens, places, key_positions, key_segments, visible, segment_relations, extension_table, cache
+    def _decode(
+        self, embeddings: torch.Tensor, places: _Places, segment_relations: torch.Tensor, cache: CpmBeeCache
     ) -> torch.Tensor:
-        """Next-token logits `(rows, beams, columns)` in fp32; the beams are the queries of one sequence."""
-        language_model = self.language_model
-        embeddings = language_model.embed(tokens, extension_table)
-        end = places.stop
-        bias = language_model.position_bias(
-            key_positions[:, places], key_positions[:, :end], key_segments[:, places], key_segments[:, :end],
+        """Hidden states `(rows, beams, hidden)` of the newest places; the beams are the queries of one sequence."""
+        num_beams, end = embeddings.shape[1], places.end
+        bias = self.language_model.position_bias(
+            places.positions[:, end - num_beams : end],
+            places.positions[:, :end],
+            places.segments[:, end - num_beams : end],
+            places.segments[:, :end],
             segment_relations,
-        )  # fmt: skip
-        bias = language_model.merge_bias(bias, visible[:, :, :end].to(bias.device), embeddings.dtype)
-        outputs = language_model(inputs_embeds=embeddings, position_bias=bias, past_key_values=cache, use_cache=True)
-        return self.model.project(outputs.last_hidden_state, extension_table).float().to(tokens.device)
-
-    def _base_ids(self, tokens: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
-        if extension_table is None or extension_table.shape[1] == 0:
-            return tokens
-        row = (tokens - self.config.vocab_size).clamp(min=0)
-        return torch.where(tokens < self.config.vocab_size, tokens, extension_table[..., 0].gather(1, row))
-
-    def _forbidden_columns(
-        self, extension_mask: torch.Tensor | None, extension_table: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """`(rows, 1 + E)`: plain `<unk>` and the extension tokens that are not of the row's own prompt."""
-        return None if extension_mask is None else ~extension_mask.bool()
+        )
+        bias = self.language_model.merge_bias(bias, places.visible[:, :, :end].to(bias.device), embeddings.dtype)
+        outputs = self.language_model(
+            inputs_embeds=embeddings, position_bias=bias, past_key_values=cache, use_cache=True
+        )
+        return outputs.last_hidden_state
 
     def _best_candidates(
-        self, logits: torch.Tensor, scores: torch.Tensor, forbidden: torch.Tensor | None, history: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `2 * num_beams` best continuations of every row, best first, over `beams * columns`."""
-        decoding, vocab_size = self.decoding, self.config.vocab_size
-        if forbidden is not None:
-            logits[..., self.config.unk_token_id].masked_fill_(forbidden[:, None, 0], FORBIDDEN_LOGIT)
-            logits[..., vocab_size:].masked_fill_(forbidden[:, None, 1:], FORBIDDEN_LOGIT)
+        self, logits: torch.Tensor, scores: torch.Tensor, history: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, parents and tokens of every row's `2 * num_beams` best continuations, best first."""
+        decoding = self.decoding
         if decoding.repetition_penalty != 1.0:
             seen = logits.gather(-1, history)
             penalty = decoding.repetition_penalty
             logits.scatter_(-1, history, torch.where(seen < 0, seen * penalty, seen / penalty))
-        logprobs = torch.log_softmax(logits / decoding.temperature, dim=-1)
-        return torch.topk((logprobs + scores[..., None]).flatten(1), 2 * decoding.num_beams, dim=-1)
+        logprobs = torch.log_softmax(logits.div_(decoding.temperature), dim=-1)
+        # The best of a row are among the best of its beams. Several short searches take less time than a long one.
+        num_best = 2 * decoding.num_beams
+        beam_scores, beam_tokens = torch.topk(logprobs, min(num_best, logprobs.shape[-1]), dim=-1)
+        best_scores, index = torch.topk((beam_scores + scores[..., None]).flatten(1), num_best, dim=-1)
+        parents = index.div(beam_tokens.shape[-1], rounding_mode="floor")
+        return best_scores, parents, beam_tokens.flatten(1).gather(1, index)
 
     # ---------------------------------------------------------------------------------------------------- bookkeeping
 
@@ -243,29 +311,27 @@ class ReferenceBeamSearch:
         slots: Sequence[int],
         beams: list[_Beam],
         hypotheses: _Hypotheses,
-        values: list[float],
-        indices: list[int],
-        num_columns: int,
-    ) -> list[tuple[int, int, float, _Beam]]:
-        """The row's next beams as `(parent, token, score, beam)`; finished ones go to `hypotheses`."""
+        candidates: _Candidates,
+    ) -> list[_Continuation]:
+        """How the row's beams go on; finished ones go to `hypotheses`."""
         num_beams, config = self.decoding.num_beams, self.config
-        idle = [(0, config.pad_token_id, 0.0, _Beam(slot=0))] * num_beams
-        hypotheses.done = hypotheses.done or hypotheses.is_finished(values[0], step)
+        idle = [_Continuation(0, config.pad_token_id, False, _Beam())] * num_beams
+        hypotheses.done = hypotheses.done or hypotheses.is_finished(candidates.scores[0], step)
         if hypotheses.done:
             return idle
-        chosen: list[tuple[int, int, float, _Beam]] = []
-        for value, index in zip(values, indices, strict=True):
-            parent, token = divmod(index, num_columns)
+        chosen: list[_Continuation] = []
+        ranked = zip(candidates.scores, candidates.parents, candidates.tokens, strict=True)
+        for rank, (score, parent, token) in enumerate(ranked):
             beam = beams[parent]
             new_tokens, new_slots = [*beam.tokens, token], [*beam.slots, beam.slot]
             ends_slot = token == config.eos_token_id
             if step == self.decoding.last_step or (ends_slot and beam.slot == len(slots) - 1):
-                hypotheses.add(new_tokens, new_slots, value)
+                hypotheses.add(new_tokens, new_slots, score)
             elif ends_slot:
                 next_beam = _Beam(new_tokens, new_slots, beam.slot + 1)
-                chosen.append((parent, config.bos_token_id, value, next_beam))
+                chosen.append(_Continuation(rank, config.bos_token_id, True, next_beam))
             else:
-                chosen.append((parent, token, value, _Beam(new_tokens, new_slots, beam.slot)))
+                chosen.append(_Continuation(rank, token, False, _Beam(new_tokens, new_slots, beam.slot)))
             if len(chosen) == num_beams:
                 break
         if not chosen:  # the last step: every candidate became a hypothesis
@@ -283,6 +349,13 @@ class ReferenceBeamSearch:
             if answer and answer[-1] == self.config.eos_token_id:
                 answer.pop()
         return SlotAnswers(answers, score, len(tokens))
+
+
+def to_host(scores: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor) -> list[_Candidates]:
+    """Every row's candidates, in one transfer: the step's only synchronisation with the device."""
+    packed = torch.stack([scores.view(torch.int32), parents.int(), tokens.int()]).cpu()
+    rows = zip(packed[0].view(torch.float32).tolist(), packed[1].tolist(), packed[2].tolist(), strict=True)
+    return [_Candidates(*row) for row in rows]
 
 
 __all__ = ["ReferenceBeamSearch", "ReferenceDecodingConfig", "SlotAnswers"]

@@ -20,10 +20,6 @@ class GrowingLayer(DynamicLayer):
         super().__init__()
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def _owns(self, states: torch.Tensor, buffer: torch.Tensor) -> bool:
-        """Whether `states` are still the view of `buffer` (and not re-ordered, cropped-and-cloned or moved)."""
-        return states.data_ptr() == buffer.data_ptr() and states.shape[:2] == buffer.shape[:2]
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,23 +28,35 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
-        length = past + key_states.shape[-2]
-        updated = []
-        for index, (states, new) in enumerate(((self.keys, key_states), (self.values, value_states))):
-            buffer = None if self._buffers is None else self._buffers[index]
-            if buffer is None or not self._owns(states, buffer) or length > buffer.shape[-2]:
-                buffer = new.new_empty(*new.shape[:2], length + GROWTH, new.shape[-1])
-                if past:
-                    buffer[:, :, :past] = states
-            buffer[:, :, past:length] = new
-            updated.append(buffer)
-        self._buffers = (updated[0], updated[1])
-        self.keys, self.values = (buffer[:, :, :length] for buffer in updated)
+        key_buffer, value_buffer = self._buffers or (None, None)
+        key_buffer, self.keys = append(key_buffer, self.keys, past, key_states)
+        value_buffer, self.values = append(value_buffer, self.values, past, value_states)
+        self._buffers = (key_buffer, value_buffer)
         return self.keys, self.values
 
     def reset(self) -> None:
         super().reset()
         self._buffers = None
+
+
+def append(
+    buffer: torch.Tensor | None, states: torch.Tensor, past: int, new: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes `new` behind the `past` places of `states`; returns the buffer and the longer view of it."""
+    count = new.shape[-2]
+    length = past + count
+    # Re-ordering, repeating or moving the cache replaces `states` by a tensor of its own; cropping doesn't.
+    if (
+        buffer is None
+        or length > buffer.shape[-2]
+        or states.data_ptr() != buffer.data_ptr()
+        or states.shape[:2] != buffer.shape[:2]
+    ):
+        buffer = new.new_empty(*new.shape[:-2], length + GROWTH, new.shape[-1])
+        if past:
+            buffer.narrow(-2, 0, past).copy_(states)
+    buffer.narrow(-2, past, count).copy_(new)
+    return buffer, buffer.narrow(-2, 0, length)
 
 
 class CpmBeeCache(DynamicCache):

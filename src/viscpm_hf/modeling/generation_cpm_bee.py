@@ -79,6 +79,9 @@ class CpmBeeGenerationMixin(GenerationMixin):
                 "prefill_chunk_size can't be used with CPM-Bee: its prompt attends in both directions, so it has to "
                 "be read in one piece."
             )
+        num_beams = kwargs.get("num_beams")
+        if num_beams is not None and num_beams < 1:
+            raise ValueError(f"num_beams must be a whole number of at least 1, got {num_beams!r}.")
         if extension_mask is not None:
             config = self.config.get_text_config(decoder=True)
             own_strings = ExtensionTokenProcessor(extension_mask, config.unk_token_id, config.vocab_size)

@@ -145,11 +145,12 @@ class Beit3Attention(nn.Module):
         def linear():
             return nn.Linear(config.hidden_size, config.hidden_size)
 
-        self.q_proj = Multiway(linear)
-        self.k_proj = Multiway(linear)
-        self.v_proj = Multiway(linear)
+        # Not `q_proj` and so on: by these names LoRA recipes mean the language model, and expect plain layers.
+        self.q_experts = Multiway(linear)
+        self.k_experts = Multiway(linear)
+        self.v_experts = Multiway(linear)
         self.inner_layer_norm = Multiway(lambda: nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps))
-        self.out_proj = Multiway(linear)
+        self.out_experts = Multiway(linear)
 
     def _to_heads(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.view(*hidden_states.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -165,11 +166,11 @@ class Beit3Attention(nn.Module):
         Returns:
             The (B, N + Q, D) attention output, image tokens first, and the attention weights (`None` unless eager).
         """
-        key_states = self._to_heads(join_rows(*self.k_proj(image_rows, query_rows)))
-        value_states = self._to_heads(join_rows(*self.v_proj(image_rows, query_rows)))
+        key_states = self._to_heads(join_rows(*self.k_experts(image_rows, query_rows)))
+        value_states = self._to_heads(join_rows(*self.v_experts(image_rows, query_rows)))
         if only_query_rows:
             image_rows = None
-        query_states = self._to_heads(join_rows(*self.q_proj(image_rows, query_rows)))
+        query_states = self._to_heads(join_rows(*self.q_experts(image_rows, query_rows)))
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -186,7 +187,7 @@ class Beit3Attention(nn.Module):
         )
         attn_output = attn_output.flatten(2)
         attn_rows = split_rows(attn_output, 0 if image_rows is None else image_rows.shape[1])
-        attn_output = join_rows(*self.out_proj(*self.inner_layer_norm(*attn_rows)))
+        attn_output = join_rows(*self.out_experts(*self.inner_layer_norm(*attn_rows)))
         return attn_output, attn_weights
 
 

@@ -5,6 +5,7 @@ Source: CPM-Bee-10B as used by VisCPM (arXiv:2308.12038). For documents, segment
 the weights, so all layers are plain `nn.Linear` and the head is tied to the embedding.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ class CpmBeeRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
         hidden_states = hidden_states.float()
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        variance = (hidden_states * hidden_states).mean(-1, keepdim=True)
         hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
         return self.weight * hidden_states.to(dtype)
 
@@ -211,6 +212,8 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CpmBeeDecoderLayer, "attentions": CpmBeeAttention}
 
+    # diffusers reads the signature to see which arguments there are.
+    @functools.wraps(PreTrainedModel.save_pretrained, assigned=(), updated=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, but always with today's names, however the model was loaded."""
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)

@@ -324,6 +324,12 @@ class VisCPMChatProcessor(ProcessorMixin):
             for index, row in enumerate(sequences)
         ]
 
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in transformers, but the saved folder's `auto_map` is not left on this object (loading drops it too)."""
+        files = super().save_pretrained(*args, **kwargs)
+        self.__dict__.pop("auto_map", None)
+        return files
+
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs
     ) -> MultiModalData:

@@ -1,0 +1,154 @@
+"""What lies beside the weights: configurations, tokenizer, remote code, the model card, the list of what was done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .model_card import chat_card, cpm_bee_card
+from .original import (
+    CHAT,
+    CPM_BEE,
+    LLM_SPELLINGS,
+    PAINT,
+    VISION_CONFIG_NAME,
+    VISION_SPELLINGS,
+    VOCAB_NAME,
+)
+from .tensor_files import dtype_name
+from .verify import empty_model
+
+
+if TYPE_CHECKING:
+    from .planning import Checkpoint, ConversionPlan
+
+
+AUTO_CLASSES = {
+    CHAT: (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM),
+    CPM_BEE: (AutoModel, AutoModelForCausalLM),
+}
+ORIGINAL_MODEL_TYPE = {CHAT: "viscpmchatbee", CPM_BEE: "cpmbee", PAINT: "cpmbee"}
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def export_transformers_folder(
+    folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]
+) -> None:
+    """Completes a folder of weights to one that `from_pretrained` loads, with and without this package."""
+    model = empty_model(checkpoint.config)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype_name(plan.stored_dtype())
+    for part in (getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+        if part is not None:
+            part.dtype = config.dtype
+    config.name_or_path = ""
+    config.auto_map = auto_map(config, AUTO_CLASSES[checkpoint.kind])
+    save_code(model, folder)
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_processor(folder, checkpoint)
+    write_index(folder, plan, "model")
+    write_json(folder / "conversion.json", manifest)
+    card = chat_card if checkpoint.kind == CHAT else cpm_bee_card
+    (folder / "README.md").write_text(card(checkpoint, plan, manifest), "utf-8")
+
+
+def auto_map(config: Any, auto_classes: tuple[type, ...]) -> dict[str, str]:
+    """Which class of the remote code every Auto class takes."""
+    classes = {"AutoConfig": type(config)}
+    classes |= {auto_class.__name__: auto_class._model_mapping[type(config)] for auto_class in auto_classes}
+    return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
+
+
+def save_code(model: Any, folder: Path) -> None:
+    """Copies the files of a model's class and of all that they import from beside them."""
+    custom_object_save(model, folder)
+
+
+def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
+    from ..modeling.image_processing_viscpm import VisCPMImageProcessor
+    from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+    from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
+
+    tokenizer = CpmBeeTokenizer(str(checkpoint.vocab))
+    if checkpoint.kind == CHAT:
+        config = checkpoint.config
+        side = config.vision_config.image_size
+        image_processor = VisCPMImageProcessor(size={"height": side, "width": side})
+        VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens).save_pretrained(
+            folder
+        )
+    else:
+        tokenizer.save_pretrained(folder)
+    shutil.copyfile(checkpoint.vocab, folder / VOCAB_NAME)  # to the byte, the line ends included
+
+
+def write_index(folder: Path, plan: ConversionPlan, weights_name: str, part: str = "") -> None:
+    """The list of shards, if there is more than one."""
+    prefix = f"{part}/" if part else ""
+    files = [file for file in plan.files if file.is_model and file.path.rpartition("/")[0] == part]
+    if len(files) < 2:
+        return
+    name = SAFE_WEIGHTS_INDEX_NAME if weights_name == "model" else f"{weights_name}.safetensors.index.json"
+    weight_map = {transfer.target.name: file.path.removeprefix(prefix) for file in files for transfer in file.tensors}
+    parameters = sum(transfer.target.numel for file in files for transfer in file.tensors)
+    metadata = {"total_parameters": parameters, "total_size": sum(file.nbytes for file in files)}
+    write_json(folder / part / name, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+# -------------------------------------------------------------------------------------------------- the way back
+
+
+def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
+    """Completes an original file to a folder in the layout of its Hub repository."""
+    before = _original_configs(checkpoint)
+    config = {"model_type": ORIGINAL_MODEL_TYPE[checkpoint.kind], **_original_sizes(checkpoint)}
+    write_json(folder / "config.json", {**config, **before.get("config.json", {})})
+    if VISION_CONFIG_NAME in before:
+        write_json(folder / VISION_CONFIG_NAME, before[VISION_CONFIG_NAME])
+    shutil.copyfile(checkpoint.vocab, folder / VOCAB_NAME)
+    write_json(folder / "conversion.json", manifest)
+    if checkpoint.kind == PAINT:
+        from .paint import copy_diffusion_parts
+
+        copy_diffusion_parts(checkpoint, folder)
+
+
+def _original_configs(checkpoint: Checkpoint) -> dict[str, Any]:
+    from .source import json_object
+
+    configs = json_object(checkpoint.location.path / "conversion.json").get("original_configs")
+    return configs if isinstance(configs, dict) else {}
+
+
+def _original_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration in the original's words."""
+    config = checkpoint.config
+    text = config.get_text_config(decoder=True)
+    sizes = {spellings[0]: getattr(text, name) for name, spellings in LLM_SPELLINGS.items()}
+    if checkpoint.kind == CHAT:
+        sizes |= {spellings[0]: getattr(config.vision_config, name) for name, spellings in VISION_SPELLINGS.items()}
+    if checkpoint.kind == PAINT:
+        sizes["unet_cross_attention_dim"] = config.projection_dim
+    return sizes
+
+
+def export_paint_folder(
+    folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]
+) -> None:
+    """Completes a folder of weights to one that `DiffusionPipeline.from_pretrained` loads."""
+    from .paint import export_parts
+
+    export_parts(folder, checkpoint, plan, manifest)
+    write_json(folder / "conversion.json", manifest)

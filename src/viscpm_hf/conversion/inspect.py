@@ -1,0 +1,385 @@
+"""What is this checkpoint? Answered from names, shapes and configurations; no weight is read."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError, OriginalCheckpointError
+from .original import (
+    CHAT,
+    CPM_BEE,
+    ORIGINAL_SUFFIXES,
+    PAINT,
+    check_state_dict,
+    checkpoint_kind,
+    key_map_of,
+    load_state_dict,
+)
+from .source import (
+    DIFFUSERS_FOLDER,
+    ORIGINAL_FILE,
+    ORIGINAL_FOLDER,
+    Location,
+    llm_config_file,
+    locate,
+    original_files,
+    vision_config_file,
+    vocab_file,
+)
+from .tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
+
+
+KINDS = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
+
+# What a weight takes once quantised by bitsandbytes: int8, and 4 bits with a scale for every 64 values.
+INT8_BYTES = 1.0
+NF4_BYTES = 0.5 + 4 / 64
+HALF_BYTES = 2.0
+
+# Parts whose linear layers quantisation takes on; the rest stays in half precision.
+QUANTISED_PARTS = ("language model", "text encoder")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is."""
+
+    source: str
+    kind: str | None
+    """`"chat"`, `"paint"` or `"cpm_bee"`; None if the weights aren't at hand and the rest doesn't tell."""
+    layout: str
+    files: dict[str, int]
+    """Files of weights and their sizes in bytes."""
+    num_bytes: int
+    num_parameters: int
+    parameters: dict[str, int] = field(default_factory=dict)
+    """By part."""
+    dtypes: dict[str, int] = field(default_factory=dict)
+    """Parameters by dtype."""
+    is_sharded: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)
+    """Width, layers, vocabulary, resolution, queries, as far as they apply."""
+    missing: list[str] = field(default_factory=list)
+    """Tensors and files that aren't there."""
+    surplus: list[str] = field(default_factory=list)
+    """Tensors that no model knows."""
+    problems: list[str] = field(default_factory=list)
+    """What else keeps the checkpoint from being used."""
+    alternatives: list[str] = field(default_factory=list)
+    """Several files in one folder are alternatives, of which one has to be chosen."""
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    """Memory of the weights in fp16, int8 and 4 bits."""
+    next_command: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        return not (self.missing or self.problems or self.alternatives)
+
+
+def inspect(
+    source: str | os.PathLike,
+    *,
+    llm_config: str | os.PathLike | None = None,
+    vision_config: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Inspection:
+    """Says what a checkpoint is, without reading its weights.
+
+    Args:
+        source: a file, a folder, or a Hub id. Of a Hub repository only the small files are fetched.
+        llm_config, vision_config: the original's JSON files, if they aren't beside the weights.
+        revision, token: of the Hub.
+
+    Raises:
+        OriginalCheckpointError: if it is no checkpoint of VisCPM or CPM-Bee, or a damaged one.
+        OSError: if it isn't there or can't be read.
+    """
+    location = locate(source, revision, token, with_weights=False)
+    if location.is_converted:
+        return _inspect_converted(location)
+    files = original_files(location.path) if location.layout == ORIGINAL_FOLDER else [location.path]
+    vae_names = {"vae.bin", "vae.pt"}
+    models = [file for file in files if file.name not in vae_names]
+    if len(models) > 1:
+        return _inspect_alternatives(location, models)
+    if not models:
+        return _inspect_without_weights(location)
+    return _inspect_original(location, models[0], llm_config, vision_config)
+
+
+# ---------------------------------------------------------------------------------------------------------- original
+
+
+def _inspect_original(location: Location, weights: Path, llm_config, vision_config) -> Inspection:
+    state_dict = load_state_dict(weights)
+    kind = checkpoint_kind(state_dict)
+    if kind is None:
+        raise OriginalCheckpointError(
+            f"{weights} is no VisCPM or CPM-Bee checkpoint: its {len(state_dict)} tensors have other names "
+            f"({', '.join(list(state_dict)[:3])})."
+        )
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()]
+    parts = [(_original_part(spec.name), spec) for spec in specs]
+    config, problems = _original_config(location, kind, state_dict, llm_config, vision_config)
+    missing, surplus = [], []
+    if config is not None and kind != PAINT:
+        from .verify import empty_model
+
+        model = empty_model(config)
+        tied = set(model.all_tied_weights_keys)
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+        found = check_state_dict(state_dict, key_map_of(kind, state_dict), expected)
+        missing, surplus = list(found.missing), list(found.unexpected)
+        problems += found.misshaped
+    if config is not None and kind == PAINT:
+        from .paint import check_original_paint
+
+        missing, surplus, shapes = check_original_paint(location, config, state_dict)
+        problems += shapes
+    try:
+        vocab_file(location, None)
+    except FileNotFoundError:
+        missing.append("vocab.txt")
+    if kind == PAINT and not any((location.folder / name).exists() for name in ("vae", "vae.bin")):
+        missing.append("vae/ (the original file has none; openbmb/VisCPM-Paint has it in a folder)")
+    name = location.name if location.layout == ORIGINAL_FILE else f"{location.name.rstrip('/')}"
+    return _inspection(
+        location,
+        kind,
+        {weights.name: weights.stat().st_size},
+        parts,
+        config,
+        missing=missing,
+        surplus=surplus,
+        problems=problems,
+        next_command=_convert_command(name, missing),
+    )
+
+
+def _original_part(name: str) -> str:
+    prefix = name.partition(".")[0]
+    return {
+        "llm": "language model",
+        "encoder": "language model",
+        "input_embedding": "language model",
+        "position_bias": "language model",
+        "query": "vision tower",
+        "vpm": "vision tower",
+        "mapping": "projector",
+        "trans_block": "projection",
+        "unet": "UNet",
+    }.get(prefix, "other")
+
+
+def _original_config(location: Location, kind: str, state_dict, llm_config, vision_config) -> tuple[Any, list[str]]:
+    """The configuration, or what is wrong with it."""
+    from .original import chat_config, read_json, text_config, text_encoder_config
+
+    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+    try:
+        llm_file, vision_file = llm_config_file(location, llm_config), vision_config_file(location, vision_config)
+        llm = read_json(llm_file, "The configuration") if llm_file is not None else {}
+        if kind == CHAT:
+            vision = read_json(vision_file, "The vision configuration") if vision_file is not None else {}
+            return chat_config(llm, vision, shapes), []
+        return (text_encoder_config if kind == PAINT else text_config)(llm, shapes), []
+    except (ValueError, TypeError) as error:
+        return None, [" ".join(str(error).split())]
+
+
+def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
+    """A folder of which one file has to be chosen."""
+    kinds = {}
+    for file in files:
+        try:
+            kinds[file.name] = checkpoint_kind(load_state_dict(file))
+        except OriginalCheckpointError as error:
+            kinds[file.name] = f"unusable: {error}"
+    problems = [f"{name}: {kind}" for name, kind in kinds.items() if kind not in KINDS]
+    known = {kind for kind in kinds.values() if kind in KINDS}
+    usable = next((file.name for file in files if kinds[file.name] in KINDS), files[0].name)
+    sizes = {file.name: file.stat().st_size for file in files}
+    return Inspection(
+        source=location.name,
+        kind=known.pop() if len(known) == 1 else None,
+        layout=location.layout,
+        files=sizes,
+        num_bytes=sum(sizes.values()),
+        num_parameters=0,
+        problems=problems,
+        alternatives=[file.name for file in files],
+        next_command=shlex.join(["viscpm-hf", "inspect", f"{location.name.rstrip('/')}/{usable}"]),
+    )
+
+
+def _inspect_without_weights(location: Location) -> Inspection:
+    """A folder, or a Hub repository, of which only the configuration is at hand."""
+    from .original import find_original_config
+
+    config = find_original_config(location.path)
+    kind = None
+    if config is not None:
+        kind = CHAT if config.model_type == "viscpm_chat" else None
+    return Inspection(
+        source=location.name,
+        kind=kind,
+        layout=location.layout,
+        files={},
+        num_bytes=0,
+        num_parameters=0,
+        sizes=_sizes(config),
+        missing=[f"weights ({' or '.join(ORIGINAL_SUFFIXES)})"],
+        next_command=_convert_command(location.name, []),
+    )
+
+
+def _convert_command(source: str, missing: list[str]) -> str:
+    words = ["viscpm-hf", "convert", source, f"{Path(source).stem or 'viscpm'}-hf", "--verify"]
+    if "vocab.txt" in missing:
+        words += ["--vocab", "vocab.txt"]
+    if any(name.startswith("vae/") for name in missing):
+        words += ["--vae", "vae"]
+    return shlex.join(words)
+
+
+# --------------------------------------------------------------------------------------------------------- converted
+
+
+def _inspect_converted(location: Location) -> Inspection:
+    from transformers import AutoConfig
+
+    is_paint = location.layout == DIFFUSERS_FOLDER
+    folders = {"": "model"}
+    if is_paint:
+        folders = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    files, parts, missing, problems = {}, [], [], []
+    is_sharded = False
+    for folder, name in folders.items():
+        try:
+            names = weight_files(location.path / folder, name)
+            is_sharded |= len(names) > 1
+            for file in names:
+                path = location.path / folder / file
+                files[os.path.join(folder, file)] = path.stat().st_size
+                parts += [(_converted_part(folder, spec.name), spec) for spec in safetensors_header(path).values()]
+        except FileNotFoundError as error:
+            missing.append(str(error))
+        except ConversionError as error:
+            problems.append(str(error))
+    config = AutoConfig.from_pretrained(location.path / ("text_encoder" if is_paint else ""))
+    surplus: list[str] = []
+    if not (missing or problems):
+        try:
+            if is_paint:
+                from .paint import check_paint_folder
+
+                check_paint_folder(location.path)
+            else:
+                from .verify import check_transformers_folder
+
+                check_transformers_folder(location.path)
+        except (ConversionError, OSError) as error:
+            problems.append(str(error))
+    name = shlex.quote(location.name)
+    command = (
+        f"viscpm-hf chat {name} IMAGE" if location.kind == CHAT else f"viscpm-hf publish {name} REPO_ID --dry-run"
+    )
+    return _inspection(
+        location,
+        location.kind,
+        files,
+        parts,
+        config,
+        is_sharded=is_sharded,
+        missing=missing,
+        surplus=surplus,
+        problems=problems,
+        next_command=command,
+    )
+
+
+def _converted_part(folder: str, name: str) -> str:
+    if folder == "text_encoder":
+        return "language model" if name.startswith("model.") else "projection"
+    if folder:
+        return {"unet": "UNet", "vae": "VAE"}[folder]
+    if "vision_tower." in name:
+        return "vision tower"
+    return "projector" if "multi_modal_projector." in name else "language model"
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+def _inspection(location: Location, kind: str | None, files: dict[str, int], parts, config, **known) -> Inspection:
+    parameters: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    for part, spec in parts:
+        parameters[part] += spec.numel
+        dtypes[dtype_name(spec.dtype)] += spec.numel
+    return Inspection(
+        source=location.name,
+        kind=kind,
+        layout=location.layout,
+        files=files,
+        num_bytes=sum(files.values()),
+        num_parameters=sum(parameters.values()),
+        parameters=dict(parameters),
+        dtypes=dict(dtypes),
+        sizes=_sizes(config),
+        memory_bytes=_memory(parts),
+        **known,
+    )
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    if config is None:
+        return {}
+    text = config.get_text_config(decoder=True)
+    sizes = {
+        "hidden_size": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "attention_heads": text.num_attention_heads,
+        "vocabulary": text.vocab_size,
+    }
+    vision = getattr(config, "vision_config", None)
+    if vision is not None:
+        sizes |= {
+            "vision_layers": vision.num_hidden_layers,
+            "resolution": vision.image_size,
+            "patch_size": vision.patch_size,
+            "queries": vision.num_query_tokens,
+        }
+    if getattr(config, "projection_dim", None) is not None:
+        sizes["prompt_embedding"] = config.projection_dim
+    return sizes
+
+
+def _memory(parts: list[tuple[str, TensorSpec]]) -> dict[str, int]:
+    """Memory of the weights alone; images, prompts and answers come on top."""
+    linear = other = 0
+    for part, spec in parts:
+        is_table = "embed" in spec.name or "relative_attention_bias" in spec.name
+        if part in QUANTISED_PARTS and len(spec.shape) == 2 and not is_table:
+            linear += spec.numel
+        else:
+            other += spec.numel
+    return {
+        name: math.ceil(linear * nbytes + other * HALF_BYTES)
+        for name, nbytes in (("fp16", HALF_BYTES), ("int8", INT8_BYTES), ("4-bit", NF4_BYTES))
+    }
+
+
+def as_dict(inspection: Inspection) -> Mapping[str, Any]:
+    """For JSON."""
+    from dataclasses import asdict
+
+    return {**asdict(inspection), "is_complete": inspection.is_complete}

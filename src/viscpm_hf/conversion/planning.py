@@ -1,0 +1,305 @@
+"""What a checkpoint consists of, and which of its tensors goes where, decided before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from . import key_maps
+from .errors import ConversionError, OriginalCheckpointError
+from .original import CHAT, PAINT, chat_config, checkpoint_kind, key_map_of, load_state_dict, read_json, text_config
+from .source import Location, file_beside, llm_config_file, original_weights, vision_config_file, vocab_file
+from .tensor_files import SafetensorsFolder, TensorSpec
+from .transfer import TensorTransfer
+from .weight_transforms import KeyMatcher
+
+
+# Names of weights without the endings, as the two libraries have them.
+TRANSFORMERS_WEIGHTS, DIFFUSERS_WEIGHTS = "model", "diffusion_pytorch_model"
+
+# The model has no use for these tensors; with them the original file can be had back.
+EXTRAS_NAME = "original_extras.safetensors"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model of a checkpoint, in a folder of its own."""
+
+    folder: str
+    """`""` for the checkpoint's own."""
+    weights_name: str
+    key_map: key_maps.KeyMap
+    source_prefix: str = ""
+    """Before the names in `Checkpoint.tensors`; the map doesn't know it."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose tensors are mapped and whose configurations are read."""
+
+    location: Location
+    kind: str
+    tensors: dict[str, torch.Tensor]
+    parts: list[Part]
+    weight_files: list[Path]
+    config: PreTrainedConfig
+    """Of the model, for Paint of its text encoder."""
+    vocab: Path
+    original_configs: dict[str, Any] = field(default_factory=dict)
+    """The original's JSON files by their names, to be given back on the way back."""
+    diffusion: Any = None
+    """Paint's UNet, VAE and scheduler configurations."""
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file of tensors."""
+
+    path: str
+    """Relative to the new folder."""
+    tensors: tuple[TensorTransfer, ...]
+    is_model: bool = True
+    """Whether a model loads it."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(transfer.target.nbytes for transfer in self.tensors)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything that is written, in order."""
+
+    files: tuple[FilePlan, ...]
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Tensors that no model needs, and why."""
+    dtype: torch.dtype | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(transfer.target.numel for file in self.files if file.is_model for transfer in file.tensors)
+
+    def file_of_dropped(self, name: str) -> str | None:
+        kept = (file for file in self.files if not file.is_model)
+        return next((file.path for file in kept if any(t.target.name == name for t in file.tensors)), None)
+
+    def stored_dtype(self, folder: str = "") -> torch.dtype:
+        """The dtype of most of a part's values."""
+        counts: dict[torch.dtype, int] = {}
+        for file in self.files:
+            if file.is_model and os.path.dirname(file.path) == folder:
+                for transfer in file.tensors:
+                    counts[transfer.target.dtype] = counts.get(transfer.target.dtype, 0) + transfer.target.numel
+        return max(counts, key=counts.__getitem__)
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+
+
+# -------------------------------------------------------------------------------------------------- original -> ours
+
+
+def open_original(
+    location: Location,
+    llm_config: str | os.PathLike | None = None,
+    vision_config: str | os.PathLike | None = None,
+    diffusion_config: str | os.PathLike | None = None,
+    vae: str | os.PathLike | None = None,
+    vocab: str | os.PathLike | None = None,
+) -> Checkpoint:
+    """Maps an original checkpoint and checks that it is complete.
+
+    Raises:
+        OriginalCheckpointError: if it isn't, or its configurations are of another one.
+        FileNotFoundError: if a file is missing.
+    """
+    vae_file = Path(vae) if vae is not None else None
+    weights = original_weights(location, except_for=vae_file)
+    tensors = load_state_dict(weights)
+    kind = checkpoint_kind(tensors)
+    if kind is None:
+        raise OriginalCheckpointError(
+            f"{weights} is no VisCPM or CPM-Bee checkpoint: its {len(tensors)} tensors have other names "
+            f"({', '.join(list(tensors)[:3])})."
+        )
+    llm_file, vision_file = llm_config_file(location, llm_config), vision_config_file(location, vision_config)
+    llm = read_json(llm_file, "The configuration") if llm_file is not None else {}
+    vision = read_json(vision_file, "The vision configuration") if vision_file is not None else {}
+    original_configs = {"config.json": llm}
+    if kind == CHAT and vision:
+        original_configs["vision.json"] = vision
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    words = vocab_file(location, vocab)
+    if kind == PAINT:
+        from .paint import open_original_paint
+
+        return open_original_paint(
+            location, weights, tensors, shapes, llm, words, original_configs, diffusion_config, vae_file
+        )
+    if vae is not None or diffusion_config is not None:
+        raise OriginalCheckpointError(f"{weights} is a {kind.replace('_', '-')} checkpoint: it has no VAE, no UNet.")
+
+    from ..auto import check_original_weights
+    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
+    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+
+    config = chat_config(llm, vision, shapes) if kind == CHAT else text_config(llm, shapes)
+    model_class = VisCPMChatForConditionalGeneration if kind == CHAT else CpmBeeForCausalLM
+    check_original_weights(tensors, model_class, config, weights)
+    check_vocabulary(words, config)
+    part = Part("", TRANSFORMERS_WEIGHTS, key_map_of(kind, tensors))
+    return Checkpoint(location, kind, tensors, [part], [weights], config, words, original_configs)
+
+
+def check_vocabulary(vocab: Path, config: PreTrainedConfig) -> None:
+    """Raises [`OriginalCheckpointError`] if the vocabulary isn't the model's."""
+    from ..modeling.tokenization_cpm_bee import load_vocab
+
+    tokens, rows = len(load_vocab(vocab)), config.get_text_config(decoder=True).vocab_size
+    if tokens != rows:
+        raise OriginalCheckpointError(
+            f"The vocabulary {vocab} has {tokens:,} tokens, but the model {rows:,}: they are not of the same "
+            "checkpoint."
+        )
+
+
+def plan_conversion(checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_bytes: int) -> ConversionPlan:
+    """From the original's names to ours."""
+    files: list[FilePlan] = []
+    left = dict(checkpoint.tensors)
+    for part in checkpoint.parts:
+        matcher = KeyMatcher(part.key_map)
+        transfers = []
+        for name in list(left):
+            if not name.startswith(part.source_prefix):
+                continue
+            match = matcher.match(name.removeprefix(part.source_prefix))
+            if match is not None:
+                target, entry = match
+                transfers.append(_transfer(name, left.pop(name), target, entry.operation, dtype))
+        files += _shards(part, transfers, max_shard_bytes)
+    dropped, extras = {}, []
+    for name, tensor in left.items():
+        reasons = (KeyMatcher(part.key_map).dropped_reason(name) for part in checkpoint.parts)
+        dropped[name] = next((reason for reason in reasons if reason), "unknown")
+        extras.append(TensorTransfer(spec_of(name, tensor), spec_of(name, tensor)))
+    if extras:
+        files.append(FilePlan(EXTRAS_NAME, tuple(extras), is_model=False))
+    return ConversionPlan(tuple(files), dropped, dtype)
+
+
+def _transfer(
+    name: str, tensor: torch.Tensor, target: str, operation: str, dtype: torch.dtype | None
+) -> TensorTransfer:
+    shape = tuple(tensor.shape)
+    if operation == key_maps.AS_MATRIX and len(shape) == 4:
+        shape = (shape[0], shape[1] * shape[2] * shape[3])
+    new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return TensorTransfer(spec_of(name, tensor), TensorSpec(target, new_dtype, shape), operation)
+
+
+def _shards(part: Part, transfers: list[TensorTransfer], max_bytes: int) -> list[FilePlan]:
+    """Divides a part's tensors, in their order, into files of at most `max_bytes`; a bigger tensor has its own."""
+    groups: list[list[TensorTransfer]] = [[]]
+    size = 0
+    for transfer in transfers:
+        if groups[-1] and size + transfer.target.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(transfer)
+        size += transfer.target.nbytes
+    prefix = f"{part.folder}/" if part.folder else ""
+    if len(groups) == 1:
+        return [FilePlan(f"{prefix}{part.weights_name}.safetensors", tuple(groups[0]))]
+    return [
+        FilePlan(f"{prefix}{part.weights_name}-{number:05}-of-{len(groups):05}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- ours -> original
+
+
+def open_converted(location: Location) -> Checkpoint:
+    """Maps a converted folder.
+
+    Raises:
+        ConversionError, OSError: if it is damaged or incomplete.
+    """
+    words = file_beside(location, None, ("vocab.txt", "tokenizer/vocab.txt"), "vocabulary")
+    if words is None:
+        raise FileNotFoundError(f"{location.name} has no vocab.txt.")
+    if location.kind == PAINT:
+        from .paint import open_converted_paint
+
+        return open_converted_paint(location, words)
+    config = AutoConfig.from_pretrained(location.path)
+    weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
+    key_map = key_maps.CHAT if location.kind == CHAT else key_maps.CPM_BEE
+    part = Part("", TRANSFORMERS_WEIGHTS, key_map)
+    tensors, extras = weights.state_dict(), extra_tensors(location.path)
+    files = [location.path / file for file in weights.files]
+    return Checkpoint(location, location.kind, {**tensors, **extras}, [part], files, config, words)
+
+
+def extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """What a conversion put aside, by the original's names."""
+    from .tensor_files import mapped_tensors
+
+    path = folder / EXTRAS_NAME
+    return mapped_tensors(path) if path.is_file() else {}
+
+
+def plan_original(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, manifest: Mapping[str, Any], weights_name: str
+) -> ConversionPlan:
+    """From our names to the original's.
+
+    Without `dtype` every tensor gets the dtype that it had in the original file.
+    """
+    known = {entry["target"]: entry for entry in _entries(manifest)}
+    transfers: dict[str, TensorTransfer] = {}
+    for part in checkpoint.parts:
+        matcher = KeyMatcher(part.key_map)
+        for name, tensor in checkpoint.tensors.items():
+            if not name.startswith(part.source_prefix) or name in transfers:
+                continue
+            match = matcher.match_target(name.removeprefix(part.source_prefix))
+            if match is None:
+                continue
+            original, entry = match
+            before = known.get(name.removeprefix(part.source_prefix), {}).get("source_dtype")
+            new_dtype = dtype or (getattr(torch, before) if before else tensor.dtype)
+            target = TensorSpec(original, new_dtype, tuple(tensor.shape))
+            transfers[name] = TensorTransfer(spec_of(name, tensor), target, entry.operation, is_reverted=True)
+    dropped_before = {entry["source"] for entry in _entries(manifest, "dropped")}
+    for name, tensor in checkpoint.tensors.items():
+        if name not in transfers and (name in dropped_before or _is_extra(name, checkpoint.parts)):
+            transfers[name] = TensorTransfer(spec_of(name, tensor), spec_of(name, tensor))
+    strange = [name for name in checkpoint.tensors if name not in transfers]
+    if strange:
+        raise ConversionError(
+            f"{checkpoint.location.name} has {len(strange)} tensors that the original doesn't know "
+            f"({', '.join(strange[:3])}): was it saved with an adapter, or quantised?"
+        )
+    return ConversionPlan((FilePlan(weights_name, tuple(transfers.values())),), {}, dtype)
+
+
+def _entries(manifest: Mapping[str, Any], key: str = "tensors") -> Iterable[dict[str, Any]]:
+    entries = manifest.get(key)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _is_extra(name: str, parts: list[Part]) -> bool:
+    return any(KeyMatcher(part.key_map).dropped_reason(name) for part in parts)

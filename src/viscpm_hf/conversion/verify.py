@@ -1,0 +1,251 @@
+"""Is a converted checkpoint what its source was? Bit by bit, then as models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from .errors import ConversionError
+from .original import CHAT, PAINT, load_state_dict
+from .tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
+from .transfer import TensorTransfer, converted_pieces
+
+
+if TYPE_CHECKING:
+    from .planning import Checkpoint, ConversionPlan
+
+
+# Models up to this size are run, too; 200 MB in fp32.
+MAX_RUN_PARAMETERS = 50_000_000
+RUN_SEED = 0
+RUN_TEXT_TOKENS = 12
+
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True)
+class LoadingReport:
+    """The converted folder and the source as models."""
+
+    num_parameters: int
+    is_output_equal: bool | None
+    """Whether both gave the same output to the bit; None for models too big to run, and where dtypes differ."""
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What a comparison of all tensors found."""
+
+    num_tensors: int
+    num_bytes: int
+    differing: list[str] = field(default_factory=list)
+    """Tensors of the new files that aren't what the source's should have become."""
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    """Tensors of the source with NaN or infinite values, and how many."""
+    overflowed: dict[str, int] = field(default_factory=dict)
+    """New tensors whose values no longer fit their dtype, and how many."""
+    loading: LoadingReport | None = None
+
+    def raise_for_differences(self) -> None:
+        """Raises [`ConversionError`] if the new files can't stand for the source."""
+        if self.differing:
+            raise ConversionError(
+                f"{len(self.differing)} of {self.num_tensors} tensors differ from the source "
+                f"({_sample(self.differing)}): the disk or the memory of this machine may be faulty."
+            )
+        if self.overflowed:
+            raise ConversionError(
+                f"{sum(self.overflowed.values()):,} values of {len(self.overflowed)} tensors are too big for their "
+                f"new dtype and became infinite ({_sample(self.overflowed)}): choose bfloat16 or float32."
+            )
+
+
+def _sample(names) -> str:
+    names = list(names)
+    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+
+
+def verify_files(
+    source: Mapping[str, torch.Tensor], plan: ConversionPlan, folder: Path, show_progress: bool = False
+) -> VerificationReport:
+    """Reads everything again and compares it, piece by piece.
+
+    Raises:
+        ConversionError: if a new file is damaged.
+        OSError: if one is missing.
+    """
+    differing, nonfinite, overflowed = [], {}, {}
+    num_tensors = 0
+    with tqdm(
+        total=plan.nbytes, desc="verifying", unit="B", unit_scale=True, disable=not show_progress, leave=False
+    ) as progress:
+        for file in plan.files:
+            path = folder / file.path
+            written = mapped_tensors(path) if path.suffix == ".safetensors" else load_state_dict(path)
+            for transfer in file.tensors:
+                num_tensors += 1
+                name = transfer.target.name
+                found = compare(source[transfer.source.name], written.pop(name, None), transfer, progress.update)
+                if not found.is_equal:
+                    differing.append(name)
+                if found.num_nonfinite_source:
+                    nonfinite[transfer.source.name] = found.num_nonfinite_source
+                if found.num_nonfinite > found.num_nonfinite_source:
+                    overflowed[name] = found.num_nonfinite - found.num_nonfinite_source
+            differing += [f"{name} (surplus)" for name in written]
+    return VerificationReport(num_tensors, plan.nbytes, differing, nonfinite, overflowed)
+
+
+@dataclass
+class Comparison:
+    is_equal: bool = True
+    num_nonfinite_source: int = 0
+    num_nonfinite: int = 0
+
+
+def compare(source: torch.Tensor, written: torch.Tensor | None, transfer: TensorTransfer, report) -> Comparison:
+    """Compares a written tensor with what the source's should have become, bit by bit."""
+    result = Comparison()
+    if written is None or TensorSpec("", written.dtype, tuple(written.shape)) != TensorSpec(
+        "", transfer.target.dtype, transfer.target.shape
+    ):
+        result.is_equal = False
+        return result
+    parts = zip(converted_pieces(source, transfer, report), pieces(written), pieces(source), strict=False)
+    for expected, actual, before in parts:
+        result.is_equal &= torch.equal(_bits(expected), _bits(actual.reshape(expected.shape)))
+        result.num_nonfinite_source += _num_nonfinite(before)
+        result.num_nonfinite += _num_nonfinite(actual)
+    return result
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """NaN differs from itself; its bits don't."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _num_nonfinite(tensor: torch.Tensor) -> int:
+    # A sum is finite only if all values are, and much faster than asking each.
+    if not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float32).item()):
+        return 0
+    return tensor.numel() - int(torch.isfinite(tensor).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------- as models
+
+
+def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
+    """Makes the model of the source's configuration and that of the new folder's, without weights, and compares names
+    and shapes; small models are loaded both ways and run.
+
+    Raises:
+        ConversionError: if anything differs.
+    """
+    if checkpoint.kind == PAINT:
+        from .paint import verify_loading_paint
+
+        return verify_loading_paint(checkpoint, folder)
+    direct = empty_model(checkpoint.config)
+    converted = check_transformers_folder(folder)
+    expected, actual = _shapes(direct), _shapes(converted)
+    if expected != actual:
+        raise ConversionError(
+            "The model of the new folder isn't the source's: "
+            f"{_sample(dict(expected.items() ^ actual.items()))} differ."
+        )
+    num_parameters = sum(parameter.numel() for parameter in direct.parameters())
+    return LoadingReport(num_parameters, _run_both(checkpoint, folder, num_parameters))
+
+
+def empty_model(config) -> torch.nn.Module:
+    """A model of `config` whose weights take no memory."""
+    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
+    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+
+    is_chat = config.model_type == "viscpm_chat"
+    with torch.device("meta"):
+        return VisCPMChatForConditionalGeneration(config) if is_chat else CpmBeeForCausalLM(config)
+
+
+def check_transformers_folder(folder: Path) -> torch.nn.Module:
+    """Compares a folder's weights with the model of its configuration, which is returned without weights.
+
+    Raises:
+        ConversionError: if tensors are missing, surplus or of another shape.
+    """
+    from transformers import AutoConfig
+
+    model = empty_model(AutoConfig.from_pretrained(folder))
+    check_weights(model, folder, "model")
+    return model
+
+
+def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> None:
+    """Compares the headers of a folder's weights with a model."""
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    expected = {name: shape for name, shape in _shapes(model).items() if name not in tied}
+    stored = {}
+    for file in weight_files(folder, weights_name):
+        stored |= {name: spec.shape for name, spec in safetensors_header(folder / file).items()}
+    missing = [name for name in expected if name not in stored]
+    surplus = [name for name in stored if name not in expected]
+    misshaped = [name for name in expected if name in stored and stored[name] != expected[name]]
+    if missing or surplus or misshaped:
+        raise ConversionError(
+            f"The weights in {folder} aren't those of their configuration: {len(missing)} tensors missing "
+            f"({_sample(missing)}), {len(surplus)} surplus ({_sample(surplus)}), {len(misshaped)} of another shape "
+            f"({_sample(misshaped)})."
+        )
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool | None:
+    """Whether both models give the same logits; None if they can't be expected to, or are too big to try."""
+    if num_parameters > MAX_RUN_PARAMETERS:
+        return None
+    model_class = type(empty_model(checkpoint.config))
+    # Loaded in the dtype that it was converted to, the source is folded in that dtype, not in its own.
+    stored = {
+        spec.dtype for file in weight_files(folder, "model") for spec in safetensors_header(folder / file).values()
+    }
+    source = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if len(stored) != 1 or source != stored:
+        return None
+    (dtype,) = stored
+    outputs = []
+    for arguments in (
+        {"pretrained_model_name_or_path": None, "config": checkpoint.config, "state_dict": dict(checkpoint.tensors)},
+        {"pretrained_model_name_or_path": folder},
+    ):
+        model = model_class.from_pretrained(**arguments, dtype=dtype).eval()
+        with torch.no_grad():
+            outputs.append(model(**_inputs(model, checkpoint.kind)).logits)
+    if not torch.equal(_bits(outputs[0]), _bits(outputs[1])):
+        difference = (outputs[0].float() - outputs[1].float()).abs().max().item()
+        raise ConversionError(
+            f"Loaded directly and converted ({dtype_name(dtype)}), the model's outputs differ by up to "
+            f"{difference:.2e}."
+        )
+    return True
+
+
+def _inputs(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(RUN_SEED)
+    config = model.config
+    vocab_size = config.get_text_config(decoder=True).vocab_size
+    text = torch.randint(vocab_size, (1, RUN_TEXT_TOKENS), generator=generator)
+    if kind != CHAT:
+        return {"input_ids": text}
+    image = torch.full((1, config.num_query_tokens), config.image_token_id)
+    vision = config.vision_config
+    pixels = torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    return {"input_ids": torch.cat([image, text], dim=1), "pixel_values": pixels.to(model.dtype)}

@@ -1,0 +1,228 @@
+"""`VisCPMPaint`, the original's own interface."""
+
+import inspect
+
+import paint_support
+import PIL.Image
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from paint_support import CASES, PAINT
+
+from viscpm_hf import OriginalCheckpointError, UnsafeImageError, UnsafePromptError, VisCPMPaint
+from viscpm_hf.paint import SCHEDULERS, image_grid, scheduler_class
+
+
+ALONE = {"image_safety_checker": False, "prompt_safety_checker": False, "add_ranker": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def painter():
+    return VisCPMPaint(PAINT / "pytorch_model.bin", **ALONE)
+
+
+@pytest.fixture(scope="module")
+def converted(painter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paint")
+    painter.pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of the optional parts: nothing is ever flagged."""
+    folder = tmp_path_factory.mktemp("parts")
+    checker = paint_support.safety_checker(is_strict=False)
+    for name, pair in (
+        ("image", checker),
+        ("prompt", paint_support.prompt_checker(folder, 0.1)),
+        ("ranker", paint_support.ranker(folder)),
+    ):
+        for part in pair.values():
+            part.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("source", ["file", "folder"])
+def test_generates_the_references_images(painter, converted, case, source):
+    if source == "folder":
+        painter = VisCPMPaint(converted, **ALONE)
+    golden, arguments = paint_support.expected(), CASES[case]
+    images = painter.generate_all(
+        arguments["prompt"],
+        arguments["negative_prompt"],
+        generator=torch.Generator().manual_seed(arguments["generator_seed"]),
+        latents=golden[f"{case}.latents"],
+        **arguments["kwargs"],
+    ).images
+    for image, expected in zip(images, golden[f"{case}.image"], strict=True):
+        levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(16, 16, 3)
+        assert (levels - expected * 255).abs().max() <= 0.51
+
+
+def test_the_signature_is_the_originals():
+    constructor = list(inspect.signature(VisCPMPaint).parameters.items())[:4]
+    assert [name for name, _ in constructor] == [
+        "model_path", "image_safety_checker", "prompt_safety_checker", "add_ranker",
+    ]  # fmt: skip
+    assert all(parameter.default is True for _, parameter in constructor[1:])
+    generate = inspect.signature(VisCPMPaint.generate).parameters
+    assert list(generate)[1:8] == [
+        "prompt", "negative_prompt", "num_images_per_prompt", "guidance_scale", "image_size", "generator",
+        "num_inference_steps",
+    ]  # fmt: skip
+    assert generate["guidance_scale"].default == 7.5
+    assert generate["num_inference_steps"].default == 50
+
+
+def test_one_image_or_a_grid(painter):
+    assert painter.generate("蓝色", num_inference_steps=1).size == (16, 16)
+    assert painter.generate("蓝色", num_images_per_prompt=3, num_inference_steps=1).size == (32, 32)
+    assert painter.generate("蓝色", image_size=24, num_inference_steps=1).size == (24, 24)
+
+
+def test_every_candidate_can_be_drawn_again_from_its_seed(painter):
+    result = painter.generate_all("蓝色", num_images_per_prompt=3, generator=7, num_inference_steps=2)
+    assert result.seeds == [7, 8, 9]
+    again = painter.generate("蓝色", generator=8, num_inference_steps=2)
+    assert again.tobytes() == result.images[1].tobytes()
+    assert result.images[0].tobytes() != result.images[1].tobytes()
+
+
+def test_without_a_seed_one_is_told(painter):
+    result = painter.generate_all("蓝色", num_inference_steps=1)
+    again = painter.generate("蓝色", generator=result.seeds[0], num_inference_steps=1)
+    assert again.tobytes() == result.images[0].tobytes()
+
+
+def test_candidates_are_ranked(parts):
+    painter = VisCPMPaint(PAINT, **{**ALONE, "add_ranker": parts / "ranker"})
+    sizes = []
+    painter.pipeline.vae.decoder.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    result = painter.generate_all("蓝色", generator=0, num_inference_steps=1)
+    assert sizes == [4]
+    assert result.scores == sorted(result.scores, reverse=True)
+    assert sorted(result.seeds) == [0, 1, 2, 3]
+    best = painter.generate("蓝色", generator=0, num_inference_steps=1)
+    assert best.tobytes() == result.images[0].tobytes()
+    assert painter.generate("蓝色", num_images_per_prompt=2, num_inference_steps=1).size == (32, 16)
+    assert sizes == [4, 4, 8]
+
+
+def test_all_parts_from_folders_and_saved_with_the_pipeline(parts, tmp_path):
+    painter = VisCPMPaint(PAINT, parts / "image", parts / "prompt", parts / "ranker", device="cpu", candidates=2)
+    result = painter.generate_all("蓝色", generator=0, num_inference_steps=1)
+    assert result.flags == [False, False]
+    painter.pipeline.save_pretrained(tmp_path)
+    loaded = VisCPMPaint(tmp_path, device="cpu", candidates=2)  # all flags on, as in the original
+    again = loaded.generate_all("蓝色", generator=0, num_inference_steps=1)
+    assert again.seeds == result.seeds
+    assert again.scores == pytest.approx(result.scores, abs=1e-3)
+
+
+def test_flagged_images_are_never_the_best(parts, monkeypatch):
+    painter = VisCPMPaint(PAINT, **{**ALONE, "add_ranker": parts / "ranker"}, image_policy="flag")
+    best = painter.generate_all("蓝色", generator=0, num_inference_steps=1).seeds[0]
+    monkeypatch.setattr(
+        painter.pipeline,
+        "run_safety_checker",
+        lambda image, device: ["unsafe" if index == best else None for index in range(len(image))],
+    )
+    result = painter.generate_all("蓝色", generator=0, num_inference_steps=1)
+    assert result.seeds[-1] == best
+    assert result.flags == [False, False, False, True]
+    assert result.reasons[-1] == "unsafe"
+
+
+def test_policies(tmp_path):
+    strict = paint_support.safety_checker(is_strict=True)
+    painter = VisCPMPaint(PAINT, **ALONE)
+    painter.pipeline.register_modules(**strict)
+    assert not any(painter.generate("蓝色", num_inference_steps=1).tobytes())
+    painter.image_policy = "raise"
+    with pytest.raises(UnsafeImageError, match="image 0"):
+        painter.generate("蓝色", num_inference_steps=1)
+    painter.pipeline.register_modules(**paint_support.prompt_checker(tmp_path, 0.9))
+    with pytest.raises(UnsafePromptError, match="refused"):
+        painter.generate("蓝色", num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "what", "flag"),
+    [
+        ("image_safety_checker", "image safety checker", "--no-check-image"),
+        ("prompt_safety_checker", "prompt safety checker", "--no-check-prompt"),
+        ("add_ranker", "ranker", "--no-rank"),
+    ],
+)
+@pytest.mark.parametrize("source", [True, "nowhere/at-all"])
+def test_a_part_that_cannot_be_had(argument, what, flag, source):
+    with pytest.raises(OSError, match=f"The {what} can't be loaded; it was looked for in .*{argument}=False, {flag}"):
+        VisCPMPaint(PAINT, **{**ALONE, argument: source})
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_by_name(painter, name):
+    found, options = scheduler_class(name)
+    assert found.from_config(painter.pipeline.scheduler.config, **options).config.steps_offset == 0
+
+
+def test_the_scheduler_is_one_argument():
+    painter = VisCPMPaint(PAINT, **ALONE, scheduler="dpm++")
+    assert isinstance(painter.pipeline.scheduler, DPMSolverMultistepScheduler)
+    painter.generate("蓝色", num_inference_steps=3)
+    painter = VisCPMPaint(PAINT, **ALONE, scheduler=EulerDiscreteScheduler())
+    assert isinstance(painter.pipeline.scheduler, EulerDiscreteScheduler)
+
+
+@pytest.mark.parametrize("name", ["dpm", "UNet2DConditionModel", "NoSuchScheduler", ""])
+def test_an_unknown_scheduler_is_known_before_loading(name):
+    with pytest.raises(ValueError, match="no scheduler .* ddpm, ddim"):
+        VisCPMPaint("/nowhere", **ALONE, scheduler=name)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", None, ["a"]])
+def test_an_empty_prompt_is_refused(painter, prompt):
+    with pytest.raises(ValueError, match="prompt"):
+        painter.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"candidates": 0}, "candidates"),
+        ({"offload": "disk"}, "offload"),
+        ({"offload": "model"}, "needs a GPU"),
+        ({"vae": "/nowhere/vae"}, "no VAE at /nowhere/vae"),
+        ({"vocab_path": "/nowhere/vocab.txt"}, "no vocabulary at /nowhere/vocab.txt"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        VisCPMPaint(PAINT, **ALONE, **arguments)
+
+
+def test_a_vocabulary_of_another_checkpoint(tmp_path):
+    lines = (PAINT / "vocab.txt").read_text("utf-8").splitlines()
+    (tmp_path / "vocab.txt").write_text("\n".join([*lines, "another"]) + "\n", "utf-8")
+    with pytest.raises(OriginalCheckpointError, match="298 tokens, but the text encoder 297"):
+        VisCPMPaint(PAINT, **ALONE, vocab_path=tmp_path / "vocab.txt")
+
+
+def test_a_chat_checkpoint_is_refused_by_name():
+    with pytest.raises(OriginalCheckpointError, match="VisCPM-Chat checkpoint .* can't paint"):
+        VisCPMPaint(PAINT.parent / "chat_a" / "pytorch_model.bin", **ALONE)
+
+
+def test_arguments_of_original_files_do_not_fit_a_folder(converted):
+    with pytest.raises(ValueError, match="belong to an original file"):
+        VisCPMPaint(converted, **ALONE, config_path="cpm-bee.json")
+    painter = VisCPMPaint(converted, **ALONE, vae=converted / "vae")
+    assert painter.generate("蓝色", num_inference_steps=1).size == (16, 16)
+
+
+def test_a_grid_with_captions():
+    images = [PIL.Image.new("RGB", (40, 40), color) for color in ("red", "green", "blue", "white", "black")]
+    assert image_grid(images).size == (120, 80)
+    assert image_grid(images, captions=[str(index) for index in range(5)]).size == (120, 112)
