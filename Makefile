@@ -52,8 +52,8 @@ style: $(READY) ## Mend style and formatting in place
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-conformance: $(READY) ## Run transformers' own test suite on our classes (TRANSFORMERS=path of a checkout adds generation)
-	$(PY) tests/conformance/run.py $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS)) $(ARGS)
+conformance: $(READY) ## Run transformers' own tests on our classes (TRANSFORMERS=checkout adds generation; DIFFUSERS=checkout: diffusers')
+	$(PY) $(if $(DIFFUSERS),tests/conformance/run_diffusers.py --diffusers $(DIFFUSERS),tests/conformance/run.py $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS))) $(ARGS)
 
 bench: $(READY) ## Measure speed: benchmarks/chat.py, or BENCH=name for another
 	$(PY) benchmarks/$(or $(BENCH),chat).py $(ARGS)

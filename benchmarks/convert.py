@@ -256,8 +256,7 @@ def step_direct(source: Path, converted: Path, arguments: argparse.Namespace) ->
     begin = time.perf_counter()
     model = load(arguments.kind, folder)
     seconds = time.perf_counter() - begin
-    nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return {"seconds": seconds, "model_gb": nbytes / 1e9}
+    return {"seconds": seconds, "model_gb": sum(parameter.nbytes for parameter in model.parameters()) / 1e9}
 
 
 def load(kind: str, folder: Path) -> torch.nn.Module:
@@ -269,7 +268,8 @@ def load(kind: str, folder: Path) -> torch.nn.Module:
         return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto")
     from viscpm_hf import VisCPMPaintPipeline
 
-    return VisCPMPaintPipeline.from_pretrained(folder).text_encoder
+    pipeline = VisCPMPaintPipeline.from_pretrained(folder)
+    return torch.nn.ModuleList([pipeline.text_encoder, pipeline.unet, pipeline.vae])
 
 
 STEPS = {
