@@ -82,6 +82,12 @@ def test_original_dtype_is_kept(golden, tmp_path):
     assert model.dtype == torch.float16
 
 
+def test_name_given_too(folder):
+    """transformers passes it on in places."""
+    assert isinstance(AutoConfig.from_pretrained(folder, name_or_path="a/name"), VisCPMChatConfig)
+    assert isinstance(AutoTokenizer.from_pretrained(folder, name_or_path="a/name"), CpmBeeTokenizer)
+
+
 def test_registering_twice_changes_nothing(folder):
     before = AutoConfig.from_pretrained, VisCPMChatForConditionalGeneration.from_pretrained
     register()

@@ -131,15 +131,13 @@ def test_turn_counts_its_tokens(golden, chat):
 
 
 @pytest.mark.parametrize("question", ["图片是什么颜色？", "🙂 and ~", "<<"])
-def test_streamed_is_the_answer_without_special_tokens(golden, chat, question):
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 2.0, "seed": 0}])
+def test_streamed_is_the_answer(golden, chat, question, sampling):
     pieces = []
-    options = {"mode": "generate", "max_new_tokens": 12}
+    options = {"mode": "generate", "max_new_tokens": 24, **sampling}
     streamed = chat.ask(golden.image(0), question, on_text=pieces.append, **options)
     assert streamed.answer == chat.ask(golden.image(0), question, **options).answer
-    plain = streamed.answer
-    for special in chat.processor.tokenizer.all_special_tokens:
-        plain = plain.replace(special, "")
-    assert "".join(pieces) == plain
+    assert "".join(pieces) == streamed.answer
     assert all(pieces)
 
 
@@ -166,6 +164,8 @@ def test_seed_repeats_and_leaves_no_trace(golden, chat):
         ({"num_beams": 0}, "num_beams must be .*got 0"),
         ({"mode": "generate", "num_beams": 0}, "num_beams must be .*got 0"),
         ({"temperature": 0.0}, "temperature must be greater than 0"),
+        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
+        ({"length_penalty": None}, "length_penalty must be a number, got None"),
         ({"top_p": 0.5}, 'no parameter top_p; it has num_beams.*mode="generate"'),
         ({"beam_size": 3}, "no parameter beam_size"),
         ({"mode": "sample"}, "mode is one of reference, generate, got 'sample'"),
@@ -195,6 +195,11 @@ def test_question_is_text(small_chat, question):
 def test_wrong_vision_hidden_states_are_one_clear_error(small_chat, shape):
     with pytest.raises(ValueError, match=r"has shape \(.*\), but this model's are \(images, 8, 48\)"):
         small_chat.chat(None, "a", vision_hidden_states=torch.zeros(shape))
+
+
+def test_vision_hidden_states_are_a_tensor(small_chat):
+    with pytest.raises(ValueError, match="vision_hidden_states is a tensor, got list"):
+        small_chat.chat(None, "a", vision_hidden_states=[[0.0]])
 
 
 def bad_images(folder):
@@ -266,6 +271,24 @@ def test_folder_with_several_files_is_one_clear_error(tmp_path):
     with pytest.raises(OriginalCheckpointError, match="it holds: none"):
         (tmp_path / "empty").mkdir()
         VisCPMChat(tmp_path / "empty")
+
+
+def test_folder_of_paint_says_so(tmp_path):
+    paint = Golden("paint_a").folder
+    with pytest.raises(OriginalCheckpointError, match="is a VisCPM-Paint checkpoint"):
+        VisCPMChat(paint)  # its vae.bin is no alternative to choose from
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "~/nowhere/model", "no/where/at all"])
+def test_missing_path_is_no_hub_id(name):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
+        VisCPMChat(name)
+
+
+def test_cpu_without_mkldnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert default_dtype(torch.device("cpu"), torch.float16) == torch.float32
 
 
 def test_missing_file_is_one_clear_error(tmp_path):

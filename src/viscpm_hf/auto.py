@@ -173,18 +173,18 @@ def _without_source(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in SOURCE_ARGUMENTS}
 
 
-def _original_config(config, path, **kwargs):
+def _original_config(config, path, /, **kwargs):
     return type(config).from_dict(config.to_dict(), name_or_path=str(path), **_without_source(kwargs))
 
 
-def _original_tokenizer(config, path, **kwargs) -> CpmBeeTokenizer:
+def _original_tokenizer(config, path, /, **kwargs) -> CpmBeeTokenizer:
     vocab_file = find_repository_file(path, "vocab.txt", **kwargs)
     if vocab_file is None:
         raise OSError(f"{path} has no vocab.txt, the vocabulary of the original checkpoint.")
     return CpmBeeTokenizer(vocab_file, name_or_path=str(path), **_without_source(kwargs))
 
 
-def _original_image_processor(config, path, **kwargs) -> VisCPMImageProcessor:
+def _original_image_processor(config, path, /, **kwargs) -> VisCPMImageProcessor:
     if not isinstance(config, VisCPMChatConfig):
         raise OSError(f"{path} holds a language model alone; it needs no image processor.")
     side = config.vision_config.image_size
@@ -192,7 +192,7 @@ def _original_image_processor(config, path, **kwargs) -> VisCPMImageProcessor:
     return VisCPMImageProcessor(**{"size": {"height": side, "width": side}, **options})
 
 
-def _original_processor(config, path, **kwargs) -> VisCPMChatProcessor | CpmBeeTokenizer:
+def _original_processor(config, path, /, **kwargs) -> VisCPMChatProcessor | CpmBeeTokenizer:
     tokenizer = _original_tokenizer(config, path, **kwargs)
     if not isinstance(config, VisCPMChatConfig):
         return tokenizer

@@ -21,6 +21,7 @@ from .conversion.original import (
     ORIGINAL_CONFIG_NAMES,
     ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
+    VAE_NAMES,
     VISION_CONFIG_NAME,
     VOCAB_NAME,
     OriginalCheckpointError,
@@ -29,6 +30,7 @@ from .conversion.original import (
     load_state_dict,
     read_json,
 )
+from .conversion.source import original_files
 from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from .modeling.configuration_viscpm_chat import VisCPMChatConfig
 from .modeling.generation_cpm_bee import reference_decoding
@@ -306,6 +308,8 @@ class VisCPMChat:
         return inputs, slot.segment_id
 
     def _check_vision_hidden_states(self, vision_hidden_states: torch.Tensor) -> int:
+        if not isinstance(vision_hidden_states, torch.Tensor):
+            raise ValueError(f"vision_hidden_states is a tensor, got {type(vision_hidden_states).__name__}.")
         config = self.model.config
         expected = (config.num_query_tokens, config.text_config.hidden_size)
         if vision_hidden_states.ndim != 3 or tuple(vision_hidden_states.shape[1:]) != expected:
@@ -341,15 +345,27 @@ class VisCPMChat:
 
 
 class CallbackStreamer(TextStreamer):
-    """Hands every new piece of the answer to a function."""
+    """Hands every new piece of the answer to a function; together they are `ChatTurn.answer`."""
 
     def __init__(self, tokenizer: CpmBeeTokenizer, on_text: Callable[[str], None], strings: Mapping[int, str]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, extension_table=strings)
+        super().__init__(tokenizer, skip_prompt=True, extension_table=strings)
         self.on_text = on_text
+        self._has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            ids = value.flatten().tolist()
+            if self._has_ended:
+                return
+            if self.tokenizer.eos_token_id in ids:  # what ends the answer is no part of it
+                self._has_ended = True
+                ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+            value = torch.tensor(ids, dtype=torch.long)
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
-            self.on_text(text)
+            self.on_text(self.tokenizer.unescape(text))  # pieces begin and end with whole tokens
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -380,7 +396,8 @@ def default_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     if device.type != "cpu" or stored != torch.float16:
         return stored
     # Half precision on a CPU is bf16 or nothing: fp16 products are emulated.
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    has_mkldnn = torch.backends.mkldnn.is_available()  # builds without it, such as those for Macs, lack its ops too
+    return torch.bfloat16 if has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def stored_dtype(name_or_path: str | os.PathLike) -> torch.dtype | None:
@@ -402,12 +419,13 @@ def find_original_file(model_path: str | os.PathLike) -> Path | None:
     if path.is_file():
         return path
     if not path.is_dir():
-        if path.suffix in ORIGINAL_SUFFIXES:
+        name = os.fspath(model_path)
+        if path.suffix in ORIGINAL_SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:  # no Hub id
             raise FileNotFoundError(f"There is no checkpoint at {path}.")
         return None
     if (path / "config.json").is_file():
         return None
-    files = sorted(file for file in path.iterdir() if file.suffix in ORIGINAL_SUFFIXES and file.is_file())
+    files = [file for file in original_files(path) if file.name not in VAE_NAMES]
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise OriginalCheckpointError(

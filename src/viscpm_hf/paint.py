@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .chat import default_device, default_dtype
+from .chat import default_device, default_dtype, usable_device
 from .conversion.original import read_json
 from .pipelines.loading_viscpm_paint import find_folder, is_original_folder, load_original, load_vae
 from .pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
@@ -130,7 +130,7 @@ class VisCPMPaint:
             raise ValueError(f"candidates must be a whole number of at least 1, got {candidates!r}.")
         if offload not in OFFLOADS:
             raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
-        self.device = torch.device(device) if device is not None else default_device()
+        self.device = usable_device(device) if device is not None else default_device()
         if offload != "none" and self.device.type == "cpu":
             raise ValueError(f"offload={offload!r} needs a GPU: on a CPU there is nothing to offload from.")
         self.candidates = candidates

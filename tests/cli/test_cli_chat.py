@@ -10,8 +10,10 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from support import GOLDEN, Golden, reference_options, unescape
 
+from viscpm_hf import VisCPMChat
 from viscpm_hf.cli import main
 
 
@@ -71,11 +73,7 @@ def test_text_output(capsys, mode):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "Q: 颜色"
-    answer = turn.answer
-    if mode == "generate":  # streamed, without special tokens
-        for special in chat.processor.tokenizer.all_special_tokens:
-            answer = answer.replace(special, "")
-    assert lines[1] == f"A: {answer}"
+    assert lines[1] == f"A: {turn.answer}"
     assert f"({turn.num_tokens} tokens" in lines[2]
 
 
@@ -141,6 +139,20 @@ def test_error_ends_a_turn_not_the_conversation(capsys, monkeypatch, tmp_path):
         assert complaint in line
     assert "换一张图片" in err
     assert "Traceback" not in err
+
+
+def test_running_out_of_memory_ends_a_turn_not_the_conversation(capsys, monkeypatch):
+    ask, calls = VisCPMChat.ask, []
+
+    def ask_once_too_much(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(VisCPMChat, "ask", ask_once_too_much)
+    status, out, err = interact(capsys, monkeypatch, ["你好", "颜色"], "--json")
+    assert status == 0 and len(objects(out)) == 1 and "CUDA out of memory" in err
 
 
 def test_reference_mode_interactively(capsys, monkeypatch):

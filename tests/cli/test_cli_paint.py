@@ -81,6 +81,12 @@ def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, monkeypatch
     assert not (tmp_path / "out.png").exists()
 
 
+def test_a_device_that_is_not_there(capsys, tmp_path):
+    arguments = ["paint", MODEL, "蓝色", "-o", str(tmp_path / "out.png"), *ALONE, "--device", "tpu"]
+    assert main(arguments) == 1
+    assert "The device 'tpu' can't be used" in capsys.readouterr().err
+
+
 def test_a_chat_checkpoint(capsys, tmp_path):
     chat = str(PAINT.parent / "chat_a" / "pytorch_model.bin")
     assert main(["paint", chat, "蓝色", "-o", str(tmp_path / "out.png"), *ALONE]) == 1

@@ -275,6 +275,21 @@ def test_resume_of_what_is_finished(golden, converted):
     assert result.already_converted and "finished already" in result.notes[0]
 
 
+def test_resume_of_something_else_is_no_success(golden, converted):
+    size = golden.weights.stat().st_size // 3
+    for other in ({"dtype": "bfloat16"}, {"max_shard_size": size * 4}):
+        with pytest.raises(ConversionError, match="--overwrite"):
+            convert(golden.weights, converted, **{"max_shard_size": size, **other}, resume=True)
+
+
+@pytest.mark.parametrize("output", ["", ".", "sub/.."])
+def test_output_needs_a_name(golden, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConversionError, match="no name for a new folder"):
+        convert(golden.weights, output)
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_without_a_beginning_begins(golden, tmp_path):
     result = convert(golden.weights, tmp_path / "out", resume=True)
     assert result.num_resumed_files == 0 and (tmp_path / "out" / "config.json").is_file()
@@ -315,7 +330,7 @@ def test_too_little_space_is_known_before(golden, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OSError, match="0.00 GB free.*needs another"):
         convert(golden.weights, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_existing_output(golden, tmp_path, converted):

@@ -251,7 +251,13 @@ def test_spoilt_header(own_converted, tmp_path):
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     name = next(key for key in header if key != "__metadata__" and len(header[key]["shape"]) == 2)
-    for change in ({"shape": [1, 1]}, {"data_offsets": [0, 4]}, {"dtype": "F7"}, {"shape": "x"}):
+    for change in (
+        {"shape": [1, 1]},
+        {"data_offsets": [0, 4]},
+        {"data_offsets": [0]},
+        {"dtype": "F7"},
+        {"shape": "x"},
+    ):
         spoilt = json.dumps({**header, name: {**header[name], **change}}).encode()
         path.write_bytes(struct.pack("<Q", len(spoilt)) + spoilt + content[8 + length :])
         with pytest.raises(ConversionError, match="damaged|makes no sense"):

@@ -85,6 +85,17 @@ def test_missing_tensor_and_vocabulary(small_original):
     assert found.surplus == ["strange"]
 
 
+def test_files_of_others_among_the_alternatives(original_folder, tmp_path):
+    shutil.copytree(original_folder, tmp_path / "several")
+    torch.save({"step": torch.ones(1)}, tmp_path / "several" / "optimizer.pt")
+    assert inspect(tmp_path / "several").problems == ["optimizer.pt: no VisCPM or CPM-Bee checkpoint"]
+
+
+def test_next_command_of_paint_works(tmp_path):
+    assert inspect(PAINT).is_complete
+    assert convert(PAINT, tmp_path / "out", dry_run=True).kind == "paint"
+
+
 def test_nothing_of_ours(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
         inspect(tmp_path / "nowhere")
@@ -138,8 +149,12 @@ def test_hub_ids_from_the_cache(hub, tmp_path):
         convert("owner/original", tmp_path / "out 3", revision="v2")
 
 
-def test_local_paths_never_ask_the_network(hub, golden, original_folder, converted, tmp_path):
+def test_local_paths_never_ask_the_network(hub, golden, original_folder, converted, tmp_path, monkeypatch):
     inspect(original_folder), inspect(golden.weights), inspect(converted)
     convert(original_folder, tmp_path / "out", verify=True)
     with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
         inspect("./not/there")
+    for name in ("folder/model.bin", f"{original_folder.parent.name}/{original_folder.name}/other.bin"):
+        monkeypatch.chdir(original_folder.parent.parent)
+        with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
+            inspect(name)

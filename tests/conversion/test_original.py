@@ -147,6 +147,7 @@ def test_truncated_file_is_one_clear_error(tmp_path, kept):
         ([torch.ones(1)], "holds a list, not a dict of tensors"),
         ({}, "holds a dict, not a dict of tensors|empty"),
         ({"a": torch.ones(1), "b": 3, "c": "x"}, "2 of 3 entries are none .*b, c"),
+        ({"a": torch.ones(1), 7: torch.ones(1)}, "1 of 2 entries are none .7"),
         ({"a": torch.ones(1), "b": torch.ones(2)}, "is no VisCPM or CPM-Bee checkpoint: its 2 tensors .*a, b"),
     ],
 )
@@ -198,6 +199,14 @@ def wrong_tensors() -> dict[str, tuple[dict, str]]:
             {**tensors, layer: tensors[layer].T.contiguous()},
             rf"1 tensors of another shape \({layer} is \({shape[1]}, {shape[0]}\) instead of \({shape[0]}, {shape[1]}",
         ),
+        "layer without number": (
+            {**tensors, "llm.encoder.layers.x.weight": torch.ones(2)},
+            r"1 unknown tensors \(llm.encoder.layers.x.weight\)",
+        ),
+        "quantised": (
+            {**tensors, layer: tensors[layer].to(torch.int8)},
+            rf"1 tensors of no floating point type \({layer} is of int8\)",
+        ),
         "without query": (
             {name: tensor for name, tensor in tensors.items() if name != query},
             r"1 tensors missing \(model.vision_tower.embeddings.query_tokens\)",
@@ -227,6 +236,33 @@ def test_wrong_tensors_are_one_clear_error(tmp_path, way, fault):
             VisCPMChatForConditionalGeneration.from_pretrained(folder)
     assert "doesn't fit its configuration" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(), (-1,), (1, 1, -1)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query",
+        "vpm.beit3.encoder.embed_positions.A.weight",
+        "llm.input_embedding.weight",
+        "llm.position_bias.relative_attention_bias",
+        "llm.encoder.layers.0.ffn.ffn.w_in.w_0.weight",
+    ],
+)
+def test_tensor_of_other_dimensions_is_one_clear_error(tmp_path, name, shape):
+    tensors = GOLDEN_A.state_dict()
+    tensors[name] = tensors[name].reshape(shape) if shape else torch.tensor(1.0)
+    named = name.removeprefix("llm.")
+    with pytest.raises(OriginalCheckpointError, match=rf"tensor {named} has the shape .* 2 dimensions"):
+        VisCPMChat(write_file(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("value", ["wide", 3.5, [1]])
+def test_configuration_of_wrong_types_is_one_clear_error(value):
+    with pytest.raises(OriginalCheckpointError, match="hidden_size.*expected int"):
+        text_config({"dim_model": value})
+    with pytest.raises(OriginalCheckpointError, match="hidden_size.*expected int"):
+        chat_config({}, {"vision_dim": value})
 
 
 @pytest.mark.parametrize("way", ["file", "folder", "Auto class"])

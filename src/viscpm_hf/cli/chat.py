@@ -173,7 +173,7 @@ class Conversation:
                 return 0
             except KeyboardInterrupt:
                 print("\n   (stopped / 已停止)", file=sys.stderr)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError) as error:  # out of GPU memory is the last
                 print(f"viscpm-hf: error: {describe(error)}", file=sys.stderr)
 
     def command(self, line: str) -> bool:

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..version import __version__
 from . import chat, convert, inspect, paint, publish
 from .errors import describe
@@ -44,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output is gone; nothing more can be said to it, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:  # out of GPU memory is the last
+    # A configuration of the wrong types is the one, out of GPU memory the last.
+    except (StrictDataclassError, ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if arguments.verbose:
             raise
         print(f"viscpm-hf: error: {describe(error)}", file=sys.stderr)

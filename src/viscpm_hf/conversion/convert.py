@@ -7,6 +7,7 @@ only when it is complete (`workspace`), and what lies beside the weights is writ
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
@@ -14,7 +15,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,14 +163,18 @@ def convert(
         is_dry_run=dry_run,
     )
     fingerprint = _fingerprint(checkpoint, plan, to)
-    if resume and _is_finished(Path(output), fingerprint):
+    if resume and _is_finished(Path(output), plan, fingerprint):
         return _nothing_to_do(location, Path(output), f"{output} is finished already: there is nothing to resume.")
     workspace = Workspace(output, [location.path], resume=resume, overwrite=overwrite or dry_run)
     if dry_run:
         return replace(result, seconds=time.perf_counter() - begin)
 
     workspace.open(fingerprint)
-    _check_space(workspace, plan)
+    try:
+        _check_space(workspace, plan)
+    except OSError:
+        workspace.discard_unless_begun()
+        raise
     conversion = _Conversion(checkpoint, plan, workspace, to, show_progress)
     conversion.write_weights()
     manifest = conversion.manifest(result)
@@ -205,7 +210,7 @@ class _Conversion:
 
     def write_weights(self) -> None:
         """Writes all files of tensors, and computes the source's checksums beside it."""
-        with ThreadPoolExecutor(1, "sha256") as thread:
+        with one_torch_thread(), ThreadPoolExecutor(1, "sha256") as thread:
             checksums = thread.submit(self._source_checksums)
             try:
                 with self._progress("converting") as progress:
@@ -333,6 +338,17 @@ class _Conversion:
             export_transformers_folder(folder, self.checkpoint, self.plan, manifest)
 
 
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keeps torch to one thread: checksums and the disk take the other cores, and its threads wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _nothing_to_do(location: Location, output: Path, note: str) -> ConversionResult:
     return ConversionResult(
         location.name, output, location.kind or "", {}, 0, 0, 0, {}, already_converted=True, notes=[note]
@@ -350,11 +366,21 @@ def _fingerprint(checkpoint: Checkpoint, plan: ConversionPlan, to: str) -> dict[
     }
 
 
-def _is_finished(output: Path, fingerprint: Mapping[str, Any]) -> bool:
+def _is_finished(output: Path, plan: ConversionPlan, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a folder is what this very conversion would write: its files, and the dtypes in them."""
     manifest = json_object(output / MANIFEST_NAME)
     source = manifest.get("source") or {}
     name, size, _ = fingerprint["sources"][0]
-    return source.get("file") == name and source.get("size") == size
+    if (source.get("file"), source.get("size"), manifest.get("direction")) != (name, size, fingerprint["to"]):
+        return False
+    planned = {
+        tensor.target.name: (file.path, dtype_name(tensor.target.dtype))
+        for file in plan.files
+        if file.is_model
+        for tensor in file.tensors
+    }
+    entries = manifest.get("tensors") or []
+    return planned == {entry.get("target"): (entry.get("file"), entry.get("dtype")) for entry in entries}
 
 
 def _check_space(workspace: Workspace, plan: ConversionPlan) -> None:

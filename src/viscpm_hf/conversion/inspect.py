@@ -17,6 +17,7 @@ from .original import (
     CPM_BEE,
     ORIGINAL_SUFFIXES,
     PAINT,
+    VAE_NAMES,
     check_state_dict,
     checkpoint_kind,
     key_map_of,
@@ -106,8 +107,7 @@ def inspect(
     if location.is_converted:
         return _inspect_converted(location)
     files = original_files(location.path) if location.layout == ORIGINAL_FOLDER else [location.path]
-    vae_names = {"vae.bin", "vae.pt"}
-    models = [file for file in files if file.name not in vae_names]
+    models = [file for file in files if file.name not in VAE_NAMES]
     if len(models) > 1:
         return _inspect_alternatives(location, models)
     if not models:
@@ -138,7 +138,7 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
         expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
         found = check_state_dict(state_dict, key_map_of(kind, state_dict), expected)
         missing, surplus = list(found.missing), list(found.unexpected)
-        problems += found.misshaped
+        problems += found.misshaped + found.mistyped
     if config is not None and kind == PAINT:
         from .paint import check_original_paint
 
@@ -200,7 +200,7 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
     kinds = {}
     for file in files:
         try:
-            kinds[file.name] = checkpoint_kind(load_state_dict(file))
+            kinds[file.name] = checkpoint_kind(load_state_dict(file)) or "no VisCPM or CPM-Bee checkpoint"
         except OriginalCheckpointError as error:
             kinds[file.name] = f"unusable: {error}"
     problems = [f"{name}: {kind}" for name, kind in kinds.items() if kind not in KINDS]

@@ -6,12 +6,13 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -33,6 +34,8 @@ ORIGINAL_WEIGHTS_NAME = "pytorch_model.bin"
 ORIGINAL_CONFIG_NAMES = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
 VISION_CONFIG_NAME = "vision.json"
 VOCAB_NAME = "vocab.txt"
+# Paint's VAE as a file beside the weights: one of its parts, no alternative to them.
+VAE_NAMES = ("vae.bin", "vae.pt")
 ORIGINAL_MODEL_TYPES = ("viscpmchatbee", "cpmbee", "viscpmbee")
 
 # Names that only the original's language model configuration has, in the GitHub and in the Hub spelling.
@@ -60,6 +63,9 @@ VISION_SPELLINGS = {
 }
 VISION_HEAD_DIM = 64
 
+# What a weight may be stored in; anything else is a quantised checkpoint, or none.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class CheckpointProblems:
@@ -68,9 +74,10 @@ class CheckpointProblems:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.misshaped)
+        return bool(self.missing or self.unexpected or self.misshaped or self.mistyped)
 
     def __str__(self) -> str:
         def sample(names: list[str]) -> str:
@@ -83,6 +90,8 @@ class CheckpointProblems:
             parts.append(f"{len(self.unexpected)} unknown tensors ({sample(self.unexpected)})")
         if self.misshaped:
             parts.append(f"{len(self.misshaped)} tensors of another shape ({sample(self.misshaped)})")
+        if self.mistyped:
+            parts.append(f"{len(self.mistyped)} tensors of no floating point type ({sample(self.mistyped)})")
         return "; ".join(parts)
 
 
@@ -120,7 +129,9 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         state_dict = state_dict["state_dict"]
     if not isinstance(state_dict, Mapping) or not state_dict:
         raise OriginalCheckpointError(f"{path} holds a {type(state_dict).__name__}, not a dict of tensors.")
-    strange = [name for name, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+    strange = [
+        name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
     if strange:
         raise OriginalCheckpointError(
             f"{path} is no flat dict of tensors: {len(strange)} of {len(state_dict)} entries are none "
@@ -161,7 +172,7 @@ def check_state_dict(
         expected: our names and shapes, tied copies left out.
     """
     matcher = KeyMatcher(key_map)
-    unexpected, misshaped, found = [], [], set()
+    unexpected, misshaped, mistyped, found = [], [], [], set()
     for name, tensor in state_dict.items():
         match = matcher.match(name)
         if match is None:
@@ -175,7 +186,9 @@ def check_state_dict(
         found.add(target)
         if tensor.shape != expected[target]:
             misshaped.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[target])}")
-    return CheckpointProblems([name for name in expected if name not in found], unexpected, misshaped)
+        elif tensor.dtype not in WEIGHT_DTYPES:
+            mistyped.append(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}")
+    return CheckpointProblems([name for name in expected if name not in found], unexpected, misshaped, mistyped)
 
 
 # ----------------------------------------------------------------------------------------------------- configurations
@@ -197,6 +210,39 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
     return content
 
 
+def _rows_and_columns(shapes: Mapping[str, torch.Size], name: str, ndim: int = 2) -> torch.Size | None:
+    """Shape of a tensor that sizes are read off; None if it isn't there.
+
+    Raises:
+        OriginalCheckpointError: if it has not `ndim` dimensions.
+    """
+    shape = shapes.get(name)
+    if shape is not None and len(shape) != ndim:
+        raise OriginalCheckpointError(
+            f"The checkpoint's tensor {name} has the shape {tuple(shape)}, but should have {ndim} dimensions: the "
+            "file is damaged, or of another model."
+        )
+    return shape
+
+
+def _num_layers(names: Iterable[str], prefix: str) -> int | None:
+    """Layers of a tower, by the numbers in its names; None if there are none."""
+    numbers = [match[1] for name in names if (match := re.match(re.escape(prefix) + r"(\d{1,6})\.", name))]
+    return max(map(int, numbers)) + 1 if numbers else None
+
+
+def _configured(config_class: type, **sizes: Any) -> Any:
+    """`config_class(**sizes)`.
+
+    Raises:
+        OriginalCheckpointError: for sizes that are none, such as a text.
+    """
+    try:
+        return config_class(**sizes)
+    except StrictDataclassError as error:  # no ValueError
+        raise OriginalCheckpointError(f"The configuration makes no sense: {' '.join(str(error).split())}") from error
+
+
 def _pick(source: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     return {
         name: source[spelling]
@@ -212,7 +258,7 @@ def text_config(original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | 
     if shapes is not None:
         shapes = {name.removeprefix("llm."): shape for name, shape in shapes.items()}
         sizes = _text_sizes(shapes, sizes) | sizes
-    return CpmBeeConfig(**sizes)
+    return _configured(CpmBeeConfig, **sizes)
 
 
 def text_encoder_config(
@@ -223,33 +269,34 @@ def text_encoder_config(
     llm_shapes = None
     if shapes is not None:
         llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
-        if "trans_block.w_out_res.weight" in shapes:
-            sizes = {"projection_dim": shapes["trans_block.w_out_res.weight"][0]} | sizes
+        projection = _rows_and_columns(shapes, "trans_block.w_out_res.weight")
+        if projection is not None:
+            sizes = {"projection_dim": projection[0]} | sizes
     llm = text_config(original, llm_shapes).to_diff_dict()
     llm.pop("model_type")
-    return VisCPMPaintTextEncoderConfig(**llm, **sizes)
+    return _configured(VisCPMPaintTextEncoderConfig, **llm, **sizes)
 
 
 def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    embedding = shapes.get("input_embedding.weight")
+    embedding = _rows_and_columns(shapes, "input_embedding.weight")
     if embedding is not None:
         sizes["vocab_size"], sizes["hidden_size"] = embedding
-    gate = shapes.get("encoder.layers.0.ffn.ffn.w_in.w_0.weight")
+    gate = _rows_and_columns(shapes, "encoder.layers.0.ffn.ffn.w_in.w_0.weight")
     if gate is not None:
         sizes["intermediate_size"] = gate[0]
-    layers = {int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")}
-    if layers:
-        sizes["num_hidden_layers"] = max(layers) + 1
-    bias = shapes.get("position_bias.relative_attention_bias")
+    layers = _num_layers(shapes, "encoder.layers.")
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    bias = _rows_and_columns(shapes, "position_bias.relative_attention_bias")
     if bias is not None:
         buckets, sizes["num_attention_heads"] = bias
         default = CpmBeeConfig()
         segment_buckets = known.get("position_bias_num_segment_buckets", default.position_bias_num_segment_buckets)
         sizes["position_bias_num_segment_buckets"] = segment_buckets
         sizes["position_bias_num_buckets"] = buckets - segment_buckets
-        query = shapes.get("encoder.layers.0.self_att.self_attention.project_q.weight")
-        if query is not None:
+        query = _rows_and_columns(shapes, "encoder.layers.0.self_att.self_attention.project_q.weight")
+        if query is not None and sizes["num_attention_heads"]:
             sizes["head_dim"] = query[0] // sizes["num_attention_heads"]
     return sizes
 
@@ -263,36 +310,35 @@ def chat_config(
     sizes = _pick({**original, **(vision or {})}, VISION_SPELLINGS)
     if shapes is not None:
         sizes = _vision_sizes(shapes) | sizes
-    if "hidden_size" in sizes and "num_attention_heads" not in sizes:
+    if isinstance(sizes.get("hidden_size"), int) and "num_attention_heads" not in sizes:
         sizes["num_attention_heads"] = max(1, sizes["hidden_size"] // VISION_HEAD_DIM)
     llm_shapes = None
     if shapes is not None:
         llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
-    return VisCPMChatConfig(
-        text_config=text_config(original, llm_shapes).to_dict(),
-        vision_config=sizes,
-    )
+    return _configured(VisCPMChatConfig, text_config=text_config(original, llm_shapes).to_dict(), vision_config=sizes)
 
 
 def _vision_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    if "query" in shapes:
-        sizes["num_query_tokens"], sizes["hidden_size"] = shapes["query"]
-    patches = shapes.get("vpm.beit3.vision_embed.proj.weight")
-    positions = shapes.get("vpm.beit3.encoder.embed_positions.A.weight")
+    queries = _rows_and_columns(shapes, "query")
+    if queries is not None:
+        sizes["num_query_tokens"], sizes["hidden_size"] = queries
+    patches = _rows_and_columns(shapes, "vpm.beit3.vision_embed.proj.weight", ndim=4)
+    positions = _rows_and_columns(shapes, "vpm.beit3.encoder.embed_positions.A.weight")
     if patches is not None:
         sizes["num_channels"], sizes["patch_size"] = patches[1], patches[-1]
         if positions is not None:
             # Two unused rows and the class token, then a square of patches.
-            sizes["image_size"] = round((positions[0] - 3) ** 0.5) * sizes["patch_size"]
-    if "vpm.beit3.encoder.embed_positions.B.weight" in shapes:
-        sizes["max_query_positions"] = shapes["vpm.beit3.encoder.embed_positions.B.weight"][0]
-    if "vpm.beit3.encoder.layers.0.ffn.A.fc1.weight" in shapes:
-        sizes["intermediate_size"] = shapes["vpm.beit3.encoder.layers.0.ffn.A.fc1.weight"][0]
-    prefix = "vpm.beit3.encoder.layers."
-    layers = {int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix)}
-    if layers:
-        sizes["num_hidden_layers"] = max(layers) + 1
+            sizes["image_size"] = round(max(1, positions[0] - 3) ** 0.5) * sizes["patch_size"]
+    query_positions = _rows_and_columns(shapes, "vpm.beit3.encoder.embed_positions.B.weight")
+    if query_positions is not None:
+        sizes["max_query_positions"] = query_positions[0]
+    feed_forward = _rows_and_columns(shapes, "vpm.beit3.encoder.layers.0.ffn.A.fc1.weight")
+    if feed_forward is not None:
+        sizes["intermediate_size"] = feed_forward[0]
+    layers = _num_layers(shapes, "vpm.beit3.encoder.layers.")
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
     return sizes
 
 
@@ -308,7 +354,7 @@ def is_original_config(config: Mapping[str, Any]) -> bool:
 
 
 def find_original_config(
-    name_or_path: Any, *, as_text_encoder: bool = False, **hub_kwargs
+    name_or_path: Any, /, *, as_text_encoder: bool = False, **hub_kwargs
 ) -> VisCPMChatConfig | CpmBeeConfig | None:
     """The configuration of a folder or Hub id in the original's layout; None for anything else.
 
@@ -349,7 +395,7 @@ def find_original_config(
     return config
 
 
-def find_repository_file(name_or_path: str | os.PathLike, filename: str, **hub_kwargs) -> str | None:
+def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, **hub_kwargs) -> str | None:
     if os.path.isdir(name_or_path):
         path = os.path.join(name_or_path, hub_kwargs.get("subfolder") or "", filename)
         return path if os.path.isfile(path) else None

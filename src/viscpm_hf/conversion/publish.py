@@ -106,7 +106,7 @@ def check_folder(folder: Path) -> dict[str, int]:
             continue
         if path.is_symlink():
             raise ConversionError(f"{path} is a symbolic link; only files are published.")
-        if path.suffix in PICKLE_SUFFIXES:
+        if path.suffix.lower() in PICKLE_SUFFIXES:
             raise ConversionError(f"{path} is a pickle, which may run code when it is loaded: remove it.")
         files[name] = path.stat().st_size
     _check_card(folder)

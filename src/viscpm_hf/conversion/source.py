@@ -13,7 +13,14 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from .errors import OriginalCheckpointError
-from .original import ORIGINAL_CONFIG_NAMES, ORIGINAL_SUFFIXES, VISION_CONFIG_NAME, VOCAB_NAME, is_original_config
+from .original import (
+    ORIGINAL_CONFIG_NAMES,
+    ORIGINAL_SUFFIXES,
+    VAE_NAMES,
+    VISION_CONFIG_NAME,
+    VOCAB_NAME,
+    is_original_config,
+)
 
 
 ORIGINAL_FILE, ORIGINAL_FOLDER = "original file", "original folder"
@@ -68,7 +75,8 @@ def locate(
     if not path.exists():
         # A link that leads nowhere exists all the same, and is no Hub id.
         match = None if path.is_symlink() else HUB_ID.fullmatch(name)
-        if match is None:
+        # `folder/model.bin` looks like a Hub id, and so does a file's name in a folder that is here.
+        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or (match["file"] and path.parent.is_dir()):
             raise FileNotFoundError(f"There is no checkpoint at {name}.")
         path = _download(match["id"], match["file"], revision, token, with_weights)
     if path.is_file():
@@ -119,7 +127,9 @@ def original_weights(location: Location, except_for: Path | None = None) -> Path
     if location.layout == ORIGINAL_FILE:
         return location.path
     excluded = except_for.resolve() if except_for is not None else None
-    files = [file for file in original_files(location.path) if file.resolve() != excluded]
+    files = [
+        file for file in original_files(location.path) if file.resolve() != excluded and file.name not in VAE_NAMES
+    ]
     if len(files) == 1:
         return files[0]
     if not files:

@@ -362,18 +362,18 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, TensorSpec]:
             name: TensorSpec(name, DTYPES_OF_SAFETENSORS[entry["dtype"]], tuple(map(_size, entry["shape"])))
             for name, entry in header.items()
         }
-        spans = sorted([_size(offset) for offset in entry["data_offsets"]] for entry in header.values())
-        claimed = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        offsets = {name: _span(entry["data_offsets"]) for name, entry in header.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path} is no safetensors file: its header makes no sense ({error}).") from error
     for name, spec in specs.items():
-        if spec.nbytes != claimed[name]:
+        begin, stop = offsets[name]
+        if spec.nbytes != stop - begin:
             raise ConversionError(
                 f"{path} is damaged: {name} of shape {spec.shape} needs {spec.nbytes:,} bytes, and the header gives "
-                f"it {claimed[name]:,}."
+                f"it {stop - begin:,}."
             )
     end = 0
-    for begin, stop in spans:
+    for begin, stop in sorted(offsets.values()):
         if begin != end:
             raise ConversionError(f"{path} is damaged: its tensors overlap or leave gaps at byte {begin:,}.")
         end = stop
@@ -388,6 +388,11 @@ def _size(value: Any) -> int:
     if not isinstance(value, int) or value < 0:
         raise ValueError(f"{value!r} is no size")
     return value
+
+
+def _span(offsets: Any) -> tuple[int, int]:
+    begin, stop = map(_size, offsets)
+    return begin, stop
 
 
 class SafetensorsFolder:

@@ -42,16 +42,16 @@ def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """Through a wider dtype, so that values are rounded once and there and back is at most one rounding off."""
-    has_float64 = tensor.device.type != "mps"
-    wide = torch.float64 if tensor.dtype == torch.float32 and has_float64 else torch.float32
+    """Scaled in a wider dtype, so that values are rounded once and there and back is at most one rounding off."""
+    if tensor.dtype != torch.float32 or tensor.device.type == "mps":
+        return tensor * factor  # torch itself multiplies half precision in fp32 and rounds once
     if tensor.device.type != "cpu" or tensor.ndim < 2 or tensor.numel() <= SCALED_VALUES:
-        return (tensor.to(wide) * factor).to(tensor.dtype)
-    # By the row: no second copy of a big tensor in a wider dtype, and faster, since a piece stays in the cache.
-    scaled = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return (tensor.double() * factor).float()
+    # By the row: no second copy of a big tensor in fp64, and faster, since a piece stays in the cache.
+    scaled = torch.empty_like(tensor)
     rows = max(1, SCALED_VALUES * tensor.shape[0] // tensor.numel())
     for piece, into in zip(tensor.split(rows), scaled.split(rows), strict=True):
-        into.copy_(piece.to(wide).mul_(factor))
+        into.copy_(piece.double().mul_(factor))
     return scaled
 
 

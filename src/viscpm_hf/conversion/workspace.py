@@ -43,6 +43,8 @@ class Workspace:
 
     def __init__(self, output: str | os.PathLike, sources: list[Path], *, resume: bool, overwrite: bool):
         self.output = Path(output).expanduser()
+        if self.output.name in ("", ".."):
+            raise ConversionError(f"{os.fspath(output)!r} is no name for a new folder.")
         self.path = self.output.with_name(self.output.name + PARTIAL_SUFFIX)
         self.state_file = self.output.with_name(self.output.name + STATE_SUFFIX)
         self.resume, self.overwrite = resume, overwrite
@@ -95,6 +97,12 @@ class Workspace:
         self._state = {"fingerprint": fingerprint, "finished": {}}
         self._save()  # first, so that a folder without its list never comes to be
         self.path.mkdir()
+
+    def discard_unless_begun(self) -> None:
+        """Removes a partial folder in which no file is finished."""
+        if not self.finished:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.state_file.unlink(missing_ok=True)
 
     @property
     def finished(self) -> dict[str, dict[str, Any]]:

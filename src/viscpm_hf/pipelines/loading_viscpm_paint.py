@@ -200,7 +200,8 @@ def load_original(
             config_path = config_path or find_beside(folder, *ORIGINAL_CONFIG_NAMES)
             original = read_json(config_path, "The configuration") if config_path else {}
             config = text_encoder_config(original, {name: tensor.shape for name, tensor in state_dict.items()})
-            stored = next(value.dtype for name, value in state_dict.items() if name.startswith("llm."))
+            llm = (value.dtype for name, value in state_dict.items() if name.startswith("llm."))
+            stored = next(llm, torch.float32)  # without any, loading says what is missing
             text_encoder = load_original_text_encoder(
                 file, config, state_dict, dtype=_dtype_of("text_encoder", dtype) or stored
             )

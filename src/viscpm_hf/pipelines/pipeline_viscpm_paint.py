@@ -274,6 +274,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         inputs.pop("extension_mask")  # says what generation may use
         embeds = self.text_encoder(**inputs.to(self._text_encoder_device())).prompt_embeds
         if not torch.isfinite(embeds).all():
+            self.maybe_free_model_hooks()
             raise ValueError(
                 f"The text encoder's output is not finite in {embeds.dtype}: its numbers overflow. Load it with "
                 'dtype={"text_encoder": torch.bfloat16, ...} or float32.'
@@ -595,6 +596,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                     progress_bar.update()
 
         if not torch.isfinite(latents).all():
+            self.maybe_free_model_hooks()
             raise ValueError(
                 f"The latents are not finite after denoising in {latents.dtype}: numbers overflowed in the UNet, or "
                 "the scheduler can't take these steps. Load the UNet in bfloat16 or float32 (dtype=...), or take "
@@ -607,6 +609,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
         image = self.vae.decode(latents, return_dict=False, generator=generator)[0]
         if not torch.isfinite(image).all():
+            self.maybe_free_model_hooks()
             raise ValueError(
                 f"The VAE's output is not finite in {image.dtype}: its numbers overflow. Load it in bfloat16 or "
                 'float32: dtype={"vae": torch.float32, ...}.'
