@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -55,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _configure_logging(verbose: bool) -> None:
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     if verbose:
-        logging.set_verbosity_info()
+        transformers_logging.set_verbosity_info()
     else:
-        logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        # It warns on import of a kernel that nothing here asks for.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
