@@ -69,6 +69,7 @@ def test_json_objects(capsys):
 def test_text_output(capsys, mode):
     chat = GOLDEN_A.load_chat()
     turn = chat.ask(IMAGE, "颜色", mode=mode, max_new_tokens=6)
+    capsys.readouterr()  # the progress bar of loading, which only the command line switches off
     status, out, err = run(capsys, MODEL, IMAGE, "颜色", "--mode", mode, *SHORT)
     assert (status, err) == (0, "")
     lines = out.splitlines()
