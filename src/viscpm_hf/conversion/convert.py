@@ -30,7 +30,7 @@ from .errors import ConversionError
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
 from .original import ORIGINAL_WEIGHTS_NAME, PAINT
 from .planning import Checkpoint, ConversionPlan, open_converted, open_original, plan_conversion, plan_original
-from .source import Location, json_object, locate
+from .source import MANIFEST_NAME, Location, json_object, locate
 from .tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, sha256_of
 from .transfer import converted_pieces
 from .verify import VerificationReport, verify_files, verify_loading
@@ -42,7 +42,6 @@ logger = logging.get_logger(__name__)
 TO_HUGGINGFACE, TO_ORIGINAL = "huggingface", "original"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEEP_DTYPE = "keep"
-MANIFEST_NAME = "conversion.json"
 MANIFEST_FORMAT = 1
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

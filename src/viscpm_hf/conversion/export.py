@@ -22,6 +22,7 @@ from .original import (
     VISION_SPELLINGS,
     VOCAB_NAME,
 )
+from .source import MANIFEST_NAME, json_object
 from .tensor_files import dtype_name
 from .verify import empty_model
 
@@ -59,7 +60,7 @@ def export_transformers_folder(
     model.generation_config.save_pretrained(folder)
     save_processor(folder, checkpoint)
     write_index(folder, plan, "model")
-    write_json(folder / "conversion.json", manifest)
+    write_json(folder / MANIFEST_NAME, manifest)
     card = chat_card if checkpoint.kind == CHAT else cpm_bee_card
     (folder / "README.md").write_text(card(checkpoint, plan, manifest), "utf-8")
 
@@ -118,7 +119,7 @@ def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mappi
     if VISION_CONFIG_NAME in before:
         write_json(folder / VISION_CONFIG_NAME, before[VISION_CONFIG_NAME])
     shutil.copyfile(checkpoint.vocab, folder / VOCAB_NAME)
-    write_json(folder / "conversion.json", manifest)
+    write_json(folder / MANIFEST_NAME, manifest)
     if checkpoint.kind == PAINT:
         from .paint import copy_diffusion_parts
 
@@ -126,9 +127,7 @@ def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mappi
 
 
 def _original_configs(checkpoint: Checkpoint) -> dict[str, Any]:
-    from .source import json_object
-
-    configs = json_object(checkpoint.location.path / "conversion.json").get("original_configs")
+    configs = json_object(checkpoint.location.path / MANIFEST_NAME).get("original_configs")
     return configs if isinstance(configs, dict) else {}
 
 
@@ -151,4 +150,4 @@ def export_paint_folder(
     from .paint import export_parts
 
     export_parts(folder, checkpoint, plan, manifest)
-    write_json(folder / "conversion.json", manifest)
+    write_json(folder / MANIFEST_NAME, manifest)

@@ -22,7 +22,7 @@ from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from . import key_maps
 from .archive import check_tensors, record_sizes
 from .errors import OriginalCheckpointError
-from .weight_transforms import KeyMatcher
+from .weight_transforms import KeyMatcher, shape_after
 
 
 logger = logging.get_logger(__name__)
@@ -179,12 +179,12 @@ def check_state_dict(
             if matcher.dropped_reason(name) is None:
                 unexpected.append(name)
             continue
-        target, _ = match
+        target, entry = match
         if target not in expected:
             unexpected.append(name)
             continue
         found.add(target)
-        if tensor.shape != expected[target]:
+        if shape_after(entry.operation, tensor.shape) != expected[target]:
             misshaped.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[target])}")
         elif tensor.dtype not in WEIGHT_DTYPES:
             mistyped.append(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}")

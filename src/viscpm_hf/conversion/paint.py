@@ -30,7 +30,7 @@ from ..pipelines.saving_viscpm_paint import save_code as save_pipeline_code
 from . import key_maps
 from .errors import ConversionError, OriginalCheckpointError
 from .model_card import paint_card
-from .original import PAINT, VOCAB_NAME, CheckpointProblems, load_state_dict, read_json, text_encoder_config
+from .original import PAINT, VOCAB_NAME, check_state_dict, load_state_dict, read_json, text_encoder_config
 from .planning import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
@@ -39,10 +39,9 @@ from .planning import (
     check_vocabulary,
     extra_tensors,
 )
-from .source import Location, file_beside, json_object
+from .source import MANIFEST_NAME, Location, file_beside, json_object
 from .tensor_files import SafetensorsFolder, dtype_name, mapped_tensors
 from .verify import LoadingReport, check_weights
-from .weight_transforms import KeyMatcher
 
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def open_original_paint(
         (PARTS[1], UNet2DConditionModel, diffusion.unet, unet_tensors, weights),
         (PARTS[2], AutoencoderKL, diffusion.vae, vae_tensors, vae_file),
     ):
-        problems = compare_part(own, part, empty_part(model_class, sizes))
+        problems = check_state_dict(own, part.key_map, shapes_of(empty_part(model_class, sizes)))
         if problems:
             raise OriginalCheckpointError(
                 f"{where} doesn't fit the configuration of its {model_class.__name__}: {problems}. For sizes other "
@@ -145,24 +144,8 @@ def empty_part(model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
         return model_class.from_config(dict(config))
 
 
-def compare_part(tensors: Mapping[str, torch.Tensor], part: Part, model: torch.nn.Module) -> CheckpointProblems:
-    """Compares original tensors of one of diffusers' models with the model."""
-    matcher, found = KeyMatcher(part.key_map), set()
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    unexpected, misshaped = [], []
-    for name, tensor in tensors.items():
-        match = matcher.match(name)
-        if match is None or match[0] not in expected:
-            unexpected.append(name)
-            continue
-        target, entry = match
-        found.add(target)
-        shape = tensor.shape
-        if entry.operation == key_maps.AS_MATRIX and len(shape) == 4:
-            shape = torch.Size((shape[0], shape[1:].numel()))
-        if shape != expected[target]:
-            misshaped.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[target])}")
-    return CheckpointProblems([name for name in expected if name not in found], unexpected, misshaped)
+def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def check_original_paint(
@@ -175,7 +158,10 @@ def check_original_paint(
         encoder = VisCPMPaintTextEncoder(config)
     of_unet = {name: tensor for name, tensor in state_dict.items() if name.startswith("unet.")}
     others = {name: tensor for name, tensor in state_dict.items() if name not in of_unet}
-    found = [compare_part(others, PARTS[0], encoder), compare_part(of_unet, PARTS[1], unet)]
+    found = [
+        check_state_dict(tensors, part.key_map, shapes_of(model))
+        for tensors, part, model in ((others, PARTS[0], encoder), (of_unet, PARTS[1], unet))
+    ]
     return (
         [name for problems in found for name in problems.missing],
         [name for problems in found for name in problems.unexpected],
@@ -323,7 +309,7 @@ def copy_diffusion_parts(checkpoint: Checkpoint, folder: Path) -> None:
         shutil.copytree(source / part, folder / part, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (folder / UNET).mkdir(exist_ok=True)
     shutil.copyfile(source / UNET / "config.json", folder / UNET / "config.json")
-    before = json_object(source / "conversion.json").get("original_configs") or {}
+    before = json_object(source / MANIFEST_NAME).get("original_configs") or {}
     if DIFFUSION_CONFIG_NAME in before:
         from .export import write_json
 

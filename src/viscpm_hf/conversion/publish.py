@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from .errors import ConversionError
-from .source import DIFFUSERS_FOLDER, json_object, locate
+from .source import DIFFUSERS_FOLDER, MANIFEST_NAME, json_object, locate
 from .tensor_files import crc32_of
 from .verify import check_transformers_folder
 from .workspace import PARTIAL_SUFFIX
@@ -20,7 +20,6 @@ from .workspace import PARTIAL_SUFFIX
 # Formats that may run code when they are loaded.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".joblib")
 CARD_NAME = "README.md"
-MANIFEST_NAME = "conversion.json"
 REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 

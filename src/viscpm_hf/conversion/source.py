@@ -25,6 +25,8 @@ from .original import (
 
 ORIGINAL_FILE, ORIGINAL_FOLDER = "original file", "original folder"
 TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER = "transformers folder", "diffusers folder"
+# What a conversion did, beside its result.
+MANIFEST_NAME = "conversion.json"
 CONVERTED = (TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER)
 
 CONVERTED_MODEL_TYPES = {"viscpm_chat": "chat", "viscpm_cpm_bee": "cpm_bee"}

@@ -32,6 +32,13 @@ def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
     raise ValueError(f"unknown operation {operation!r}")
 
 
+def shape_after(operation: str, shape: torch.Size) -> torch.Size:
+    """Shape of an original tensor -> ours."""
+    if operation == AS_MATRIX and len(shape) == 4:
+        return torch.Size((shape[0], shape[1:].numel()))
+    return shape
+
+
 def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
     """Our tensor -> the original's."""
     if operation in (KEEP, AS_MATRIX):

@@ -26,8 +26,8 @@ from ..conversion.original import (
     ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
     PAINT,
-    CheckpointProblems,
     OriginalCheckpointError,
+    check_state_dict,
     checkpoint_kind,
     is_original_config,
     load_state_dict,
@@ -262,26 +262,17 @@ def load_original_part(
     with torch.device("meta"):
         model = model_class.from_config(dict(config))
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    matcher, own = KeyMatcher(key_map), {}
-    unexpected, misshaped = [], []
-    for name, tensor in state_dict.items():
-        match = matcher.match(name)
-        if match is None or match[0] not in expected:
-            unexpected.append(name)
-            continue
-        target, entry = match
-        tensor = apply_operation(entry.operation, tensor)
-        if tensor.shape != expected[target]:
-            misshaped.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[target])}")
-        own[target] = tensor
-    problems = CheckpointProblems([name for name in expected if name not in own], unexpected, misshaped)
+    problems = check_state_dict(state_dict, key_map, expected)
     if problems:
         raise OriginalCheckpointError(
             f"{path} doesn't fit the configuration of its {model_class.__name__}: {problems}. Check that the file is "
             f"complete; for sizes other than the released ones give a {DIFFUSION_CONFIG_NAME}."
         )
-    # A copy: the file is only mapped into memory.
-    own = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in own.items()}
+    matcher, own = KeyMatcher(key_map), {}
+    for name, tensor in state_dict.items():
+        target, entry = matcher.match(name)
+        # A copy: the file is only mapped into memory.
+        own[target] = apply_operation(entry.operation, tensor).to(dtype or tensor.dtype, copy=True)
     model.load_state_dict(own, assign=True)
     return model.eval()
 
