@@ -8,7 +8,6 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
-GOLDEN := tests/golden/chat_a
 
 # One thread per worker: the workers are what fills the cores.
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
@@ -18,7 +17,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style conformance compat compat-oldest compat-newest compat-main bench clean
+.PHONY: help demo tiny tiny-chat tiny-paint test lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -36,13 +35,30 @@ $(READY): setup.cfg constraints.txt
 	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: $(READY) ## Ask an original checkpoint two questions about an image
-	$(VENV)/bin/viscpm-hf chat $(GOLDEN)/pytorch_model.bin $(GOLDEN)/image_0.png \
-		"图片是什么颜色？" "what shape is this?" --max-new-tokens 24 \
-		--config $(GOLDEN)/cpm-bee.json --vision-config $(GOLDEN)/vision.json
+demo: $(READY) ## Ask the embedded viscpm-tiny about a picture, and let it paint: no download
+	$(VENV)/bin/viscpm-hf demo --terminal --output build/demo
 
-test: $(READY) ## Run the tests
+TINY := OMP_NUM_THREADS=1 $(PY) recipes/tiny
+EMBEDDED := src/viscpm_hf/tiny_models
+
+tiny: $(READY) ## Train viscpm-tiny from nothing and put it into the package: 2 CPU cores, less than an hour
+	$(TINY)/chat.py --stage text
+	$(MAKE) -j 2 tiny-chat tiny-paint
+
+tiny-chat:
+	$(TINY)/chat.py --output $(EMBEDDED)/chat
+
+tiny-paint:
+	$(TINY)/paint.py --output $(EMBEDDED)/paint
+
+test: $(READY) browser ## Run the tests
 	$(call RUN_TESTS,$(VENV))
+
+browser: ## Install Chromium, which the tests of the demo page need, if apt can
+	@command -v chromedriver >/dev/null || { \
+		test "$$(id -u)" = 0 && apt-get -qq update && \
+		apt-get -qq install --no-install-recommends chromium chromium-driver fonts-noto-cjk >/dev/null; } || \
+		echo "There is no Chromium to be had: the tests of the demo page will be skipped"
 
 lint: $(READY) ## Check style and formatting
 	$(PY) -m ruff check .

@@ -142,10 +142,12 @@ def build(
     return model, processor
 
 
-def prompt_inputs(model, processor: VisCPMChatProcessor) -> tuple[dict[str, Any], list[list[int]]]:
+def prompt_inputs(
+    model, processor: VisCPMChatProcessor, question: str = QUESTION
+) -> tuple[dict[str, Any], list[list[int]]]:
     """The tensors of one question about one image, and the segment of its answer."""
     image = Image.effect_noise((224, 224), 80).convert("RGB")
-    parsed = processor.encode_prompt(processor.parse_prompt("<image>" + QUESTION))
+    parsed = processor.encode_prompt(processor.parse_prompt("<image>" + question))
     inputs = processor.tokenizer.collate([parsed.prompt()], return_tensors="pt").data
     inputs["pixel_values"] = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     return inputs, [[slot.segment_id for slot in parsed.answer_slots]]

@@ -5,9 +5,14 @@ Importing it registers every model with transformers' Auto classes and every pip
 
 from typing import TYPE_CHECKING
 
-from .auto import register
-from .pipelines.registration import register_pipelines
+from .quiet import quiet
 from .version import __version__
+
+
+# transformers imports torchao where it is installed, which warns of kernels that can't be had here.
+with quiet("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"):
+    from .auto import register
+    from .pipelines.registration import register_pipelines
 
 
 register()
@@ -17,6 +22,7 @@ register_pipelines()
 _EXPORTS = {
     "Beit3Config": "modeling.configuration_beit3",
     "Beit3Model": "modeling.modeling_beit3",
+    "ChatRequest": "batch.answering",
     "ConversionError": "conversion.errors",
     "ConversionResult": "conversion.convert",
     "CpmBeeConfig": "modeling.configuration_cpm_bee",
@@ -43,17 +49,22 @@ _EXPORTS = {
     "VisCPMPaintTextEncoderConfig": "modeling.configuration_viscpm_paint",
     "convert": "conversion.convert",
     "inspect": "conversion.inspect",
+    "memory_plan": "memory.plan",
     "publish": "conversion.publish",
+    "tiny": "embedded",
 }
 
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from .batch.answering import ChatRequest
     from .chat import VisCPMChat
     from .conversion.convert import ConversionResult, convert
     from .conversion.errors import ConversionError, OriginalCheckpointError
     from .conversion.inspect import Inspection, inspect
     from .conversion.publish import publish
+    from .embedded import tiny
+    from .memory.plan import memory_plan
     from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig
     from .modeling.configuration_beit3 import Beit3Config
     from .modeling.configuration_cpm_bee import CpmBeeConfig

@@ -55,6 +55,8 @@ from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, V
 from .modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from .modeling.processing_viscpm_chat import VisCPMChatProcessor
 from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
+from .placement import load_with_device_map
+from .quantization import load_quantized
 
 
 # Keyword arguments that say where files come from; the rest belongs to the object that is loaded.
@@ -204,7 +206,8 @@ def _original_processor(config, path, /, **kwargs) -> VisCPMChatProcessor | CpmB
 def _check_original(model_class: type) -> None:
     """Makes `model_class.from_pretrained` compare an original file with the model before anything is loaded.
 
-    transformers only warns of missing weights, and fills them with noise.
+    transformers only warns of missing weights, and fills them with noise. What concerns `device_map` and quantisation
+    is checked likewise.
     """
     stock = model_class.from_pretrained.__func__
     if hasattr(stock, "_viscpm_hf"):
@@ -214,13 +217,32 @@ def _check_original(model_class: type) -> None:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         is_text_encoder = issubclass(cls, VisCPMPaintTextEncoder)
         found = find_original_config(pretrained_model_name_or_path, as_text_encoder=is_text_encoder, **kwargs)
+        state_dict = kwargs.get("state_dict")
         if found is not None:
             if config is None:
                 config = found if isinstance(found, cls.config_class) else found.get_text_config()
             weights = find_repository_file(pretrained_model_name_or_path, ORIGINAL_WEIGHTS_NAME, **kwargs)
             if weights is not None:
-                check_original_weights(load_state_dict(weights), cls, config, weights)
-        return stock(cls, pretrained_model_name_or_path, *args, config=config, **kwargs)
+                state_dict = load_state_dict(weights)
+                check_original_weights(state_dict, cls, config, weights)
+        if args:
+            return stock(cls, pretrained_model_name_or_path, *args, config=config, **kwargs)
+        source = {key: kwargs[key] for key in SOURCE_ARGUMENTS if key in kwargs}
+        shape = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
+        is_quantized = kwargs.get("quantization_config") is not None or hasattr(shape, "quantization_config")
+        if kwargs.get("device_map") is None and not is_quantized:
+            return stock(cls, pretrained_model_name_or_path, config=config, **kwargs)
+        kwargs["state_dict"] = state_dict
+
+        def load(path, *, config, state_dict, **kwargs):
+            stock_load = functools.partial(stock, cls, config=config)
+            if kwargs.get("device_map") is not None:
+                return load_with_device_map(stock_load, cls, path, shape, state_dict, **kwargs)
+            return stock_load(path, state_dict=state_dict if path is None else None, **kwargs)
+
+        if is_quantized:
+            return load_quantized(load, cls, pretrained_model_name_or_path, shape, **kwargs)
+        return load(pretrained_model_name_or_path, config=config, **kwargs)
 
     from_pretrained._viscpm_hf = True
     model_class.from_pretrained = classmethod(from_pretrained)

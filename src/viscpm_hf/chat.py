@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -16,12 +16,11 @@ from transformers import AutoConfig, AutoProcessor, BatchFeature, TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
+from .adapters import AdapterFolder
 from .auto import check_original_weights, load_original_chat
 from .conversion.original import (
     ORIGINAL_CONFIG_NAMES,
-    ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
-    VAE_NAMES,
     VISION_CONFIG_NAME,
     VOCAB_NAME,
     OriginalCheckpointError,
@@ -30,9 +29,12 @@ from .conversion.original import (
     load_state_dict,
     read_json,
 )
-from .conversion.source import original_files
+from .embedded import resolve_model
+from .loading import LoadOptions, find_original_file, stored_dtype
 from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from .modeling.configuration_viscpm_chat import VisCPMChatConfig
+from .modeling.fast_decoding_cpm_bee import check_fast_decoding
+from .modeling.fused_projections_cpm_bee import fusing_problem
 from .modeling.generation_cpm_bee import reference_decoding
 from .modeling.image_processing_viscpm import VisCPMImageProcessor
 from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
@@ -40,6 +42,9 @@ from .modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
 from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from .pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
 
+
+if TYPE_CHECKING:
+    from .batch.answering import ChatRequest
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +79,8 @@ class VisCPMChat:
     """Answers questions about images, as the original class of this name.
 
     Args:
-        model_path: an original `.pt`/`.bin` file, or a folder or Hub id in the original's or our layout.
+        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, or the folder of
+            an adapter that fine-tuning left (`training`).
         config_path: the original's JSON of the language model (`dim_model` and so on). If None, one beside the file is
             used, and what it lacks follows from the tensors or is as in the 10B model.
         image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id
@@ -86,6 +92,14 @@ class VisCPMChat:
             where the CPU has no bf16.
         image_safety_policy: what happens to flagged images: `"raise"` an [`UnsafeImageError`], or `"refuse"` with a
             fixed sentence as the answer. Either way nothing is said about the image.
+        quantization: `"4bit"` (`"nf4"`), `"fp4"`, `"8bit"`, `"int8wo"`, `"int4wo"`: precision of the language model's
+            layers. If None, as the checkpoint was saved.
+        quantize_vision: also quantise the vision tower, which otherwise stays in `dtype`.
+        device_map: `"auto"`, `"balanced"` or `{module: device}`, as of `from_pretrained`.
+        max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
+        offload_folder: for weights that `device_map` leaves on the disk.
+        fast: decode with a static cache and compiled graphs (`docs/speed.md`): the first answer takes long, all others
+            are fast. Projections of the same input are fused where the weights are plain.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -111,41 +125,69 @@ class VisCPMChat:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         image_safety_policy: str = "raise",
+        quantization: str | None = None,
+        quantize_vision: bool = False,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike | None = None,
+        fast: bool = False,
     ):
         if image_safety_policy not in SAFETY_POLICIES:
             raise ValueError(
                 f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {image_safety_policy!r}."
             )
-        self.device = usable_device(device) if device is not None else default_device()
+        self.options = LoadOptions.checked(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            quantize_all=quantize_vision,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            fast=fast,
+        )
+        self.device = self.options.device
         self.image_safety_policy = image_safety_policy
         if image_safety_checker is True:
             image_safety_checker = DEFAULT_SAFETY_CHECKER
         if isinstance(image_safety_checker, (str, os.PathLike)):
             image_safety_checker = ImageSafetyChecker.from_pretrained(image_safety_checker, self.device)
         self.image_safety_checker = image_safety_checker or None
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
+        adapter = AdapterFolder.find(model_path)
+        if adapter is not None:
+            model_path = adapter.require_base()
+        model_path = resolve_model(model_path, "chat")
         original_file = find_original_file(model_path)
         if original_file is not None:
-            model, self.processor = self._load_file(original_file, config_path, vision_config_path, vocab_path, dtype)
+            model, self.processor = self._load_file(original_file, config_path, vision_config_path, vocab_path)
         else:
             if config_path is not None or vision_config_path is not None:
                 raise ValueError(
                     "config_path and vision_config_path belong to an original file; "
                     f"{model_path} is a folder or Hub id and has its own config.json."
                 )
-            model, self.processor = self._load_repository(model_path, vocab_path, dtype)
+            model, self.processor = self._load_repository(model_path, vocab_path)
         tokens, rows = len(self.processor.tokenizer), model.config.text_config.vocab_size
         if tokens != rows:
             raise OriginalCheckpointError(
                 f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."
             )
-        self.model: VisCPMChatForConditionalGeneration = model.to(self.device).eval()
+        if adapter is not None:
+            self.processor = adapter.apply(model, self.processor)
+        self.model: VisCPMChatForConditionalGeneration = self.options.place(model).eval()
+        if fast:
+            check_fast_decoding(self.model)
+            if fusing_problem(self.model) is None:
+                self.model.fuse_projections()
+            self.model.fast_decoder.enabled = True
+        if device_map is not None:
+            self.device = self.model.device
 
     # ------------------------------------------------------------------------------------------------------- loading
 
     def _load_file(
-        self, path: Path, config_path, vision_config_path, vocab_path, dtype: torch.dtype | None
+        self, path: Path, config_path, vision_config_path, vocab_path
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
         vocab_file = Path(vocab_path) if vocab_path is not None else path.parent / VOCAB_NAME
         if not vocab_file.is_file():
@@ -166,13 +208,15 @@ class VisCPMChat:
         state_dict = load_state_dict(path)
         config = chat_config(llm, vision, {name: tensor.shape for name, tensor in state_dict.items()})
         stored = next((tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()), None)
-        model = load_original_chat(path, config, state_dict, dtype=dtype or default_dtype(self.device, stored))
+        dtype = self.options.choose_dtype(stored)
+        arguments = self.options.from_pretrained_arguments(dtype)
+        model = load_original_chat(path, config, state_dict, dtype=dtype, **arguments)
         side = config.vision_config.image_size
         image_processor = VisCPMImageProcessor(size={"height": side, "width": side})
         return model, VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
 
     def _load_repository(
-        self, name_or_path, vocab_path, dtype: torch.dtype | None
+        self, name_or_path, vocab_path
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
         config = AutoConfig.from_pretrained(name_or_path)
         if not isinstance(config, VisCPMChatConfig):
@@ -182,13 +226,14 @@ class VisCPMChat:
             raise OriginalCheckpointError(
                 f"{name_or_path} holds a {type(config).__name__}, but VisCPMChat needs a VisCPM-Chat checkpoint."
             )
-        if dtype is None:
-            stored = config.dtype or stored_dtype(name_or_path)
-            dtype = default_dtype(self.device, stored) if stored is not None else "auto"
+        stored = config.dtype or stored_dtype(name_or_path)
+        dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         processor = AutoProcessor.from_pretrained(name_or_path)
         if vocab_path is not None:
             processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
-        return VisCPMChatForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype), processor
+        arguments = self.options.from_pretrained_arguments(dtype, getattr(config, "quantization_config", None))
+        model = VisCPMChatForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, **arguments)
+        return model, processor
 
     # ------------------------------------------------------------------------------------------------------ answering
 
@@ -226,6 +271,7 @@ class VisCPMChat:
         mode: str = "reference",
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        fast: bool | None = None,
         **generation,
     ) -> ChatTurn:
         """As [`chat`], with everything there is to know of the turn.
@@ -235,6 +281,7 @@ class VisCPMChat:
                 `"generate"` with everything that transformers' `generate` offers.
             seed: makes sampling repeatable.
             on_text: called with every new piece of the answer (`"generate"` with one beam only).
+            fast: decode with compiled graphs; if None, as the model was loaded.
             generation: `num_beams`, `max_new_tokens`, `temperature`, `repetition_penalty`, `length_penalty`, ...
 
         Raises:
@@ -262,9 +309,9 @@ class VisCPMChat:
         document = {"context": context, "question": escaped, "<ans>": ""}
         with seeded(seed, self.device):
             if mode == "reference":
-                ids, strings = self._reference(document, vision_hidden_states, decoding)
+                ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
             else:
-                ids, strings = self._generate(document, vision_hidden_states, generation, on_text)
+                ids, strings = self._generate(document, vision_hidden_states, {**generation, "fast": fast}, on_text)
         answer = self.processor.tokenizer.decode(ids, extension_table=strings)
         return ChatTurn(
             question=question,
@@ -273,6 +320,22 @@ class VisCPMChat:
             vision_hidden_states=vision_hidden_states,
             num_tokens=len(ids),
             seconds=time.perf_counter() - begin,
+        )
+
+    def ask_batch(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        mode: str = "reference",
+        seed: int | Sequence[int | None] | None = None,
+        return_exceptions: bool = False,
+        **generation,
+    ) -> list[ChatTurn]:
+        """Answers several questions at once, each as [`ask`] would alone; see [`answer_batch`]."""
+        from .batch.answering import answer_batch
+
+        return answer_batch(
+            self, requests, mode=mode, seed=seed, return_exceptions=return_exceptions, generation=generation
         )
 
     @torch.no_grad()
@@ -320,10 +383,14 @@ class VisCPMChat:
         return vision_hidden_states.shape[0]
 
     def _reference(
-        self, document: Mapping[str, str], vision_hidden_states: torch.Tensor | None, decoding: ReferenceDecodingConfig
+        self,
+        document: Mapping[str, str],
+        vision_hidden_states: torch.Tensor | None,
+        decoding: ReferenceDecodingConfig,
+        fast: bool | None,
     ) -> tuple[list[int], dict[int, str]]:
         inputs, segment = self._inputs(document, vision_hidden_states, with_answer_start=False)
-        (result,) = self.model.reference_search(inputs, [[segment]], decoding)
+        (result,) = self.model.reference_search(inputs, [[segment]], decoding, fast=fast)
         return result.token_ids[0], inputs.extension_strings[0]
 
     def _generate(
@@ -337,11 +404,14 @@ class VisCPMChat:
         strings = inputs.extension_strings[0]
         tokenizer = self.processor.tokenizer
         streamer = CallbackStreamer(tokenizer, on_text, strings) if on_text is not None else None
-        sequence = self.model.generate(**inputs, streamer=streamer, **generation)[0]
-        ids = sequence[inputs["input_ids"].shape[1] :].tolist()
-        if tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        (ids,) = self._generate_rows(inputs, generation, streamer=streamer)
         return ids, strings
+
+    def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
+        """The new tokens of every row of a batch, without what ends them."""
+        sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
+        end = self.processor.tokenizer.eos_token_id
+        return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
 
 
 class CallbackStreamer(TextStreamer):
@@ -369,70 +439,6 @@ class CallbackStreamer(TextStreamer):
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: if torch knows no such device, or can't use it here.
-    """
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an assertion where torch is built without CUDA
-        raise ValueError(f"The device {str(device)!r} can't be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def default_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The dtype that suits the device, for a checkpoint stored in `stored`."""
-    if device.type != "cpu" or stored != torch.float16:
-        return stored
-    # Half precision on a CPU is bf16 or nothing: fp16 products are emulated.
-    has_mkldnn = torch.backends.mkldnn.is_available()  # builds without it, such as those for Macs, lack its ops too
-    return torch.bfloat16 if has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
-
-
-def stored_dtype(name_or_path: str | os.PathLike) -> torch.dtype | None:
-    """Dtype of a folder's original weights; None if there are none at hand."""
-    weights = Path(name_or_path) / ORIGINAL_WEIGHTS_NAME
-    if not weights.is_file():
-        return None
-    return next((tensor.dtype for tensor in load_state_dict(weights).values() if tensor.is_floating_point()), None)
-
-
-def find_original_file(model_path: str | os.PathLike) -> Path | None:
-    """The original file that `model_path` means; None for a folder with its own configuration, or a Hub id.
-
-    Raises:
-        OriginalCheckpointError: if a folder without configuration holds several original files, or none.
-        FileNotFoundError: for a path that looks like a file and isn't there.
-    """
-    path = Path(model_path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        name = os.fspath(model_path)
-        if path.suffix in ORIGINAL_SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:  # no Hub id
-            raise FileNotFoundError(f"There is no checkpoint at {path}.")
-        return None
-    if (path / "config.json").is_file():
-        return None
-    files = [file for file in original_files(path) if file.name not in VAE_NAMES]
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise OriginalCheckpointError(
-            f"{path} has no config.json, so it should hold one original .pt or .bin file; it holds: {names}. Give the "
-            "path of the file."
-        )
-    return files[0]
 
 
 def open_picture(image: Any, image_processor: VisCPMImageProcessor) -> PIL.Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,25 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .chat import default_device, default_dtype, usable_device
-from .conversion.original import read_json
-from .pipelines.loading_viscpm_paint import find_folder, is_original_folder, load_original, load_vae
+from .conversion.original import load_state_dict, read_json
+from .embedded import FOLDER as EMBEDDED_FOLDER
+from .embedded import resolve_model
+from .layer_streaming import BUDGET_VARIABLE
+from .loading import LoadOptions, stored_dtype
+from .modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+from .pipelines.loading_viscpm_paint import (
+    find_folder,
+    find_original_file,
+    is_original_folder,
+    load_original,
+    load_vae,
+    quantized_unet,
+)
 from .pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
 from .pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY
 from .pipelines.ranking import DEFAULT_RANKER
 from .pipelines.safety import DEFAULT_SAFETY_CHECKER
+from .quantization import check_unet_quantization, unet_quantization_config
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +94,8 @@ class VisCPMPaint:
             id of one, or False.
         add_ranker: True for the original's (`OFA-Sys/chinese-clip-vit-base-patch16`), a folder or Hub id of one, or
             False. With a ranker `candidates` images are drawn for every one that is wanted, and the best are returned.
+            For the embedded `viscpm-tiny`, which draws shapes, True means no such part, here and above: nothing is
+            downloaded.
         config_path: the original's JSON of the language model, if not beside the file.
         vocab_path: `vocab.txt`, if not beside the model.
         vae: the VAE, or a folder or file of one, if not beside the file.
@@ -94,6 +108,13 @@ class VisCPMPaint:
         image_policy: what happens to flagged images: `"black"`, `"flag"` or `"raise"`.
         prompt_policy: what happens to refused prompts, likewise.
         offload: `"model"` keeps only the model that works on the device, `"sequential"` only the layer.
+        quantization: `"4bit"` (`"nf4"`), `"fp4"`, `"8bit"`, `"int8wo"`, `"int4wo"`: precision of the text encoder's
+            layers. If None, as the checkpoint was saved.
+        quantize_unet: also quantise the UNet, which otherwise stays in `dtype`.
+        device_map: `"auto"`, `"balanced"` or `{module: device}` for the text encoder.
+        max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
+        offload_folder: for weights that `device_map` leaves on the disk.
+        fast: compile the UNet.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -125,28 +146,55 @@ class VisCPMPaint:
         image_policy: str = "black",
         prompt_policy: str = "raise",
         offload: str = "none",
+        quantization: str | None = None,
+        quantize_unet: bool = False,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike | None = None,
+        fast: bool = False,
     ):
         if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
             raise ValueError(f"candidates must be a whole number of at least 1, got {candidates!r}.")
         if offload not in OFFLOADS:
             raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
-        self.device = usable_device(device) if device is not None else default_device()
+        self.options = LoadOptions.checked(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            quantize_all=quantize_unet,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            fast=fast,
+        )
+        self.device = self.options.device
+        dtype = self.options.dtype
+        if quantize_unet:
+            check_unet_quantization(quantization, self.device)
         if offload != "none" and self.device.type == "cpu":
             raise ValueError(f"offload={offload!r} needs a GPU: on a CPU there is nothing to offload from.")
+        if offload != "none" and (device_map is not None or self.options.layer_budget is not None):
+            raise ValueError(
+                f"offload={offload!r} moves whole models, which excludes device_map and {BUDGET_VARIABLE}: drop one."
+            )
         self.candidates = candidates
         self.image_policy = image_policy
         self.prompt_policy = prompt_policy
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if isinstance(scheduler, str):
             scheduler_class(scheduler)  # a wrong name is known before minutes of loading
 
-        path = Path(find_folder(model_path, {}))
+        path = Path(find_folder(resolve_model(model_path, "paint"), {}))
         # Likewise for parts that can't be had.
+        wanted = (image_safety_checker, prompt_safety_checker, add_ranker)
+        if path.parent == EMBEDDED_FOLDER:
+            wanted = tuple(source is not True and source for source in wanted)
         parts = {
-            **_load_image_checker(path, image_safety_checker),
-            **_load_prompt_checker(path, prompt_safety_checker),
-            **_load_ranker(path, add_ranker),
+            **_load_image_checker(path, wanted[0]),
+            **_load_prompt_checker(path, wanted[1]),
+            **_load_ranker(path, wanted[2]),
         }
+        stored = stored_text_encoder_dtype(path)
+        text_encoder_dtype = self.options.choose_dtype(stored)
         if is_original_folder(path):
             pipeline = load_original(
                 VisCPMPaintPipeline,
@@ -155,7 +203,8 @@ class VisCPMPaint:
                 vocab_path=vocab_path,
                 diffusion_config_path=diffusion_config_path,
                 vae=vae,
-                dtype=dtype,
+                dtype={"text_encoder": text_encoder_dtype, "default": dtype},
+                text_encoder_options=self.options.from_pretrained_arguments(text_encoder_dtype),
                 **parts,
             )
         else:
@@ -165,10 +214,22 @@ class VisCPMPaint:
                     f"{model_path} is a converted folder and has its own."
                 )
             own = {} if vae is None else {"vae": vae if isinstance(vae, AutoencoderKL) else load_vae(Path(vae))}
+            folder = path / "text_encoder"
+            quantized = read_json(folder / "config.json", "The configuration").get("quantization_config")
+            own["text_encoder"] = VisCPMPaintTextEncoder.from_pretrained(
+                folder,
+                dtype=text_encoder_dtype,
+                **self.options.from_pretrained_arguments(text_encoder_dtype, quantized),
+            )
             pipeline = VisCPMPaintPipeline.from_pretrained(path, **_load_dtype(dtype), **own, **parts)
         self.pipeline: VisCPMPaintPipeline = pipeline
-        if dtype is None:
-            self._choose_dtypes()
+        if dtype is None and self.device.type != "cpu" and stored in (torch.float16, torch.bfloat16):
+            # The released UNet is stored in fp32, but half precision is what it needs.
+            pipeline.unet.to(text_encoder_dtype)
+            pipeline.vae.to(text_encoder_dtype)
+        if quantize_unet:
+            config = unet_quantization_config(self.options.quantization, pipeline.unet.dtype)
+            pipeline.unet = quantized_unet(pipeline.unet, config)
         if scheduler is not None:
             pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
         pipeline.set_progress_bar_config(disable=None)
@@ -177,16 +238,12 @@ class VisCPMPaint:
         elif offload == "sequential":
             pipeline.enable_sequential_cpu_offload(device=self.device)
         else:
-            pipeline.to(self.device)
-
-    def _choose_dtypes(self) -> None:
-        """The dtypes that suit the device: the released UNet is stored in fp32, but fp16 is what it needs."""
-        pipeline = self.pipeline
-        stored = pipeline.text_encoder.dtype
-        pipeline.text_encoder.to(default_dtype(self.device, stored))
-        if self.device.type != "cpu" and stored in (torch.float16, torch.bfloat16):
-            pipeline.unet.to(stored)
-            pipeline.vae.to(stored)
+            if device_map is not None:
+                self.device = pipeline.text_encoder.device
+            for component in pipeline.components.values():
+                if isinstance(component, torch.nn.Module) and component is not pipeline.text_encoder:
+                    component.to(self.device)
+            self.options.place(pipeline.text_encoder)
 
     # ------------------------------------------------------------------------------------------------------ generating
 
@@ -269,10 +326,21 @@ class VisCPMPaint:
         images = output.images
         flags = output.nsfw_content_detected or [False] * num_images
         reasons = output.flag_reasons or [None] * num_images
-        scores, order = [None] * num_images, list(range(num_images))
-        if has_ranker:
+        return self.rank(prompt, images, seeds, flags, reasons)
+
+    def rank(
+        self,
+        prompt: str,
+        images: list[PIL.Image.Image],
+        seeds: list[int | None],
+        flags: list[bool],
+        reasons: list[str | None],
+    ) -> PaintResult:
+        """All candidates of a prompt, ranked."""
+        scores, order = [None] * len(images), list(range(len(images)))
+        if self.pipeline.ranker is not None:
             _, ranked, places = self.pipeline.rank_images(prompt, images)
-            scores = [ranked[places.index(index)] for index in range(num_images)]
+            scores = [ranked[places.index(index)] for index in range(len(images))]
             order = sorted(places, key=lambda index: flags[index])  # stable: among equals the best stays first
         return PaintResult(
             prompt=prompt,
@@ -384,6 +452,17 @@ def _load_part(
             f"({str(error).splitlines()[0]}). Give a folder that holds it ({argument}=...), or switch it off "
             f"({argument}=False, {flag} on the command line)."
         ) from error
+
+
+def stored_text_encoder_dtype(path: Path) -> torch.dtype:
+    """What the text encoder of a file or folder is stored in; fp32 if it doesn't say."""
+    folder = path / "text_encoder"
+    if folder.is_dir():
+        name = read_json(folder / "config.json", "The text encoder's configuration").get("dtype")
+        return getattr(torch, name) if name else stored_dtype(folder) or torch.float32
+    file = find_original_file(path) if path.is_dir() else path
+    tensors = (tensor for name, tensor in load_state_dict(file).items() if name.startswith("llm."))
+    return next((tensor.dtype for tensor in tensors), torch.float32)
 
 
 def _load_dtype(dtype: torch.dtype | None) -> dict[str, Any]:

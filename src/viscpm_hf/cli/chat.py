@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from .errors import describe
+from .model_options import add_model_options, load_chat
 
 
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="reference: the original's beam search (default for given questions); generate: transformers' own, which "
         "streams (default for the interactive prompt) / 解码方式",
     )
-    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu ... / 设备")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights / 精度")
     parser.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
     parser.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
     parser.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
@@ -63,13 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable / 随机种子")
     parser.add_argument("--json", action="store_true", help="one JSON object a turn / 每轮输出一个 JSON 对象")
-    parser.add_argument(
-        "--config", metavar="JSON", help="original file: the language model's configuration / 语言模型配置"
-    )
-    parser.add_argument(
-        "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
-    )
-    parser.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
+    add_model_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -91,18 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     is_interactive = not arguments.questions
     mode = arguments.mode or ("generate" if is_interactive or arguments.top_p is not None else "reference")
     options = {"mode": mode, "seed": arguments.seed, **generation_options(arguments, mode)}
-    from ..chat import VisCPMChat
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
 
     VisCPMImageProcessor()(arguments.image)  # a bad picture is known before minutes of loading
-    chat = VisCPMChat(
-        arguments.model,
-        arguments.config,
-        vision_config_path=arguments.vision_config,
-        vocab_path=arguments.vocab,
-        device=arguments.device,
-        dtype=arguments.dtype,
-    )
+    chat = load_chat(arguments)
     conversation = Conversation(chat, arguments.image, options, as_json=arguments.json)
     if is_interactive:
         return conversation.interact()

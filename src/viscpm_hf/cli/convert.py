@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ..quantization import QUANTIZATIONS
+
 
 if TYPE_CHECKING:
     from ..conversion.convert import ConversionResult
@@ -31,6 +33,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32", "keep"), default="keep", help="of OUT (keep) / 精度"
     )
+    parser.add_argument(
+        "--quantize", choices=tuple(QUANTIZATIONS), help="the language model's layers; no way back / 量化语言模型"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (5GB) / 分片大小")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done / 仅预览")
     parser.add_argument("--resume", action="store_true", help="go on after an interruption / 断点续转")
@@ -41,6 +46,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.quantize is not None:
+        return run_quantized(arguments)
     from ..conversion.convert import convert
 
     options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
@@ -57,6 +64,22 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def run_quantized(arguments: argparse.Namespace) -> int:
+    wrong = [f"--{name.replace('_', '-')}" for name in NOT_QUANTIZED if getattr(arguments, name)]
+    if arguments.to != "huggingface":
+        wrong.append("--to original")
+    if wrong:
+        raise ValueError(f"--quantize writes the whole folder at once, for loading: leave out {', '.join(wrong)}.")
+    from ..conversion.quantized import convert_quantized
+
+    names = set(OPTIONS) - {*NOT_QUANTIZED, "to"}
+    options = {name: value for name, value in vars(arguments).items() if name in names}
+    print(describe(convert_quantized(arguments.source, arguments.output, arguments.quantize, **options)))
+    return 0
+
+
+# What a conversion to a quantised folder doesn't have.
+NOT_QUANTIZED = ("dry_run", "resume", "verify")
 OPTIONS = (
     "to", "llm_config", "vision_config", "diffusion_config", "vae", "vocab", "dtype", "max_shard_size", "dry_run",
     "resume", "verify", "overwrite", "revision",

@@ -1,5 +1,8 @@
 """Errors as users see them."""
 
+# As shells do for a program ended by Ctrl-C.
+EXIT_INTERRUPTED = 130
+
 
 def describe(error: BaseException) -> str:
     """An error in one line."""

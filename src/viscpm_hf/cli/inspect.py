@@ -58,6 +58,7 @@ def describe(inspection: Inspection) -> str:
         row("parameters", f"{_billions(inspection.num_parameters)} ({parts})")
         row("dtype", " + ".join(inspection.dtypes))
         row("sharded", "yes" if inspection.is_sharded else "no")
+    row("quantised", inspection.quantization or "")
     row("sizes", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in inspection.sizes.items()))
     row("memory", ", ".join(f"{name} {_gigabytes(size)}" for name, size in inspection.memory_bytes.items()))
     row("missing", _many(inspection.missing))

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 
 from ..version import __version__
-from . import chat, convert, inspect, paint, publish
-from .errors import describe
+from . import batch, chat, convert, demo, inspect, memory, paint, publish, serve, train
+from . import eval as evaluate
+from .errors import EXIT_INTERRUPTED, describe
 
 
-COMMANDS = (chat, paint, inspect, convert, publish)
-
-# As shells do for a program ended by Ctrl-C.
-EXIT_INTERRUPTED = 130
+COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; errors that the user can mend are one line on stderr and exit status 1."""
     arguments = build_parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for commands that start further processes
     _configure_logging(arguments.verbose)
     try:
         return arguments.run(arguments)

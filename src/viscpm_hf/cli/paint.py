@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import positive
+from .model_options import add_model_options, load_paint
 
 
 if TYPE_CHECKING:
@@ -50,33 +51,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         type=positive(int),
         help=f"images drawn per prompt ({CANDIDATES} with ranking, else 1) / 候选数",
     )
-    for name, what in (
-        ("rank", "choose the best candidate with Chinese-CLIP / 排序"),
-        ("check-prompt", "refuse unsafe prompts / 检查提示词"),
-        ("check-image", "black out unsafe images / 检查图片"),
-    ):
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what)
-    parser.add_argument("--ranker", metavar="FOLDER", help="Chinese-CLIP: folder or Hub id / 排序模型")
-    parser.add_argument("--prompt-checker", metavar="FOLDER", help="text classifier: folder or Hub id / 文本检查模型")
-    parser.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     parser.add_argument("--contact-sheet", metavar="PNG", help="all candidates with their scores / 候选图总览")
     parser.add_argument("--save-all", action="store_true", help="write every candidate too / 保存所有候选图")
-    parser.add_argument(
-        "--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory / 显存卸载"
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu ... / 设备")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights / 精度")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt / 每个提示词输出一个 JSON 对象")
-    parser.add_argument("--vae", metavar="PATH", help="folder or file of the VAE, if not beside the model / VAE")
-    parser.add_argument(
-        "--config", metavar="JSON", help="original file: the language model's configuration / 语言模型配置"
-    )
-    parser.add_argument(
-        "--diffusion-config",
-        metavar="JSON",
-        help="original file: configurations of UNet, VAE, scheduler / 扩散模型配置",
-    )
-    parser.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
+    add_model_options(parser, paint=True)
     parser.set_defaults(run=run)
 
 
@@ -122,23 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(arguments)
     output = check_output(arguments.output)
     sheet = check_output(arguments.contact_sheet) if arguments.contact_sheet else None
-    from ..paint import VisCPMPaint
-
-    painter = VisCPMPaint(
-        arguments.model,
-        image_safety_checker=arguments.check_image and (arguments.image_checker or True),
-        prompt_safety_checker=arguments.check_prompt and (arguments.prompt_checker or True),
-        add_ranker=arguments.rank and (arguments.ranker or True),
-        config_path=arguments.config,
-        diffusion_config_path=arguments.diffusion_config,
-        vocab_path=arguments.vocab,
-        vae=arguments.vae,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        scheduler=arguments.scheduler,
-        candidates=arguments.candidates or CANDIDATES,
-        offload=arguments.offload,
-    )
+    painter = load_paint(arguments, scheduler=arguments.scheduler, candidates=arguments.candidates or CANDIDATES)
     refused = 0
     for number, prompt in enumerate(prompts, start=1):
         try:

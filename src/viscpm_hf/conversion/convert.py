@@ -7,7 +7,6 @@ only when it is complete (`workspace`), and what lies beside the weights is writ
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import math
@@ -15,7 +14,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..quantization import stored_quantization
 from ..version import __version__
 from .errors import ConversionError
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
@@ -32,7 +32,7 @@ from .original import ORIGINAL_WEIGHTS_NAME, PAINT
 from .planning import Checkpoint, ConversionPlan, open_converted, open_original, plan_conversion, plan_original
 from .source import MANIFEST_NAME, Location, json_object, locate
 from .tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, sha256_of
-from .transfer import converted_pieces
+from .transfer import converted_pieces, one_torch_thread
 from .verify import VerificationReport, verify_files, verify_loading
 from .workspace import Workspace
 
@@ -139,6 +139,10 @@ def convert(
         if to == TO_ORIGINAL:
             raise ConversionError(f"{location.name} is in the original's format already.")
         return _nothing_to_do(location, location.path, f"{location.name} is a converted folder already.")
+    if to == TO_ORIGINAL and (quantization := stored_quantization(location.path)) is not None:
+        raise ConversionError(
+            f"{location.name} is quantised to {quantization}; the original's values can't be had back from it."
+        )
 
     checkpoint = (
         open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
@@ -335,17 +339,6 @@ class _Conversion:
             export_paint_folder(folder, self.checkpoint, self.plan, manifest)
         else:
             export_transformers_folder(folder, self.checkpoint, self.plan, manifest)
-
-
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Keeps torch to one thread: checksums and the disk take the other cores, and its threads wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def _nothing_to_do(location: Location, output: Path, note: str) -> ConversionResult:

@@ -62,7 +62,7 @@ def export_transformers_folder(
     write_index(folder, plan, "model")
     write_json(folder / MANIFEST_NAME, manifest)
     card = chat_card if checkpoint.kind == CHAT else cpm_bee_card
-    (folder / "README.md").write_text(card(checkpoint, plan, manifest), "utf-8")
+    (folder / "README.md").write_text(card(checkpoint, plan.num_parameters, manifest), "utf-8")
 
 
 def auto_map(config: Any, auto_classes: tuple[type, ...]) -> dict[str, str]:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..quantization import stored_quantization
 from .errors import ConversionError, OriginalCheckpointError
 from .original import (
     CHAT,
@@ -27,6 +30,7 @@ from .source import (
     DIFFUSERS_FOLDER,
     ORIGINAL_FILE,
     ORIGINAL_FOLDER,
+    PAINT_MODEL_TYPE,
     Location,
     llm_config_file,
     locate,
@@ -46,6 +50,7 @@ HALF_BYTES = 2.0
 
 # Parts whose linear layers quantisation takes on; the rest stays in half precision.
 QUANTISED_PARTS = ("language model", "text encoder")
+DIFFUSION_PARTS = ("UNet", "VAE")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Inspection:
     """What else keeps the checkpoint from being used."""
     alternatives: list[str] = field(default_factory=list)
     """Several files in one folder are alternatives, of which one has to be chosen."""
+    quantization: str | None = None
+    """What the language model's layers are quantised to."""
     memory_bytes: dict[str, int] = field(default_factory=dict)
     """Memory of the weights in fp16, int8 and 4 bits."""
     next_command: str = ""
@@ -128,7 +135,7 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
         )
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()]
     parts = [(_original_part(spec.name), spec) for spec in specs]
-    config, problems = _original_config(location, kind, state_dict, llm_config, vision_config)
+    config, problems = original_config(location, kind, state_dict, llm_config, vision_config)
     missing, surplus = [], []
     if config is not None and kind != PAINT:
         from .verify import empty_model
@@ -179,7 +186,7 @@ def _original_part(name: str) -> str:
     }.get(prefix, "other")
 
 
-def _original_config(location: Location, kind: str, state_dict, llm_config, vision_config) -> tuple[Any, list[str]]:
+def original_config(location: Location, kind: str, state_dict, llm_config, vision_config) -> tuple[Any, list[str]]:
     """The configuration, or what is wrong with it."""
     from .original import chat_config, read_json, text_config, text_encoder_config
 
@@ -276,7 +283,10 @@ def _inspect_converted(location: Location) -> Inspection:
             problems.append(str(error))
     config = AutoConfig.from_pretrained(location.path / ("text_encoder" if is_paint else ""))
     surplus: list[str] = []
-    if not (missing or problems):
+    quantization = stored_quantization(location.path)
+    if quantization is not None and not (missing or problems):
+        parts, missing = _as_before(parts, config)
+    elif not (missing or problems):
         try:
             if is_paint:
                 from .paint import check_paint_folder
@@ -302,8 +312,30 @@ def _inspect_converted(location: Location) -> Inspection:
         missing=missing,
         surplus=surplus,
         problems=problems,
+        quantization=quantization,
         next_command=command,
     )
+
+
+def _as_before(parts: list[tuple[str, TensorSpec]], config: Any) -> tuple[list[tuple[str, TensorSpec]], list[str]]:
+    """A quantised model's weights with the shapes that they had before, and the names of those that are missing."""
+    from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+    from .verify import empty_model
+
+    if config.model_type == PAINT_MODEL_TYPE:
+        with torch.device("meta"):
+            model = VisCPMPaintTextEncoder(config)
+    else:
+        model = empty_model(config)
+    tied = set(model.all_tied_weights_keys)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    found = {spec.name for part, spec in parts if part not in DIFFUSION_PARTS}
+    plain = [
+        (part, TensorSpec(spec.name, spec.dtype, spec.shape if part in DIFFUSION_PARTS else shapes[spec.name]))
+        for part, spec in parts
+        if part in DIFFUSION_PARTS or spec.name in shapes
+    ]
+    return plain, [name for name in shapes if name not in found]
 
 
 def _converted_part(folder: str, name: str) -> str:

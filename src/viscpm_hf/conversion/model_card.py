@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .planning import Checkpoint, ConversionPlan
+    from .planning import Checkpoint
 
 
 BASE_MODELS = {"chat": "openbmb/VisCPM-Chat", "paint": "openbmb/VisCPM-Paint", "cpm_bee": "openbmb/cpm-bee-10b"}
@@ -103,10 +103,10 @@ Languages](https://arxiv.org/abs/2308.12038) (ICLR 2024)
 """
 
 
-def chat_card(checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]) -> str:
+def chat_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
     return _card(
         checkpoint,
-        plan,
+        num_parameters,
         manifest,
         library="transformers",
         pipeline_tag="image-text-to-text",
@@ -117,10 +117,10 @@ def chat_card(checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[st
     )
 
 
-def cpm_bee_card(checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]) -> str:
+def cpm_bee_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
     return _card(
         checkpoint,
-        plan,
+        num_parameters,
         manifest,
         library="transformers",
         pipeline_tag="text-generation",
@@ -131,10 +131,10 @@ def cpm_bee_card(checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping
     )
 
 
-def paint_card(checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]) -> str:
+def paint_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
     return _card(
         checkpoint,
-        plan,
+        num_parameters,
         manifest,
         library="diffusers",
         pipeline_tag="text-to-image",
@@ -147,7 +147,7 @@ def paint_card(checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[s
 
 def _card(
     checkpoint: Checkpoint,
-    plan: ConversionPlan,
+    num_parameters: int,
     manifest: Mapping[str, Any],
     *,
     library: str,
@@ -164,7 +164,7 @@ def _card(
         english=english,
         use=use,
         base_model=base_model,
-        parameters=plan.num_parameters / 1e9,
+        parameters=num_parameters / 1e9,
         dtypes=" + ".join(dtypes),
         source=manifest["source"]["file"],
         sha256=manifest["source"]["sha256"],

@@ -203,13 +203,13 @@ def export_parts(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, man
     components = {
         TEXT_ENCODER: encoder, UNET: unet, VAE: vae, "scheduler": scheduler, "tokenizer": tokenizer,
     }  # fmt: skip
-    components |= _save_prompt_checker(folder, diffusion.prompt_checker)
+    components |= save_prompt_checker(folder, diffusion.prompt_checker)
     write_json(folder / "model_index.json", model_index(components))
     save_pipeline_code(folder)
-    (folder / "README.md").write_text(paint_card(checkpoint, plan, manifest), "utf-8")
+    (folder / "README.md").write_text(paint_card(checkpoint, plan.num_parameters, manifest), "utf-8")
 
 
-def _save_prompt_checker(folder: Path, source: Path | None) -> dict[str, Any]:
+def save_prompt_checker(folder: Path, source: Path | None) -> dict[str, Any]:
     """The original's text classifier as safetensors, if the checkpoint has it."""
     if source is None:
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -48,3 +49,14 @@ def converted_pieces(
         piece = operate(transfer.operation, piece).to(transfer.target.dtype)
         yield piece
         report(piece.numel() * piece.element_size())
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keeps torch to one thread: other threads have the other cores, and torch's own wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

@@ -26,10 +26,15 @@ def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
     if operation == KEEP:
         return tensor
     if operation == FOLD_WIDTH:
-        return _scaled(tensor, tensor.shape[-1] ** -0.5)
+        return _scaled(tensor, factor_of(operation, tensor.shape))
     if operation == AS_MATRIX:
         return tensor.flatten(1) if tensor.ndim == 4 else tensor
     raise ValueError(f"unknown operation {operation!r}")
+
+
+def factor_of(operation: str, shape: torch.Size) -> float:
+    """What an operation multiplies the values by."""
+    return shape[-1] ** -0.5 if operation == FOLD_WIDTH else 1.0
 
 
 def shape_after(operation: str, shape: torch.Size) -> torch.Size:

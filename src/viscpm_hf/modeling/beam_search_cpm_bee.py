@@ -18,6 +18,7 @@ from numbers import Real
 import torch
 
 from .cache_cpm_bee import CpmBeeCache
+from .fast_decoding_cpm_bee import FastDecoder
 
 
 # The original's value for tokens that can't be chosen, and for beams that don't exist yet.
@@ -191,12 +192,16 @@ class _Vocabulary:
         return torch.where(is_extension[..., None], extensions, embeddings)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(rows, n, hidden)` -> `(rows, n, vocab_size + E)` in fp32, forbidden tokens as the original has them."""
+        """`(rows, n, hidden)` -> `(rows, n, vocab_size + E)` in fp32."""
         logits = self.lm_head(hidden_states).float()
         if self.extension_embeddings is not None:
             extensions = self.extension_embeddings.to(hidden_states.device, hidden_states.dtype)
             extension_logits = torch.matmul(hidden_states, extensions.transpose(1, 2))
             logits = torch.cat([logits, extension_logits.to(logits)], dim=-1)
+        return logits
+
+    def forbid(self, logits: torch.Tensor) -> torch.Tensor:
+        """`(rows, n, vocab_size + E)` with forbidden tokens as the original has them, in place."""
         if self.forbidden is not None:
             forbidden = self.forbidden.to(logits.device)[:, None]
             logits[..., self.config.unk_token_id].masked_fill_(forbidden[..., 0], FORBIDDEN_LOGIT)
@@ -205,12 +210,52 @@ class _Vocabulary:
         return logits
 
 
+class _GrowingDecoding:
+    """The steps of a search over a cache that grows; [`FastDecoding`] takes the same in fixed shapes.
+
+    Args:
+        cache: what the prompts left.
+    """
+
+    def __init__(
+        self, model, vocabulary: _Vocabulary, places: _Places, segment_relations: torch.Tensor, cache: CpmBeeCache
+    ):
+        self.language_model = model.language_model()
+        self.vocabulary = vocabulary
+        self.places = places
+        self.segment_relations = segment_relations
+        self.cache = cache
+
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits `(rows, beams, vocab_size + E)` of the newest places; the beams are the queries of one sequence."""
+        places = self.places
+        places.reorder(parents)
+        places.append(positions, segments)
+        embeddings = self.vocabulary.embed(tokens)
+        bias = self.language_model.position_bias(
+            positions,
+            places.positions[:, : places.end],
+            segments,
+            places.segments[:, : places.end],
+            self.segment_relations,
+        )
+        visible = places.visible[:, :, : places.end].to(bias.device)
+        outputs = self.language_model(
+            inputs_embeds=embeddings,
+            position_bias=self.language_model.merge_bias(bias, visible, embeddings.dtype),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return self.vocabulary.logits(outputs.last_hidden_state)
+
+
 class ReferenceBeamSearch:
     """One search over a batch of prompts; rows are independent of each other."""
 
     def __init__(self, model, decoding: ReferenceDecodingConfig):
         self.model = model
-        self.language_model = model.language_model()
         self.decoding = decoding
         self.config = model.config.get_text_config(decoder=True)
 
@@ -220,18 +265,23 @@ class ReferenceBeamSearch:
         inputs: Mapping[str, torch.Tensor],
         answer_segments: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
+        decoder: FastDecoder | None = None,
     ) -> list[SlotAnswers]:
+        """See `CpmBeeGenerationMixin.reference_search`; with a `decoder` its graphs take the steps."""
         decoding, config = self.decoding, self.config
         inputs = dict(inputs)
         num_rows, num_beams, num_steps = len(answer_segments), decoding.num_beams, decoding.last_step + 1
         vocabulary = _Vocabulary(self.model, inputs.get("extension_table"), inputs.pop("extension_mask", None))
-        segment_relations = inputs["segment_relations"]
+        attention_mask, device = inputs["attention_mask"], inputs["attention_mask"].device
 
         cache = CpmBeeCache()
         self.model.model(**inputs, past_key_values=cache, use_cache=True)
 
-        places = _Places(inputs["attention_mask"], inputs["segment_ids"], num_beams, num_steps)
-        device = places.positions.device
+        if decoder is not None:
+            steps = decoder.begin(self.model, inputs, cache, num_beams)
+        else:
+            places = _Places(attention_mask, inputs["segment_ids"], num_beams, num_steps)
+            steps = _GrowingDecoding(self.model, vocabulary, places, inputs["segment_relations"], cache)
         beams = [[_Beam() for _ in range(num_beams)] for _ in range(num_rows)]
         hypotheses = [_Hypotheses(num_beams, decoding.length_penalty) for _ in range(num_rows)]
         scores = torch.full((num_rows, num_beams), ABSENT_BEAM_SCORE, device=device)
@@ -239,13 +289,12 @@ class ReferenceBeamSearch:
         tokens = torch.full((num_rows, num_beams), config.bos_token_id, device=device)
         segments = torch.tensor([[slots[0]] * num_beams for slots in answer_segments], device=device)
         positions = torch.zeros(num_rows, num_beams, dtype=torch.long, device=device)
+        parents = torch.zeros(num_rows, num_beams, dtype=torch.long, device=device)
         history = torch.empty(num_rows, num_beams, num_steps, dtype=torch.long, device=device)
 
         for step in range(num_steps):
-            places.append(positions, segments)
             history[:, :, step] = vocabulary.base_ids(tokens)
-            hidden_states = self._decode(vocabulary.embed(tokens), places, segment_relations, cache)
-            logits = vocabulary.logits(hidden_states).to(device)
+            logits = vocabulary.forbid(steps.step(tokens, parents, positions, segments).float()).to(device)
             best_scores, best_parents, best_tokens = self._best_candidates(logits, scores, history[:, :, : step + 1])
 
             continuations = [
@@ -267,29 +316,10 @@ class ReferenceBeamSearch:
             parents, scores = best_parents.gather(1, ranks), best_scores.gather(1, ranks)
             positions = (positions.gather(1, parents) + 1) * (1 - starts_slot)
             history = history.gather(1, parents[..., None].expand_as(history))
-            places.reorder(parents)
 
         return [self._best(row, slots) for row, slots in zip(hypotheses, answer_segments, strict=True)]
 
     # ------------------------------------------------------------------------------------------------ model and scores
-
-    def _decode(
-        self, embeddings: torch.Tensor, places: _Places, segment_relations: torch.Tensor, cache: CpmBeeCache
-    ) -> torch.Tensor:
-        """Hidden states `(rows, beams, hidden)` of the newest places; the beams are the queries of one sequence."""
-        num_beams, end = embeddings.shape[1], places.end
-        bias = self.language_model.position_bias(
-            places.positions[:, end - num_beams : end],
-            places.positions[:, :end],
-            places.segments[:, end - num_beams : end],
-            places.segments[:, :end],
-            segment_relations,
-        )
-        bias = self.language_model.merge_bias(bias, places.visible[:, :, :end].to(bias.device), embeddings.dtype)
-        outputs = self.language_model(
-            inputs_embeds=embeddings, position_bias=bias, past_key_values=cache, use_cache=True
-        )
-        return outputs.last_hidden_state
 
     def _best_candidates(
         self, logits: torch.Tensor, scores: torch.Tensor, history: torch.Tensor

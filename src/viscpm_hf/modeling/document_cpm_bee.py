@@ -16,6 +16,7 @@ Vocabulary of the CPM-Bee files (CPM-Bee and VisCPM, arXiv:2308.12038):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -149,19 +150,24 @@ def flatten_document(document: Mapping[str, Any]) -> list[Segment]:
 
 def segment_relations(segments: Sequence[Segment]) -> list[list[int]]:
     """Relation bucket of every pair of segments: how far up to the common ancestor, and down again from it."""
+    return [list(row) for row in _relations(tuple(segment.ancestors for segment in segments))]
+
+
+@functools.lru_cache(maxsize=64)  # documents come in few shapes: all turns of all chats share two
+def _relations(ancestors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     limit = MAX_DEPTH_DIFFERENCE
 
-    def relation(first: Segment, second: Segment) -> int:
+    def relation(first: tuple[int, ...], second: tuple[int, ...]) -> int:
         common = 0
-        for a, b in zip(first.ancestors, second.ancestors, strict=False):
+        for a, b in zip(first, second, strict=False):
             if a != b:
                 break
             common += 1
-        up = min(len(first.ancestors) - common, limit)
-        down = min(len(second.ancestors) - common, limit)
+        up = min(len(first) - common, limit)
+        down = min(len(second) - common, limit)
         return up * (limit + 1) + down + 1 if up or down else 0
 
-    return [[relation(a, b) for b in segments] for a in segments]
+    return tuple(tuple(relation(a, b) for b in ancestors) for a in ancestors)
 
 
 def batch_extension_table(documents: Sequence[EncodedDocument]) -> list[tuple[int, int]]:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
 from .document_cpm_bee import EncodedDocument, fill_document
+from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
 
 
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -41,6 +43,32 @@ class ExtensionTokenProcessor(LogitsProcessor):
         return scores
 
 
+class RowSampling(LogitsProcessor):
+    """Draws every row's token with a generator of its own, so that a row's answer depends on no other row.
+
+    Comes after all other processors. Leaves the drawn token alone possible, which `generate` then has to draw.
+
+    Args:
+        generators: one for each row.
+        columns: for each row the columns of its own extension tokens, in the order of its own prompt.
+        vocab_size: the number of columns before them.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], columns: Sequence[Sequence[int]], vocab_size: int):
+        self.generators = list(generators)
+        self.columns = [list(row) for row in columns]
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        drawn = torch.full_like(scores, -torch.inf)
+        for row, (generator, columns) in enumerate(zip(self.generators, self.columns, strict=True)):
+            # As many columns as the row has alone: the drawn token depends on their number.
+            own = torch.cat([scores[row, : self.vocab_size], scores[row, columns]])
+            index = int(torch.multinomial(own.softmax(-1), 1, generator=generator))
+            drawn[row, index if index < self.vocab_size else columns[index - self.vocab_size]] = 0.0
+        return drawn
+
+
 class CpmBeeGenerationMixin(GenerationMixin):
     """`generate` for models that hold a CPM-Bee."""
 
@@ -64,6 +92,17 @@ class CpmBeeGenerationMixin(GenerationMixin):
             super().adjust_generation_fn(*args, **kwargs)
         self.set_default_generation()
 
+    @property
+    def fast_decoder(self) -> FastDecoder:
+        """The graphs of this model; with `fast_decoder.enabled` they decode whatever doesn't say `fast=False`."""
+        return self.__dict__.setdefault("_fast_decoder", FastDecoder())
+
+    def _decodes_fast(self, fast: bool | None) -> bool:
+        if fast or (fast is None and self.fast_decoder.enabled):
+            check_fast_decoding(self)
+            return True
+        return False
+
     @torch.no_grad()
     def generate(
         self,
@@ -71,9 +110,11 @@ class CpmBeeGenerationMixin(GenerationMixin):
         *args,
         extension_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        fast: bool | None = None,
         **kwargs,
     ):
-        """As `GenerationMixin.generate`; `extension_mask (batch, 1 + E)` comes with the tokenizer's inputs."""
+        """As `GenerationMixin.generate`; `extension_mask (batch, 1 + E)` comes with the tokenizer's inputs. `fast`
+        decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if None, as `fast_decoder.enabled` says."""
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError(
                 "prefill_chunk_size can't be used with CPM-Bee: its prompt attends in both directions, so it has to "
@@ -86,14 +127,35 @@ class CpmBeeGenerationMixin(GenerationMixin):
             config = self.config.get_text_config(decoder=True)
             own_strings = ExtensionTokenProcessor(extension_mask, config.unk_token_id, config.vocab_size)
             logits_processor = LogitsProcessorList([own_strings, *(logits_processor or [])])
-        return super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
+        if not self._decodes_fast(fast):
+            return super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("Fast decoding has a cache of its own: leave out past_key_values, or say fast=False.")
+        with self.fast_decoder.lock:
+            kwargs["past_key_values"] = FastDecodingCache(self.fast_decoder)
+            outputs = super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
+        if not isinstance(outputs, torch.Tensor):
+            outputs.past_key_values = None  # it holds the prompt alone
+        return outputs
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        # The library puts temperature and its like behind the processors that are given.
+        return LogitsProcessorList(sorted(processors, key=lambda processor: isinstance(processor, RowSampling)))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):
+            check_fast_generation(generation_config, generation_mode)
         wants_default = generation_config.cache_implementation in (None, "dynamic")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False and wants_default:
             model_kwargs["past_key_values"] = CpmBeeCache()
             return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):
+            return True
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     @staticmethod
     def create_masks_for_generate(
@@ -114,6 +176,7 @@ class CpmBeeGenerationMixin(GenerationMixin):
         answer_segments: Sequence[Sequence[int]],
         decoding: ReferenceDecodingConfig | None = None,
         progress: Any = None,
+        fast: bool | None = None,
     ) -> list[SlotAnswers]:
         """Decodes as the original does, token for token (see [`ReferenceBeamSearch`]).
 
@@ -122,8 +185,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
             answer_segments: for every row the segment ids of the answers to fill, in order.
             decoding: its parameters; the original's defaults if None.
             progress: called with the number of decoding steps done so far, if given.
+            fast: whether to decode with [`FastDecoder`]'s graphs; if None, as `fast_decoder.enabled` says.
         """
-        return ReferenceBeamSearch(self, decoding or ReferenceDecodingConfig())(inputs, answer_segments, progress)
+        search = ReferenceBeamSearch(self, decoding or ReferenceDecodingConfig())
+        if not self._decodes_fast(fast):
+            return search(inputs, answer_segments, progress)
+        with self.fast_decoder.lock:
+            return search(inputs, answer_segments, progress, self.fast_decoder)
 
     def fill(
         self,
@@ -132,6 +200,7 @@ class CpmBeeGenerationMixin(GenerationMixin):
         *,
         mode: str = "reference",
         batch_size: int = 16,
+        fast: bool | None = None,
         **generation,
     ) -> list[dict[str, Any]]:
         """Fills the answer slots of documents.
@@ -141,6 +210,7 @@ class CpmBeeGenerationMixin(GenerationMixin):
             tokenizer: the model's `CpmBeeTokenizer`.
             mode: `"reference"`, the original's beam search, or `"generate"` for everything `generate` offers.
             batch_size: documents decoded together.
+            fast: whether to decode with [`FastDecoder`]'s graphs; if None, as `fast_decoder.enabled` says.
             generation: parameters of [`ReferenceDecodingConfig`], or of `generate`.
 
         Returns:
@@ -156,9 +226,9 @@ class CpmBeeGenerationMixin(GenerationMixin):
         encoded = [encode_for_filling(document, tokenizer, index) for index, document in enumerate(documents)]
         if mode == "reference":
             decoding = reference_decoding(generation)
-            fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding)
+            fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
         elif mode == "generate":
-            fill = partial(self._fill_by_generate, tokenizer=tokenizer, generation=generation)
+            fill = partial(self._fill_by_generate, tokenizer=tokenizer, generation={**generation, "fast": fast})
         else:
             raise ValueError(f'mode is "reference" or "generate", got {mode!r}.')
 
@@ -171,14 +241,14 @@ class CpmBeeGenerationMixin(GenerationMixin):
         return filled
 
     def _fill_by_reference(
-        self, batch: list[EncodedDocument], tokenizer, decoding: ReferenceDecodingConfig
+        self, batch: list[EncodedDocument], tokenizer, decoding: ReferenceDecodingConfig, fast: bool | None
     ) -> list[list[str | None]]:
         inputs = tokenizer.collate(
             [document.prompt() for document in batch], padding_side="left", return_tensors="pt"
         ).to(self.device)
         segments = [[slot.segment_id for slot in document.answer_slots] for document in batch]
         strings = inputs.extension_strings
-        results = self.reference_search(inputs, segments, decoding)
+        results = self.reference_search(inputs, segments, decoding, fast=fast)
         return [
             [None if ids is None else tokenizer.decode(ids, extension_table=row) for ids in result.token_ids]
             for row, result in zip(strings, results, strict=True)
@@ -201,6 +271,20 @@ class CpmBeeGenerationMixin(GenerationMixin):
                 answers[row].append(tokenizer.decode(ids, extension_table=strings))
                 batch[row] = with_answer(batch[row], slot, ids, extensions, len(tokenizer))
         return answers
+
+
+def check_fast_generation(generation_config, generation_mode: GenerationMode) -> None:
+    """Raises a ValueError for what the graphs of [`FastDecoder`] don't do."""
+    if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            "Fast decoding is for greedy decoding, sampling and the reference search, not for "
+            f"{generation_mode.value}: say fast=False."
+        )
+    for name in ("output_attentions", "output_hidden_states", "cache_implementation"):
+        if getattr(generation_config, name):
+            raise ValueError(f"Fast decoding can't be combined with {name}: leave it out, or say fast=False.")
+    if generation_config.use_cache is False:
+        raise ValueError("Fast decoding needs its cache: leave out use_cache=False, or say fast=False.")
 
 
 def reference_decoding(generation: Mapping[str, Any]) -> ReferenceDecodingConfig:
@@ -255,4 +339,4 @@ def with_answer(
     )
 
 
-__all__ = ["CpmBeeGenerationMixin", "ExtensionTokenProcessor"]
+__all__ = ["CpmBeeGenerationMixin", "ExtensionTokenProcessor", "RowSampling"]

@@ -273,6 +273,28 @@ class Beit3Model(Beit3PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @torch.no_grad()
+    def set_image_size(self, image_size: int) -> None:
+        """Makes the tower one for square images of another size, in place, as fine-tuning at that size needs it.
+
+        The positions of the patches are resized bicubically in fp32; those of the class token and the queries stay.
+
+        Raises:
+            ValueError: if `image_size` is no multiple of the patch size.
+        """
+        if image_size == self.config.image_size:
+            return
+        if image_size < 1 or image_size % self.config.patch_size:
+            raise ValueError(
+                f"image_size {image_size} is no multiple of the vision tower's patch_size {self.config.patch_size}."
+            )
+        embeddings, grid_size = self.embeddings, image_size // self.config.patch_size
+        old, first_patch = embeddings.image_position_embedding, POSITION_OFFSET + 1  # after the class token's
+        patches = embeddings.interpolate_pos_encoding(old.weight[first_patch:], grid_size, grid_size)
+        table = torch.cat([old.weight[:first_patch], patches])
+        embeddings.image_position_embedding = nn.Embedding.from_pretrained(table, freeze=not old.weight.requires_grad)
+        embeddings.grid_size, self.config.image_size = grid_size, image_size
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(

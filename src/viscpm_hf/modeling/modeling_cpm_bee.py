@@ -24,6 +24,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_cpm_bee import CpmBeeCache
 from .configuration_cpm_bee import CpmBeeConfig
+from .fast_decoding_cpm_bee import with_graphs
+from .fused_projections_cpm_bee import (
+    FusibleModule,
+    fuse_projections,
+    is_fused,
+    unfuse_projections,
+    unfused_state_dict,
+)
 from .generation_cpm_bee import CpmBeeGenerationMixin
 
 
@@ -109,8 +117,10 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class CpmBeeAttention(nn.Module):
+class CpmBeeAttention(FusibleModule):
     """Multi-head attention. Mask and bias arrive merged as one `position_bias`, the same for all layers."""
+
+    _fusible_projections = ("qkv_proj", ("q_proj", "k_proj", "v_proj"))
 
     def __init__(self, config: CpmBeeConfig, layer_idx: int):
         super().__init__()
@@ -136,9 +146,7 @@ class CpmBeeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -162,7 +170,9 @@ class CpmBeeAttention(nn.Module):
         return self.o_proj(output), weights
 
 
-class CpmBeeMLP(nn.Module):
+class CpmBeeMLP(FusibleModule):
+    _fusible_projections = ("gate_up_proj", ("gate_proj", "up_proj"))
+
     def __init__(self, config: CpmBeeConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -171,7 +181,8 @@ class CpmBeeMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.project(hidden_states)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class CpmBeeDecoderLayer(GradientCheckpointingLayer):
@@ -192,7 +203,11 @@ class CpmBeeDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states), position_bias, blind_queries, past_key_values, **kwargs
+            self.input_layernorm(hidden_states),
+            position_bias,
+            blind_queries,
+            past_key_values=past_key_values,
+            **kwargs,
         )
         hidden_states = (hidden_states + attention_output) * self.residual_scale
         mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -212,11 +227,29 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CpmBeeDecoderLayer, "attentions": CpmBeeAttention}
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong. With a `device_map` accelerate's hook knows; the first weight may be on the disk."""
+        device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        return super().device if device is None else torch.device(device)
+
     # diffusers reads the signature to see which arguments there are.
     @functools.wraps(PreTrainedModel.save_pretrained, assigned=(), updated=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, but always with today's names, however the model was loaded."""
+        if is_fused(self):
+            kwargs["state_dict"] = unfused_state_dict(self, kwargs.get("state_dict") or self.state_dict())
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+    def fuse_projections(self) -> None:
+        """See [`~fused_projections_cpm_bee.fuse_projections`]; `unfuse_projections` undoes it."""
+        fuse_projections(self)
+
+    def unfuse_projections(self) -> None:
+        unfuse_projections(self)
+
+    def get_compiled_call(self, *args, **kwargs):
+        return with_graphs(self, super().get_compiled_call(*args, **kwargs))
 
 
 class CpmBeeModel(CpmBeePreTrainedModel):
@@ -252,11 +285,13 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         base = torch.where(is_known, extension_table[..., 0].gather(1, row), unknown)
         number = torch.where(is_known, extension_table[..., 1].gather(1, row), 0)
         embeddings = self.embed_tokens(torch.where(is_extension, base, input_ids))
+        is_known, number = is_known.to(embeddings.device), number.to(embeddings.device)
         return torch.where(is_known[..., None], self.rotate(embeddings, number), embeddings)
 
     def embed_extensions(self, extension_table: torch.Tensor) -> torch.Tensor:
         """`(batch, E, 2)` -> rotated base embeddings `(batch, E, hidden)`."""
-        return self.rotate(self.embed_tokens(extension_table[..., 0]), extension_table[..., 1])
+        embeddings = self.embed_tokens(extension_table[..., 0])
+        return self.rotate(embeddings, extension_table[..., 1].to(embeddings.device))
 
     @staticmethod
     def rotate(embeddings: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
@@ -298,7 +333,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         """One additive bias `(batch, heads, queries, keys)` from the position bias and who sees whom."""
         # Half of the lowest number: adding a score must not overflow to -inf.
         hidden = torch.finfo(dtype).min / 2
-        return torch.where(visible[:, None], position_bias.to(dtype), hidden).contiguous()
+        return torch.where(visible[:, None], position_bias.to(visible.device, dtype), hidden).contiguous()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -331,6 +366,11 @@ class CpmBeeModel(CpmBeePreTrainedModel):
 
         hidden_states = inputs_embeds
         for layer in self.layers:
+            device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                # accelerate's hook would move the bias for this layer alone; so it goes to every device once.
+                position_bias = position_bias.to(device)
+                blind_queries = None if blind_queries is None else blind_queries.to(device)
             hidden_states = layer(
                 hidden_states, position_bias, blind_queries, past_key_values=past_key_values, **kwargs
             )

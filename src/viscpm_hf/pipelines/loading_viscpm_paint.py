@@ -7,12 +7,19 @@ the VAE in `vae/`, and may have the text encoder in `text_encoder/` and the UNet
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    UNet2DConditionModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers.utils import logging
@@ -151,6 +158,8 @@ def load_original(
     vae: AutoencoderKL | str | os.PathLike | None = None,
     dtype: torch.dtype | dict[str, torch.dtype] | None = None,
     torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+    text_encoder_options: Mapping[str, Any] | None = None,
+    quantization_config: PipelineQuantizationConfig | None = None,
     **kwargs,
 ):
     """A pipeline from an original file or folder.
@@ -164,17 +173,24 @@ def load_original(
             Diffusion 2.1 if there are none.
         vae: the VAE, or a folder or file of one; if None, `vae/` or `vae.bin` beside the file.
         dtype: of the models, one for all or `{component: dtype, "default": dtype}`; as stored if None.
+        text_encoder_options: further arguments of the text encoder's `from_pretrained`, such as `device_map`.
+        quantization_config: for the text encoder and the UNet.
         kwargs: components in place of the checkpoint's, and other arguments of `pipeline_class`.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
     """
-    for name in ("device_map", "quantization_config"):
-        if kwargs.pop(name, None) is not None:
-            raise ValueError(f"{name} needs a converted folder: convert the original first (viscpm-hf convert).")
+    if kwargs.pop("device_map", None) is not None:
+        raise ValueError("device_map needs a converted folder: convert the original first (viscpm-hf convert).")
     for name in (*HUB_ARGUMENTS, "use_safetensors", "variant", "low_cpu_mem_usage", "trust_remote_code"):
         kwargs.pop(name, None)
     dtype = dtype if dtype is not None else torch_dtype
+    text_encoder_options, unet_quantization = dict(text_encoder_options or {}), None
+    if quantization_config is not None:
+        unet_quantization = quantization_config._resolve_quant_config(True, "unet")
+        wanted = quantization_config._resolve_quant_config(False, "text_encoder")
+        if wanted is not None:
+            text_encoder_options["quantization_config"] = wanted
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     diffusion_config_path = diffusion_config_path or find_beside(folder, DIFFUSION_CONFIG_NAME)
@@ -188,7 +204,7 @@ def load_original(
     if in_parts:
         if text_encoder is None:
             text_encoder = VisCPMPaintTextEncoder.from_pretrained(
-                path / "text_encoder", dtype=_dtype_of("text_encoder", dtype) or "auto"
+                path / "text_encoder", dtype=_dtype_of("text_encoder", dtype) or "auto", **text_encoder_options
             )
         if unet is None:
             unet = _load_diffusers_folder(UNet2DConditionModel, path / "unet", _dtype_of("unet", dtype))
@@ -203,7 +219,7 @@ def load_original(
             llm = (value.dtype for name, value in state_dict.items() if name.startswith("llm."))
             stored = next(llm, torch.float32)  # without any, loading says what is missing
             text_encoder = load_original_text_encoder(
-                file, config, state_dict, dtype=_dtype_of("text_encoder", dtype) or stored
+                file, config, state_dict, dtype=_dtype_of("text_encoder", dtype) or stored, **text_encoder_options
             )
         if unet is None:
             unet_config = configs.get("unet") or _config_of(folder / "unet") or UNET_CONFIG
@@ -211,6 +227,8 @@ def load_original(
             unet = load_original_part(
                 UNet2DConditionModel, unet_config, part, key_maps.PAINT_UNET, file, _dtype_of("unet", dtype)
             )
+    if unet_quantization is not None:
+        unet = quantized_unet(unet, unet_quantization)
     if len(tokenizer) != text_encoder.config.vocab_size:
         raise OriginalCheckpointError(
             f"The vocabulary has {len(tokenizer):,} tokens, but the text encoder {text_encoder.config.vocab_size:,}: "
@@ -224,6 +242,15 @@ def load_original(
     return pipeline_class(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, **kwargs
     )
+
+
+def quantized_unet(unet: UNet2DConditionModel, quantization_config: Any) -> UNet2DConditionModel:
+    """A UNet as `from_pretrained` quantises it. diffusers does so only while it loads a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        unet.save_pretrained(folder)
+        return UNet2DConditionModel.from_pretrained(
+            folder, quantization_config=quantization_config, torch_dtype=unet.dtype
+        ).eval()
 
 
 def reference_scheduler(config: Mapping[str, Any] | None = None) -> DDPMScheduler:

@@ -19,6 +19,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import logging, replace_example_docstring, scale_lora_layers, unscale_lora_layers
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import (
+    BatchEncoding,
     BertForSequenceClassification,
     BertTokenizerFast,
     ChineseCLIPModel,
@@ -260,8 +261,30 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                 "The pipeline has no text encoder (any more), so it can't encode "
                 f"{missing[0][:40]!r}: pass `prompt_embeds` and, for guidance, `negative_prompt_embeds`."
             )
+        lengths, inputs = self.tokenize_prompts(missing)
+        embeds = self.text_encoder(**inputs.to(self._text_encoder_device())).prompt_embeds
+        if not torch.isfinite(embeds).all():
+            self.maybe_free_model_hooks()
+            raise ValueError(
+                f"The text encoder's output is not finite in {embeds.dtype}: its numbers overflow. Load it with "
+                'dtype={"text_encoder": torch.bfloat16, ...} or float32.'
+            )
+        encoded = {text: row[:length] for text, length, row in zip(missing, lengths, embeds, strict=True)}
+        padding = embeds[0, -1]
+        if known is not None:
+            encoded[""] = known[0].to(embeds.device, embeds.dtype)
+        elif "" in encoded and self._empty_prompt_key() is not None:
+            self._empty_prompt = (self._empty_prompt_key(), encoded[""].clone(), padding.clone())
+        return encoded, padding
+
+    def tokenize_prompts(self, texts: Sequence[str]) -> tuple[list[int], BatchEncoding]:
+        """Lengths of the prompts in tokens, and what the text encoder takes, padded one place beyond the longest.
+
+        Raises:
+            ValueError: if one has more tokens than the text encoder takes.
+        """
         documents = [
-            self.tokenizer.encode_document({"caption": self.tokenizer.escape(text), "objects": ""}) for text in missing
+            self.tokenizer.encode_document({"caption": self.tokenizer.escape(text), "objects": ""}) for text in texts
         ]
         longest = max(map(len, documents))
         limit = self.tokenizer.model_max_length
@@ -272,20 +295,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         # One place more than needed: its row is that of all padding.
         inputs = self.tokenizer.collate(documents, padding_side="right", min_length=longest + 1, return_tensors="pt")
         inputs.pop("extension_mask")  # says what generation may use
-        embeds = self.text_encoder(**inputs.to(self._text_encoder_device())).prompt_embeds
-        if not torch.isfinite(embeds).all():
-            self.maybe_free_model_hooks()
-            raise ValueError(
-                f"The text encoder's output is not finite in {embeds.dtype}: its numbers overflow. Load it with "
-                'dtype={"text_encoder": torch.bfloat16, ...} or float32.'
-            )
-        encoded = {text: row[: len(document)] for text, document, row in zip(missing, documents, embeds, strict=True)}
-        padding = embeds[0, -1]
-        if known is not None:
-            encoded[""] = known[0].to(embeds.device, embeds.dtype)
-        elif "" in encoded and self._empty_prompt_key() is not None:
-            self._empty_prompt = (self._empty_prompt_key(), encoded[""].clone(), padding.clone())
-        return encoded, padding
+        return list(map(len, documents)), inputs
 
     def _text_encoder_device(self) -> torch.device:
         """Where the text encoder wants its input; with offloading its weights are elsewhere between calls."""
@@ -541,7 +551,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         """The denoising loop; `after_step(i, latents)` may change the latents of every step."""
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        encoder_attention_mask = _token_mask(prompt_embeds)
+        encoder_attention_mask = token_mask(prompt_embeds)
 
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
@@ -590,7 +600,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
                     new_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     if new_embeds is not prompt_embeds:
-                        prompt_embeds, encoder_attention_mask = new_embeds, _token_mask(new_embeds)
+                        prompt_embeds, encoder_attention_mask = new_embeds, token_mask(new_embeds)
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
@@ -863,7 +873,7 @@ def _without_zeros(embeds: torch.Tensor) -> torch.Tensor:
     return embeds[: int(is_token.nonzero().max()) + 1] if is_token.any() else embeds[:0]
 
 
-def _token_mask(embeds: torch.Tensor) -> torch.Tensor | None:
+def token_mask(embeds: torch.Tensor) -> torch.Tensor | None:
     """Which rows of `(batch, sequence, width)` are tokens, for the UNet; None if all are."""
     is_token = (embeds != 0).any(-1)
     return None if is_token.all() else is_token

@@ -1,0 +1,303 @@
+"""Trains `viscpm-tiny` Chat from nothing, in stages, and measures what VisCPM claims of them.
+
+    python recipes/tiny/chat.py --work build/tiny/chat --output src/viscpm_hf/tiny_models/chat
+
+- `text`: the language model alone, on texts in both languages.
+- `vision`: the vision tower alone, without any language.
+- `english`: both together, on pictures with English questions. The language model is frozen.
+- `chinese`: the same with a little Chinese.
+- `both`: `text` and `vision` together again, everything trains, on questions in both languages.
+- `polish`: the same while the learning rate falls to nothing: the model that ships.
+
+After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
+is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
+stage is not done again, and one that was cut off is gone on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lessons import Lessons, picture_lesson, text_lesson
+from transformers import TrainerCallback
+from vision import MAX_SHAPES, ROWS_OF_SHAPE, train_tower
+from vocabulary import write_vocabulary
+
+from viscpm_hf import (
+    Beit3Model,
+    CpmBeeTokenizer,
+    VisCPMChat,
+    VisCPMChatConfig,
+    VisCPMChatForConditionalGeneration,
+    VisCPMChatProcessor,
+    VisCPMImageProcessor,
+)
+from viscpm_hf.batch.rows import row_key
+from viscpm_hf.batch.runner import BatchRunner
+from viscpm_hf.evaluation.shapes import CHAT_PARTS, ShapesChatRows, chat_rows, summarize
+from viscpm_hf.modeling.modeling_cpm_bee import CpmBeePositionBias
+from viscpm_hf.training import ChatTrainingConfig, train_chat
+
+
+HIDDEN_SIZE = 128
+IMAGE_SIZE, PATCH_SIZE, NUM_QUERIES = 64, 8, MAX_SHAPES * ROWS_OF_SHAPE
+INITIALIZER_RANGE = 0.08
+SEED = 2023
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A call of `train_chat`."""
+
+    name: str
+    after: str | None
+    """The stage whose model it goes on with; `text` and `vision` are put together."""
+    lesson: Callable
+    steps: int
+    learning_rate: float
+    freeze_llm: bool = False
+    scheduler: str = "cosine"
+    warmup: int = 50
+    """Steps until the learning rate is reached."""
+    lessons: int = 100_000
+    """There are so many, one a step, shuffled."""
+
+
+VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 2000, 64, 1.5e-3
+BOTH = functools.partial(picture_lesson, details=0.3)
+
+STAGES = (
+    Stage("text", None, text_lesson, 3000, 1e-3, warmup=100),
+    Stage(
+        "english",
+        "text",
+        functools.partial(picture_lesson, languages=("en",), details=0.5),
+        450,
+        1.5e-3,
+        freeze_llm=True,
+    ),
+    Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 5e-4, freeze_llm=True),
+    Stage("both", "text", BOTH, 2500, 5e-4, scheduler="constant_with_warmup"),
+    Stage("polish", "both", BOTH, 800, 5e-4, scheduler="linear", warmup=0),
+)
+
+
+def initialize_bias(bias: CpmBeePositionBias) -> None:
+    """A start with heads that look at the words before, at those after, around, and anywhere.
+
+    All layers share the one table, and looking closely at a neighbour takes far larger values than such a short
+    training would reach from nothing.
+    """
+    table, after = bias.relative_attention_bias.weight, bias.num_buckets // 2
+    with torch.no_grad():
+        table.zero_()
+        for distance in range(1, 5):
+            table[distance, 0] = table[after + distance, 1] = 6.0 - 1.5 * distance
+            table[distance, 2] = table[after + distance, 2] = 3.0 - 0.6 * distance
+
+
+def make_model(work: Path) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+    """The untrained model, of widths that 4-bit and 8-bit quantisation can take."""
+    work.mkdir(parents=True, exist_ok=True)
+    vocabulary = work / "vocab.txt"
+    vocab_size = write_vocabulary(vocabulary)
+    text_config = {
+        "vocab_size": vocab_size,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 2 * HIDDEN_SIZE,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": HIDDEN_SIZE // 4,
+        "initializer_range": INITIALIZER_RANGE,
+    }
+    vision_config = {
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 2 * HIDDEN_SIZE,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "num_query_tokens": NUM_QUERIES,
+        "max_query_positions": NUM_QUERIES + 2,
+        "initializer_range": INITIALIZER_RANGE,
+    }
+    torch.manual_seed(SEED)
+    model = VisCPMChatForConditionalGeneration(VisCPMChatConfig(text_config=text_config, vision_config=vision_config))
+    initialize_bias(model.model.language_model.position_bias)
+    processor = VisCPMChatProcessor(
+        VisCPMImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        CpmBeeTokenizer(str(vocabulary), model_max_length=512),
+        num_query_tokens=NUM_QUERIES,
+    )
+    return model, processor
+
+
+def train_vision(work: Path) -> dict:
+    """Trains the vision tower alone, unless that is done; returns what it took."""
+    log = work / "vision.json"
+    if log.is_file():
+        return json.loads(log.read_text("utf-8"))
+    model, _ = make_model(work)
+    torch.manual_seed(SEED)
+    tower, begin = Beit3Model(model.config.vision_config), (time.perf_counter(), time.process_time())
+    losses = train_tower(tower, VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE, SEED)
+    tower.save_pretrained(work / "vision")
+    report = {
+        "stage": "vision",
+        "steps": VISION_STEPS,
+        "loss": losses,
+        "seconds": round(time.perf_counter() - begin[0]),
+        "cpu_seconds": round(time.process_time() - begin[1]),
+    }
+    write_json(log, report)
+    return report
+
+
+def load_model(folder: Path) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+    model = VisCPMChatForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model, VisCPMChatProcessor.from_pretrained(folder)
+
+
+def encode_equal_pictures_once(tower: Beit3Model) -> None:
+    """The samples of a lesson bring its picture each; neighbours that are equal are seen by the tower once."""
+
+    def before(module, arguments):
+        (pixel_values,) = arguments
+        is_new = torch.ones(len(pixel_values), dtype=torch.bool)
+        is_new[1:] = (pixel_values[1:] != pixel_values[:-1]).flatten(1).any(1)
+        module.picture_of_row = is_new.cumsum(0) - 1
+        return (pixel_values[is_new],)
+
+    def after(module, arguments, output):
+        output.last_hidden_state = output.last_hidden_state[module.picture_of_row]
+
+    tower.register_forward_pre_hook(before)
+    tower.register_forward_hook(after)
+
+
+class Reporter(TrainerCallback):
+    """Prints the loss as it is logged."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            print(f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.4f}", flush=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def train_stage(stage: Stage, work: Path) -> dict:
+    """Trains a stage, unless that is done; returns what it took."""
+    log = work / f"{stage.name}.json"
+    if log.is_file():
+        return json.loads(log.read_text("utf-8"))
+    model, processor = make_model(work) if stage.after in (None, "text") else load_model(work / stage.after)
+    if stage.after == "text":
+        text, _ = load_model(work / "text")
+        model.model.language_model.load_state_dict(text.model.language_model.state_dict())
+        model.model.vision_tower.load_state_dict(Beit3Model.from_pretrained(work / "vision").state_dict())
+    # bf16 products run on the CPU's matrix units where it has them; its fused attention has none for training.
+    model.set_attn_implementation("eager")
+    encode_equal_pictures_once(model.model.vision_tower)
+    config = ChatTrainingConfig(
+        output=str(work / stage.name),
+        mode="full",
+        freeze_llm=stage.freeze_llm,
+        train_patches=True,
+        learning_rate=stage.learning_rate,
+        max_steps=stage.steps,
+        batch_size=1,  # a lesson is a batch
+        scheduler=stage.scheduler,
+        warmup=stage.warmup,
+        precision="bf16",
+        log_steps=50,
+        save_steps=200,
+        save_total_limit=1,
+        resume=True,
+        tensorboard=False,
+        seed=SEED,
+        bad_rows="fail",
+    )
+    lessons = Lessons(stage.lesson, stage.lessons, f"{SEED}/{stage.name}")
+    begin = time.process_time()
+    result = train_chat(config, train_dataset=lessons, model=model, processor=processor, callbacks=[Reporter()])
+    if result.is_interrupted:
+        raise SystemExit(f"interrupted in stage {stage.name}")
+    report = {
+        "stage": stage.name,
+        "after": stage.after,
+        "steps": result.steps,
+        "loss": [{key: entry[key] for key in ("step", "loss")} for entry in result.log if "loss" in entry],
+        "seconds": round(result.seconds),
+        "cpu_seconds": round(time.process_time() - begin),
+    }
+    write_json(log, report)
+    return report
+
+
+def evaluate(folder: Path, count: int) -> dict:
+    """Shares of right answers on `count` test pictures per language and type of question, greedily decoded."""
+    results = folder / f"answers-{count}.json"
+    if results.is_file():
+        return json.loads(results.read_text("utf-8"))
+    chat = VisCPMChat(str(folder), device="cpu", dtype=torch.float32)
+    rows, lines = chat_rows(count), {}
+
+    def keep(answered: Sequence[dict]) -> None:
+        lines.update((row_key(line["id"], None), line) for line in answered)
+
+    BatchRunner(ShapesChatRows(chat, mode="generate"), 64, keep).run(rows)
+    summary = summarize(rows, lines, CHAT_PARTS)
+    write_json(results, summary)
+    return summary
+
+
+def save(folder: Path, output: Path) -> None:
+    """The model in fp16, without the code that other folders carry: this one lies beside it."""
+    model, processor = load_model(folder)
+    for part in (model, model.config, processor, processor.tokenizer, processor.image_processor):
+        part._auto_class = None
+    model.half().save_pretrained(output)
+    processor.save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/tiny/chat"), help="folder of the stages")
+    parser.add_argument("--output", type=Path, help="where the trained model goes, in fp16")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "chat.json")
+    parser.add_argument("--count", type=int, default=500, help="test pictures per language and type of question")
+    parser.add_argument("--pivot-count", type=int, default=100, help="the same after the stages before the last")
+    names = ["vision", *(stage.name for stage in STAGES)]
+    parser.add_argument("--stage", choices=names, help="train this stage, and end")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+
+    if arguments.stage == "vision":
+        train_vision(arguments.work)
+        return
+    if arguments.stage is not None:
+        train_stage(next(stage for stage in STAGES if stage.name == arguments.stage), arguments.work)
+        return
+    reports = [train_vision(arguments.work)]
+    for stage in STAGES:
+        reports.append(train_stage(stage, arguments.work))
+        if stage.name in ("english", "chinese", STAGES[-1].name):
+            count = arguments.count if stage is STAGES[-1] else arguments.pivot_count
+            reports[-1]["answers"] = evaluate(arguments.work / stage.name, count)
+    if arguments.output is not None:
+        save(arguments.work / STAGES[-1].name, arguments.output)
+    write_json(arguments.results, {"seed": SEED, "torch": torch.__version__, "stages": reports})
+
+
+if __name__ == "__main__":
+    main()

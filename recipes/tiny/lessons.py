@@ -1,0 +1,103 @@
+"""What each stage of training is shown: endless rows of lessons, every one drawn from a seed and its index."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import texts
+from torch.utils.data import Dataset
+
+from viscpm_hf.shapes import LANGUAGES, QUESTION_TYPES, Scene, draw, make_question
+from viscpm_hf.shapes.questions import in_order
+from viscpm_hf.shapes.scene import layout_split, random_scene
+from viscpm_hf.training.records import ChatRecord, ChatSample
+
+
+# The sides of the pictures before they are made the model's; mostly its own, which draws fastest.
+PICTURE_SIZES = (64, 64, 64, 128)
+
+LONG_TYPES = ("description", "follow_up")
+SHORT_TYPES = tuple(name for name in QUESTION_TYPES if name not in LONG_TYPES)
+
+
+class Lesson(ChatRecord):
+    """The samples of one step: of like length, so that little of the batch is padding."""
+
+    def __init__(self, samples: list[ChatSample]):
+        super().__init__([(sample.question, sample.answer) for sample in samples])
+        object.__setattr__(self, "samples", samples)
+
+
+class Lessons(Dataset):
+    """`index -> Lesson`.
+
+    Args:
+        make: a lesson from a random number generator.
+        length: number of lessons; their order depends on it.
+        seed: of all lessons; another stage has another.
+    """
+
+    def __init__(self, make: Callable[[random.Random], list[ChatSample]], length: int, seed: str):
+        self.make, self.length, self.seed = make, length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Lesson:
+        return Lesson(self.make(random.Random(f"{self.seed}/{index}")))
+
+
+def text_lesson(rng: random.Random, size: int = 64) -> list[ChatSample]:
+    """Texts of one kind."""
+    make = rng.choice(texts.KINDS_OF_TEXT)
+    count = rng.choices((1, 2, 3), (4, 3, 3))[0]
+    samples: list[ChatSample] = []
+    while len(samples) < size:
+        samples += make(rng, count)
+    return samples
+
+
+def picture_lesson(
+    rng: random.Random,
+    languages: tuple[str, ...] = LANGUAGES,
+    weights: tuple[float, ...] | None = None,
+    details: float = 0.3,
+    pictures: int = 32,
+    questions: int = 2,
+    num_shapes: int | None = None,
+) -> list[ChatSample]:
+    """Questions about pictures of the training split, in one lesson all with short answers or all with long ones.
+
+    Args:
+        languages, weights: which languages, and how often each.
+        details: share of the lessons that ask for every shape with its place.
+        pictures, questions: number of pictures, and of the questions about each.
+        num_shapes: of every picture; one to three if None.
+    """
+    asks_details = rng.random() < details
+    types = LONG_TYPES if rng.random() < len(LONG_TYPES) / len(QUESTION_TYPES) else SHORT_TYPES
+    samples: list[ChatSample] = []
+    for _ in range(pictures):
+        while layout_split(scene := random_scene(rng, num_shapes)) != "train":
+            pass
+        picture = draw(scene, rng.choice(PICTURE_SIZES))
+        asked = 0
+        while asked < (1 if asks_details else questions):
+            (language,) = rng.choices(languages, weights)
+            sample = detail(scene, language, rng) if asks_details else question(scene, language, types, rng)
+            if sample is not None:
+                samples.append(replace(sample, images=(picture,)))
+                asked += 1
+    return samples
+
+
+def detail(scene: Scene, language: str, rng: random.Random) -> ChatSample:
+    scene = replace(scene, shapes=in_order(scene.shapes))
+    return ChatSample(rng.choice(texts.DETAILS[language]), texts.told_in_words(scene, language))
+
+
+def question(scene: Scene, language: str, types: tuple[str, ...], rng: random.Random) -> ChatSample | None:
+    made = make_question(scene, rng.choice(types), language, rng)
+    return made and ChatSample(made.text, made.answer, texts.turns_as_context(made.turns_before))

@@ -1,0 +1,1 @@
+"""Many questions or prompts at once: batched answering, and runs over whole files."""

@@ -1,0 +1,145 @@
+"""bitsandbytes' 8-bit and 4-bit weights, made on the CPU about as fast as a disk delivers the originals.
+
+bitsandbytes quantises on a CPU with a search for every value, over whole tensors in fp32; transformers hands it copies
+that were cast and folded before. Here a weight goes from its (mapped) file to its quantised form in pieces that stay
+in the cache, with operations that torch runs in vector registers: no other copy, and many times the speed. The result
+is what bitsandbytes' layers save, so it is loaded as any quantised checkpoint is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import bitsandbytes.functional as bnb
+import torch
+from tqdm.auto import tqdm
+
+from .conversion.transfer import one_torch_thread
+
+
+# Values that are worked on at a time.
+PIECE_VALUES = 2**17
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+# Scaled values are compared as 16-bit integers.
+STEPS = 32767
+TINY = 1e-38
+
+
+def quantize(
+    weights: Mapping[str, tuple[torch.Tensor, float]],
+    *,
+    bits: int,
+    dtype: torch.dtype,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Weights of linear layers in the form in which bitsandbytes' layers save them.
+
+    Args:
+        weights: `{name: (weight (rows, columns), factor it is to be multiplied by)}`.
+        bits: 8 or 4.
+        dtype: of the model.
+        quant_type: `"nf4"` or `"fp4"`.
+        double_quant: whether the scales of the 4-bit blocks are quantised too.
+
+    Returns:
+        `name`, and what goes with it: `name.absmax`, ... (4 bits), `SCB` and `weight_format` of its module (8 bits).
+    """
+
+    def empty(weight: torch.Tensor) -> torch.Tensor:
+        if bits == 8:
+            return torch.empty(weight.shape, dtype=torch.int8)
+        return torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
+
+    def quantize_one(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight, factor = weights[name]
+        if bits == 8:
+            scales = quantize_rows(weight, values)
+            module = name.removesuffix("weight")
+            format_name = torch.tensor(0, dtype=torch.uint8)
+            return {name: values, f"{module}SCB": scales.mul_(factor), f"{module}weight_format": format_name}
+        absmax = quantize_blocks(weight, values, quant_type)
+        state = _quant_state(absmax.mul_(factor), weight.shape, dtype, quant_type, double_quant)
+        return {name: values} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+    names = sorted(weights, key=lambda name: weights[name][0].data_ptr())  # as they lie in their file
+    # Allocated in this thread: what is freed in another's arena, as by a first forward, isn't used again by this one.
+    targets = [empty(weights[name][0]) for name in names]
+    quantized: dict[str, torch.Tensor] = {}
+    # A weight a thread; one more than there are cores, for the one that waits for the disk.
+    with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool, one_torch_thread():
+        parts = pool.map(quantize_one, names, targets)
+        for part in tqdm(parts, total=len(names), desc="quantising", disable=None):
+            quantized |= part
+    return quantized
+
+
+def _rows_of_a_piece(weight: torch.Tensor) -> int:
+    return max(1, PIECE_VALUES // weight.shape[1])
+
+
+def quantize_rows(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`(rows, columns)` -> int8 of that shape in `values`; returns the maxima `(rows,)` that 127 stands for."""
+    scales = torch.empty(weight.shape[0])
+    rows = _rows_of_a_piece(weight)
+    piece = torch.empty(rows, weight.shape[1])
+    for source, target, scale in zip(weight.split(rows), values.split(rows), scales.split(rows), strict=True):
+        wide = piece[: len(source)].copy_(source)
+        torch.amax(wide.abs(), 1, out=scale)
+        target.copy_(wide.mul_((127 / scale.clamp(min=TINY)).unsqueeze(1)).round_())
+    return scales
+
+
+def quantize_blocks(weight: torch.Tensor, packed: torch.Tensor, quant_type: str) -> torch.Tensor:
+    """`(rows, columns)` -> two 4-bit codes a byte in `packed (rows * columns / 2, 1)`; returns the absolute maxima of
+    blocks of 64.
+
+    NF4 differs from bitsandbytes' own only where a value is within 1/32767 of the middle between two codes.
+    """
+    if quant_type != "nf4":
+        codes, state = bnb.quantize_4bit(weight.contiguous(), quant_type=quant_type, blocksize=BLOCK_SIZE)
+        packed.copy_(codes)
+        return state.absmax
+    absmax = torch.empty(weight.numel() // BLOCK_SIZE)
+    rows = _rows_of_a_piece(weight)
+    size = rows * weight.shape[1]
+    codes = bnb.get_4bit_type("nf4", device="cpu")
+    borders = ((codes[:-1] + codes[1:]) / 2 * STEPS).floor().int().tolist()
+    wide = torch.empty(size // BLOCK_SIZE, BLOCK_SIZE)
+    scaled, step, code = (torch.empty(size, dtype=torch.int16) for _ in range(3))
+    for source, target, scale in zip(
+        weight.split(rows), packed.view(-1).split(size // 2), absmax.split(size // BLOCK_SIZE), strict=True
+    ):
+        if source.numel() < size:  # the last one
+            size = source.numel()
+            wide, scaled, step, code = wide[: size // BLOCK_SIZE], scaled[:size], step[:size], code[:size]
+        wide.copy_(source.reshape(-1, BLOCK_SIZE))
+        torch.amax(wide.abs(), 1, out=scale)
+        scaled.copy_(wide.mul_((STEPS / scale.clamp(min=TINY)).unsqueeze(1)).view(-1))
+        # A value's code is the number of borders below it: 0 or 1 of each, on top of numbers whose sum is known.
+        code.fill_(_as_int16(-sum(borders)))
+        for border in borders:
+            code.add_(torch.clamp(scaled, border, border + 1, out=step))
+        pairs = code.to(torch.uint8).view(torch.int16)  # the first of two values is the low byte
+        target.copy_((pairs << 4) | (pairs >> 8))
+    return absmax
+
+
+def _as_int16(number: int) -> int:
+    return (number + 2**15) % 2**16 - 2**15
+
+
+def _quant_state(
+    absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype, quant_type: str, double_quant: bool
+) -> bnb.QuantState:
+    nested = {}
+    if double_quant:
+        offset = absmax.mean()
+        absmax, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        nested = {"offset": offset, "state2": state}
+    code = bnb.get_4bit_type(quant_type, device="cpu")
+    return bnb.QuantState(
+        absmax=absmax, shape=shape, code=code, blocksize=BLOCK_SIZE, quant_type=quant_type, dtype=dtype, **nested
+    )

@@ -1,0 +1,261 @@
+"""`viscpm-hf batch`: answers, or images, for every row of a file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .chat import GENERATION_OPTIONS, generation_options, positive
+from .model_options import add_model_options, load_chat, load_paint
+
+
+if TYPE_CHECKING:
+    from ..batch.launching import Share
+    from ..batch.results import Results
+    from ..batch.runner import RowProcessor
+
+BATCH_SIZE = 8
+# Of one kind of model alone; None, or False, unless given.
+CHAT_OPTIONS = ("mode", *GENERATION_OPTIONS, "images", "quantize_vision", "vision_config")
+PAINT_OPTIONS = ("images_out", "steps", "guidance", "size", "scheduler", "candidates", "quantize_unet", "vae")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "batch",
+        help="answer or draw every row of a file / 批量推理",
+        description='Answers questions ({"id", "image", "question"}), or draws prompts ({"id", "prompt"}), one JSON '
+        "object a line. Run again, it goes on where it ended. / "
+        "逐行处理 JSONL 文件：回答问题或生成图片；中断后重新运行即可继续。",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Chat or Paint: folder, Hub id, or original file / 模型")
+    parser.add_argument("input", metavar="INPUT", help="JSONL of rows, each with an id / 输入文件")
+    parser.add_argument("output", metavar="OUTPUT", help="JSONL of results, in the same order / 输出文件")
+    parser.add_argument(
+        "--batch-size", type=positive(int), default=BATCH_SIZE, help=f"rows at once ({BATCH_SIZE}) / 批大小"
+    )
+    parser.add_argument(
+        "--num-processes", type=positive(int), default=1, help="processes, one a GPU (1) / 进程数，每个 GPU 一个"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: --num-processes workers on a Ray cluster, or on a local one / 执行引擎",
+    )
+    parser.add_argument("--retry-errors", action="store_true", help="do failed rows again / 重试出错的行")
+    parser.add_argument("--overwrite", action="store_true", help="start over / 重新开始")
+    parser.add_argument(
+        "--seed", type=int, help="of the first row, the others' follow; or a row's own / 首行的随机种子，其余依次加一"
+    )
+    chat = parser.add_argument_group("Chat / 对话")
+    chat.add_argument("--images", metavar="DIR", help="where the rows' pictures are (beside INPUT) / 图片目录")
+    chat.add_argument("--mode", choices=("reference", "generate"), help="decoding (reference) / 解码方式")
+    chat.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
+    chat.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
+    chat.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
+    chat.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
+    chat.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
+    chat.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+    paint = parser.add_argument_group("Paint / 绘画")
+    paint.add_argument("--images-out", metavar="DIR", help="where to write the images / 图片输出目录")
+    paint.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")
+    paint.add_argument("--guidance", type=float, help="weight of the prompt (7.5) / 引导系数")
+    paint.add_argument("--size", type=positive(int), help="height and width in pixels (512) / 图片边长")
+    paint.add_argument("--scheduler", metavar="NAME", help="ddpm, dpm++, euler, ddim, unipc, ... / 采样器")
+    paint.add_argument("--candidates", type=positive(int), help="images drawn per prompt, with ranking (4) / 候选数")
+    add_model_options(parser, paint=True)
+    parser.add_argument(
+        "--quantize-vision", action="store_true", help="Chat: the vision tower too / 同时量化视觉编码器"
+    )
+    parser.add_argument("--vision-config", metavar="JSON", help="Chat, original file: sizes / 视觉编码器配置")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..batch.launching import Share, launch
+    from ..batch.results import Results
+    from ..batch.rows import check_rows, read_rows
+
+    count = check_rows(arguments.input)
+    check_places(arguments)
+    kind = model_kind(arguments)
+    check_options(arguments, kind)
+    results = Results(arguments.output)
+    share = Share.of_this_process()
+    if share.is_first:
+        if arguments.overwrite:
+            results.discard()
+        results.check_settings(settings_of(arguments, kind))
+    share.wait_for_others()
+    begin = time.perf_counter()
+    try:
+        if arguments.engine == "local" and share.processes == 1 and arguments.num_processes > 1:
+            Share(0, arguments.num_processes).device(arguments.device)
+            launch(arguments.argv, arguments.num_processes)
+            return 0
+        process_rows(arguments, kind, results, share)
+        share.wait_for_others()
+    except KeyboardInterrupt:
+        if share.processes == 1:
+            done = len(results.finished())
+            print(f"\n{done} of {count} rows are finished; the same command goes on with the rest.", file=sys.stderr)
+        raise
+    if share.is_first:
+        joined = results.join(read_rows(arguments.input))
+        seconds = time.perf_counter() - begin
+        print(f"{arguments.output}: {joined.rows} rows, {joined.errors} errors ({seconds:.1f} s)")
+        if joined.errors:
+            print(f"viscpm-hf: {joined.errors} rows failed; --retry-errors does them again.", file=sys.stderr)
+    return 0
+
+
+def finished_rows(results: Results, arguments: argparse.Namespace) -> set[str]:
+    return {key for key, place in results.finished().items() if not (place.is_error and arguments.retry_errors)}
+
+
+def process_rows(arguments: argparse.Namespace, kind: str, results: Results, share: Share) -> None:
+    """Runs the unfinished rows of this process."""
+    from tqdm import tqdm
+
+    from ..batch.ray_engine import run_with_ray
+    from ..batch.rows import read_rows
+    from ..batch.runner import BatchRunner
+
+    finished = finished_rows(results, arguments)
+
+    def todo():
+        for row in share.rows(read_rows(arguments.input), arguments.batch_size):
+            if row.key not in finished:
+                yield row
+
+    count = sum(1 for _ in todo())
+    if not count:
+        return
+    with (
+        results.writer(share.process) as writer,
+        tqdm(total=count, unit="row", disable=None if share.is_first else True) as progress,
+    ):
+        if arguments.engine == "ray":
+            load = partial(load_processor, with_absolute_paths(arguments), kind)
+            run_with_ray(todo(), load, arguments.batch_size, arguments.num_processes, writer.write, progress.update)
+            return
+        arguments.device = share.device(arguments.device)
+        processor = load_processor(arguments, kind)
+        BatchRunner(processor, arguments.batch_size, writer.write).run(todo(), progress.update)
+
+
+def with_absolute_paths(arguments: argparse.Namespace) -> argparse.Namespace:
+    """For processes that start elsewhere."""
+    names = ("model", "input", "images", "images_out", "config", "vision_config", "vocab", "vae", "diffusion_config")
+    paths = {name: getattr(arguments, name) for name in names}
+    found = {name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
+    return argparse.Namespace(**{**vars(arguments), "run": None, **found})
+
+
+def load_processor(arguments: argparse.Namespace, kind: str) -> RowProcessor:
+    """The model, and what it makes of rows."""
+    from ..batch.processing import ChatRows, PaintRows
+
+    if kind == "chat":
+        mode = chat_mode(arguments)
+        return ChatRows(
+            load_chat(arguments),
+            Path(arguments.images) if arguments.images else Path(arguments.input).parent,
+            mode,
+            arguments.seed,
+            generation_options(arguments, mode),
+        )
+    options = {"scheduler": arguments.scheduler, "candidates": arguments.candidates}
+    painter = load_paint(arguments, **{name: value for name, value in options.items() if value is not None})
+    painter.pipeline.set_progress_bar_config(disable=True)
+    folder = Path(arguments.images_out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return PaintRows(painter, folder, arguments.seed, paint_options(arguments))
+
+
+def chat_mode(arguments: argparse.Namespace) -> str:
+    return arguments.mode or ("reference" if arguments.top_p is None else "generate")
+
+
+def paint_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "image_size": arguments.size,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_places(arguments: argparse.Namespace) -> None:
+    """Raises `OSError` or `ValueError` for an output that can't be written, before minutes of loading."""
+    output = Path(arguments.output)
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder, not a file to write.")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} to.")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise PermissionError(f"{output} can't be written: no permission.")
+    if output.exists() and output.samefile(arguments.input):
+        raise ValueError(f"{output} is the input; results need a file of their own.")
+    if arguments.images and not Path(arguments.images).is_dir():
+        raise FileNotFoundError(f"There is no folder {arguments.images} of images.")
+    if arguments.images_out and Path(arguments.images_out).is_file():
+        raise NotADirectoryError(f"{arguments.images_out} is a file, not a folder for images.")
+
+
+def model_kind(arguments: argparse.Namespace) -> str:
+    """`"chat"` or `"paint"`: what the model is; of one that is both, or not yet here, what the rows ask for."""
+    from ..batch.rows import read_rows
+    from ..conversion.inspect import inspect
+    from ..embedded import EMBEDDED_NAME
+
+    kind = None
+    if arguments.model != EMBEDDED_NAME:
+        kind = inspect(arguments.model, llm_config=arguments.config, vision_config=arguments.vision_config).kind
+    if kind is None:
+        row = next((row for row in read_rows(arguments.input) if row.error is None), None)
+        kind = "paint" if row is not None and "prompt" in row.values else "chat"
+    if kind not in ("chat", "paint"):
+        raise ValueError(f"{arguments.model} is neither VisCPM-Chat nor VisCPM-Paint, but {kind}.")
+    return kind
+
+
+def check_options(arguments: argparse.Namespace, kind: str) -> None:
+    """Raises `ValueError` for options of the other kind of model, or wrong ones of this kind."""
+    other, name = (PAINT_OPTIONS, "Paint") if kind == "chat" else (CHAT_OPTIONS, "Chat")
+    given = [f"--{option.replace('_', '-')}" for option in other if getattr(arguments, option) not in (None, False)]
+    if given:
+        raise ValueError(f"{', '.join(given)} is for VisCPM-{name}, which {arguments.model} is not.")
+    if kind == "chat":
+        generation_options(arguments, chat_mode(arguments))
+    elif not arguments.images_out:
+        raise ValueError("Give a folder for the images: --images-out DIR.")
+
+
+def settings_of(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """What makes results what they are."""
+    settings = {
+        "model": os.path.abspath(arguments.model) if os.path.exists(arguments.model) else arguments.model,
+        "kind": kind,
+        "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
+        "seed": arguments.seed,
+    }
+    if kind == "chat":
+        mode = chat_mode(arguments)
+        return {**settings, "mode": mode, **generation_options(arguments, mode)}
+    return {
+        **settings,
+        "scheduler": arguments.scheduler,
+        "candidates": arguments.candidates,
+        **paint_options(arguments),
+    }

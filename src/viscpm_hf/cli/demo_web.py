@@ -1,0 +1,79 @@
+"""`viscpm-hf demo chat|paint|both`: the demonstration as a page in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from importlib.util import find_spec
+
+from ..embedded import EMBEDDED_NAME
+from .model_options import add_model_options, load_chat
+from .serve import load_painter, model_name, port
+
+
+KINDS = ("chat", "paint", "both")
+
+
+def add_web_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kind", nargs="?", choices=KINDS, help="page to open; both if the extra demo is installed / 网页演示的内容"
+    )
+    group = parser.add_argument_group("page / 网页")
+    group.add_argument("--model", default=EMBEDDED_NAME, help=f"for chat ({EMBEDDED_NAME}) / 对话模型")
+    group.add_argument(
+        "--paint-model",
+        dest="paint",
+        metavar="PAINT_MODEL",
+        default=EMBEDDED_NAME,
+        help=f"for paint ({EMBEDDED_NAME}) / 绘画模型",
+    )
+    group.add_argument(
+        "--paint-checks",
+        action=argparse.BooleanOptionalAction,
+        help=f"ranker and checkers of the paint model (on, but for {EMBEDDED_NAME}) / 绘画的排序与安全检查",
+    )
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1) / 监听地址")
+    group.add_argument("--port", type=port, default=7860, help="port (7860; 0: one that is free) / 端口")
+    group.add_argument("--share", action="store_true", help="public address by gradio's service / 公开分享链接")
+    add_model_options(parser)
+
+
+def has_web() -> bool:
+    return find_spec("gradio") is not None
+
+
+def run_web(arguments: argparse.Namespace) -> int:
+    """Serves the page until SIGINT or SIGTERM."""
+    kind = arguments.kind or "both"
+    try:
+        from ..serving.demo import create_demo, start
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'The page needs {error.name}, which is not installed: pip install "viscpm-hf[demo]"; '
+            "`viscpm-hf demo --terminal` does without."
+        ) from error
+    from ..serving.engine import ChatEngine
+    from ..serving.paint_engine import PaintEngine
+
+    painter = None
+    if kind != "chat":
+        if arguments.paint_checks is None:
+            arguments.paint_checks = arguments.paint != EMBEDDED_NAME
+        painter = load_painter(arguments)
+        painter.candidates = 1
+    chat = None if kind == "paint" else ChatEngine(load_chat(arguments))
+    paint = None if painter is None else PaintEngine(painter)
+    demo = create_demo(chat, paint, model_name(arguments.model), model_name(arguments.paint))
+    try:
+        address = start(demo, arguments.host, arguments.port, arguments.share)
+        over = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: over.set())
+        print(f"{address}  (Ctrl-C ends / 按 Ctrl-C 结束)", flush=True)
+        over.wait()
+    finally:
+        demo.close(verbose=False)
+        for engine in filter(None, (chat, paint)):
+            engine.close(drain=False)
+    return 0

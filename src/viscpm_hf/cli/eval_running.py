@@ -1,0 +1,191 @@
+"""What the evaluations of models share: their options, and runs that go on where they ended."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .chat import GENERATION_OPTIONS, generation_options, positive
+from .model_options import load_paint
+
+
+if TYPE_CHECKING:
+    from ..batch.results import Results
+    from ..batch.rows import InputRow
+    from ..batch.runner import RowProcessor
+
+BATCH_SIZE = 8
+REPORT_HELP = "report (beside the output, .report.json) / 评测报告"
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=positive(int), default=BATCH_SIZE, help=f"rows at once ({BATCH_SIZE}) / 批大小"
+    )
+    parser.add_argument(
+        "--num-processes", type=positive(int), default=1, help="processes, one a GPU (1) / 进程数，每个 GPU 一个"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first row, the others' follow (0) / 首行的随机种子，其余依次加一"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start over / 重新开始")
+    parser.add_argument("--report", metavar="JSON", help=REPORT_HELP)
+
+
+def add_chat_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Chat / 对话")
+    group.add_argument("--mode", choices=("reference", "generate"), help="decoding (reference) / 解码方式")
+    group.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
+    group.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
+    group.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
+    group.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
+    group.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
+    group.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+
+
+def add_paint_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Paint / 绘画")
+    group.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")
+    group.add_argument("--guidance", type=float, help="weight of the prompt (7.5) / 引导系数")
+    group.add_argument("--size", type=positive(int), help="height and width in pixels (512) / 图片边长")
+    group.add_argument("--scheduler", metavar="NAME", help="ddpm, dpm++, euler, ddim, unipc, ... / 采样器")
+    group.add_argument("--candidates", type=positive(int), help="images drawn per prompt, with --rank (4) / 候选数")
+
+
+def chat_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    mode = arguments.mode or ("reference" if arguments.top_p is None else "generate")
+    return {"mode": mode, **generation_options(arguments, mode), **_model_settings(arguments)}
+
+
+def generation_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The decoding options among the settings."""
+    return {name: settings[name] for name in (*GENERATION_OPTIONS, "do_sample") if name in settings}
+
+
+def paint_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("steps", "guidance", "size", "scheduler", "candidates", "rank", "check_prompt", "check_image")
+    return {**{name: getattr(arguments, name) for name in names}, **_model_settings(arguments)}
+
+
+def _model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"dtype": arguments.dtype, "quantization": arguments.quantization, "batch_size": arguments.batch_size}
+
+
+def load_painter(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model, and the options of `paint_batch`."""
+    options = {"scheduler": arguments.scheduler, "candidates": arguments.candidates}
+    painter = load_paint(arguments, **{name: value for name, value in options.items() if value is not None})
+    painter.pipeline.set_progress_bar_config(disable=True)
+    given = {
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+        "image_size": arguments.size,
+    }
+    return painter, {name: value for name, value in given.items() if value is not None}
+
+
+# ----------------------------------------------------------------------------------------------------------- every run
+
+
+class ModelRun:
+    """Rows through a model, in one process or several, and the report at the end.
+
+    Args:
+        settings: what makes the results what they are, the model aside: a run that goes on must have the same.
+    """
+
+    def __init__(
+        self, arguments: argparse.Namespace, name: str, kind: str, results: Results, settings: dict[str, Any]
+    ):
+        from ..evaluation.report import model_identity, report_path
+
+        check_place(results.output)
+        self.arguments, self.name, self.kind, self.results = arguments, name, kind, results
+        self.settings = json.loads(json.dumps(settings))
+        self.identity = model_identity(arguments.model, kind)
+        self.report = Path(arguments.report) if arguments.report else report_path(results.output)
+
+    def run(self, rows: Sequence[InputRow], load: Callable[[], RowProcessor]) -> bool:
+        """Returns whether this process is the one to go on with the results, which are complete then."""
+        from ..batch.launching import Share, launch
+        from ..evaluation.running import run_rows
+
+        arguments, share = self.arguments, Share.of_this_process()
+        if share.is_first:
+            if arguments.overwrite:
+                self.results.discard()
+                self.report.unlink(missing_ok=True)
+            self._check_settings()
+        share.wait_for_others()
+        try:
+            if share.processes == 1 and arguments.num_processes > 1:
+                launch(arguments.argv, arguments.num_processes)
+                return False
+            arguments.device = share.device(arguments.device)
+            run_rows(self.results, rows, load, arguments.batch_size, share)
+            share.wait_for_others()
+        except KeyboardInterrupt:
+            if share.is_first:
+                done = len(self.results.finished())
+                print(f"\n{done} of {len(rows)} rows are finished; the same command goes on.", file=sys.stderr)
+            raise
+        if share.is_first:
+            self.results.join(rows)
+        return share.is_first
+
+    def _check_settings(self) -> None:
+        same = {"model": self.identity["fingerprint"] or self.identity["name"], **self.settings}
+        if self.results.output.is_file() and self.report.is_file():
+            known = json.loads(self.report.read_text("utf-8"))
+            if known.get("settings") != same:
+                raise ValueError(
+                    f"{self.results.output} is of another model or other settings, see {self.report}. Give another "
+                    "output, or start over with --overwrite."
+                )
+        self.results.check_settings(same)
+
+    def write_report(self, counts: dict[str, Any], results: dict[str, Any], **seeds: Any) -> int:
+        """Writes the report, and returns the exit status: whether every row has a result."""
+        from ..evaluation.report import make_report, model_identity, write_report
+
+        report = make_report(
+            self.name,
+            model=model_identity(self.arguments.model, self.kind),  # the commit is known only now
+            settings={"model": self.identity["fingerprint"] or self.identity["name"], **self.settings},
+            seeds={"first_row": self.arguments.seed, **seeds},
+            counts=counts,
+            results=results,
+        )
+        write_report(self.report, report)
+        print(f"{self.results.output}: {counts['rows']} rows, {counts['errors']} errors; report: {self.report}")
+        if counts["errors"]:
+            print(f"viscpm-hf: {counts['errors']} rows failed; the same command tries them again.", file=sys.stderr)
+        return 1 if counts["errors"] else 0
+
+    def lines(self, rows: Sequence[InputRow]) -> dict[str, dict[str, Any]]:
+        """The results by the rows' keys."""
+        from ..evaluation.running import read_results
+
+        return {row.key: line for row, line in zip(rows, read_results(self.results.output), strict=True)}
+
+
+def check_place(output: Path) -> None:
+    """Raises `OSError` for a file that can't be written, before minutes of loading."""
+    if output.is_dir():
+        raise IsADirectoryError(f"{output} is a folder, not a file to write.")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} to.")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise PermissionError(f"{output} can't be written: no permission.")
+
+
+def counts_of(lines: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {"rows": len(lines), "errors": sum("error" in line for line in lines.values())}

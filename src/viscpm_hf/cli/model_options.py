@@ -1,0 +1,129 @@
+"""The options of every command that loads a model, and the loading."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from ..quantization import QUANTIZATIONS
+
+
+if TYPE_CHECKING:
+    from ..chat import VisCPMChat
+    from ..paint import VisCPMPaint
+
+
+def device_map(text: str) -> str | dict[str, Any]:
+    """`auto`, `balanced` ... or a JSON object `{module: device}`."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object: {error}") from error
+
+
+def max_memory(text: str) -> dict[int | str, str]:
+    """`0=8GB,cpu=20GB` -> `{0: "8GB", "cpu": "20GB"}`."""
+    memory: dict[int | str, str] = {}
+    for part in text.split(","):
+        name, has_size, size = part.strip().partition("=")
+        if not (name and has_size and size):
+            raise argparse.ArgumentTypeError(f"must be as 0=8GB,cpu=20GB, got {text}")
+        memory[int(name) if name.isdecimal() else name] = size
+    return memory
+
+
+def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> None:
+    """Adds MODEL's options (not MODEL itself) of Chat, or of Paint; [`load_chat`] and [`load_paint`] read them."""
+    group = parser.add_argument_group("model / 模型")
+    group.add_argument("--device", help="cuda, cuda:1, mps, cpu ... / 设备")
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights / 精度")
+    what = "text encoder" if paint else "language model"
+    group.add_argument("--quantization", choices=tuple(QUANTIZATIONS), help=f"precision of the {what} / 量化")
+    part = "unet" if paint else "vision"
+    group.add_argument(
+        f"--quantize-{part}",
+        action="store_true",
+        help=f"quantise the {part} too / 同时量化{'UNet' if paint else '视觉编码器'}",
+    )
+    group.add_argument(
+        "--device-map", type=device_map, metavar="MAP", help="auto, balanced, or JSON {module: device} / 设备分配"
+    )
+    group.add_argument(
+        "--max-memory", type=max_memory, metavar="LIST", help="with --device-map, 0=8GB,cpu=20GB / 各设备内存上限"
+    )
+    group.add_argument("--offload-folder", metavar="FOLDER", help="for weights left on the disk / 磁盘卸载目录")
+    group.add_argument("--fast", action="store_true", help="compile; slow to start, fast to run / 编译加速")
+    group.add_argument(
+        "--config", metavar="JSON", help="original file: the language model's configuration / 语言模型配置"
+    )
+    group.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
+    if paint:
+        _add_paint_options(group)
+    else:
+        group.add_argument(
+            "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
+        )
+
+
+def _add_paint_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--diffusion-config",
+        metavar="JSON",
+        help="original file: configurations of UNet, VAE, scheduler / 扩散模型配置",
+    )
+    group.add_argument("--vae", metavar="PATH", help="folder or file of the VAE, if not beside the model / VAE")
+    for name, what in (
+        ("rank", "choose the best candidate with Chinese-CLIP / 排序"),
+        ("check-prompt", "refuse unsafe prompts / 检查提示词"),
+        ("check-image", "black out unsafe images / 检查图片"),
+    ):
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what)
+    group.add_argument("--ranker", metavar="FOLDER", help="Chinese-CLIP: folder or Hub id / 排序模型")
+    group.add_argument("--prompt-checker", metavar="FOLDER", help="text classifier: folder or Hub id / 文本检查模型")
+    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
+    group.add_argument(
+        "--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory / 显存卸载"
+    )
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("device", "dtype", "quantization", "device_map", "max_memory", "offload_folder", "fast")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat:
+    """`VisCPMChat` of `arguments.model`; `options` are further arguments of it."""
+    from ..chat import VisCPMChat
+
+    return VisCPMChat(
+        arguments.model,
+        arguments.config,
+        vision_config_path=arguments.vision_config,
+        vocab_path=arguments.vocab,
+        quantize_vision=arguments.quantize_vision,
+        **_common(arguments),
+        **options,
+    )
+
+
+def load_paint(arguments: argparse.Namespace, **options: Any) -> VisCPMPaint:
+    """`VisCPMPaint` of `arguments.model`; `options` (`scheduler`, `candidates` ...) are further arguments of it."""
+    from ..paint import VisCPMPaint
+
+    return VisCPMPaint(
+        arguments.model,
+        image_safety_checker=arguments.check_image and (arguments.image_checker or True),
+        prompt_safety_checker=arguments.check_prompt and (arguments.prompt_checker or True),
+        add_ranker=arguments.rank and (arguments.ranker or True),
+        config_path=arguments.config,
+        diffusion_config_path=arguments.diffusion_config,
+        vocab_path=arguments.vocab,
+        vae=arguments.vae,
+        quantize_unet=arguments.quantize_unet,
+        offload=arguments.offload,
+        **_common(arguments),
+        **options,
+    )

@@ -1,0 +1,57 @@
+"""`viscpm-hf train paint`: fine-tuning Paint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ..training.options import add_config_options, config_from_arguments
+from ..training.paint_config import PaintTrainingConfig
+from .errors import EXIT_INTERRUPTED
+
+
+if TYPE_CHECKING:
+    from ..training.paint import PaintTrainingResult
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "paint",
+        help="fine-tune Paint / 微调 Paint",
+        description="Fine-tune Paint on pictures with captions; the language model stays as it is. Several GPUs: "
+        "accelerate launch -m viscpm_hf.cli train paint ... / "
+        "用带文字说明的图片微调 Paint，语言模型保持不变；多卡训练用 accelerate launch 启动。",
+    )
+    parser.add_argument("--config", metavar="YAML", help="these options in a file; given ones go first / 配置文件")
+    mode = parser.add_mutually_exclusive_group()
+    for name in ("full", "lora"):
+        mode.add_argument(
+            f"--{name}", dest="mode", action="store_const", const=name, default=argparse.SUPPRESS,
+            help=f"--mode {name}",
+        )  # fmt: skip
+    add_config_options(parser, PaintTrainingConfig)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    config = config_from_arguments(PaintTrainingConfig, arguments)
+    from ..training.paint import train_paint
+    from ..training.reporting import Reporter
+
+    result = train_paint(config, callbacks=[Reporter(lambda line: print(line, flush=True))])
+    print(describe(result))
+    return EXIT_INTERRUPTED if result.is_interrupted else 0
+
+
+def describe(result: PaintTrainingResult) -> str:
+    """For people."""
+    lines = [f"{result.num_encoded_prompts} prompts and {result.num_encoded_images} pictures encoded anew"]
+    if result.num_skipped:
+        lines.append(f"not trained: {result.num_skipped} bad rows")
+    if result.is_interrupted:
+        lines.append(f"stopped after step {result.steps}; the same command with --resume goes on from there")
+        return "\n".join(lines)
+    if result.eval_loss is not None:
+        best = f", best at step {result.best_step}" if result.best_step is not None else ""
+        lines.append(f"loss on held-out data {result.eval_loss:.4f}{best}")
+    return "\n".join([*lines, f"wrote {result.output}: {result.steps} steps, {result.seconds:.1f} s"])

@@ -1,0 +1,185 @@
+"""Conversion to a quantised checkpoint: it is loaded as such, then saved before it has run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..quantization import check_quantization, quantization_config, stored_quantization
+from ..version import __version__
+from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
+from .errors import ConversionError
+from .export import save_processor, write_json
+from .model_card import chat_card, cpm_bee_card, paint_card
+from .original import CHAT, CPM_BEE, PAINT
+from .planning import Checkpoint, open_converted, open_original
+from .source import MANIFEST_NAME, locate
+from .tensor_files import dtype_name, safetensors_header, sha256_of
+from .workspace import Workspace
+
+
+ROUNDING = "Linear layers of the language model were quantised; their values can't be brought back."
+CARDS = MappingProxyType({CHAT: chat_card, CPM_BEE: cpm_bee_card, PAINT: paint_card})
+
+
+def convert_quantized(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    quantization: str,
+    *,
+    llm_config: str | os.PathLike | None = None,
+    vision_config: str | os.PathLike | None = None,
+    diffusion_config: str | os.PathLike | None = None,
+    vae: str | os.PathLike | None = None,
+    vocab: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "keep",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> ConversionResult:
+    """Writes a folder whose language model is quantised; see [`convert`] for the other arguments.
+
+    Args:
+        source: an original file, folder or Hub id, or a converted folder.
+        quantization: a name of `quantization.QUANTIZATIONS`. Made on the CPU, except for int4wo.
+        dtype: of what isn't quantised.
+
+    Raises:
+        OriginalCheckpointError: if the source can't be used.
+        ConversionError: if it is quantised already, or the output can't be written there.
+        ValueError: if a layer is too narrow, or the format can't be made on this machine.
+        OSError: if files can't be read or written.
+    """
+    begin = time.perf_counter()
+    device = torch.device("cuda" if quantization == "int4wo" and torch.cuda.is_available() else "cpu")
+    check_quantization(quantization, device)
+    wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size)
+    location = locate(source, revision, token)
+    stored = stored_quantization(location.path)
+    if stored is not None:
+        raise ConversionError(f"{location.name} is quantised already ({stored}): start from full precision.")
+    if location.is_converted:
+        checkpoint = open_converted(location)
+    else:
+        checkpoint = open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
+    workspace = Workspace(output, [location.path], resume=False, overwrite=overwrite)
+    workspace.open({"version": __version__, "quantization": quantization})
+    folder = workspace.path
+    try:
+        with ThreadPoolExecutor(1, "sha256") as thread:
+            checksum = thread.submit(sha256_of, checkpoint.weight_files[0])
+            if checkpoint.kind == PAINT:
+                beside = {"config_path": llm_config, "diffusion_config_path": diffusion_config, "vae": vae}
+                model = _load_paint(checkpoint, quantization, wanted, device, folder, vocab_path=vocab, **beside)
+            else:
+                model = _load(checkpoint, quantization, wanted, device)
+                save_processor(folder, checkpoint)
+            model.save_pretrained(folder, max_shard_size=shard_bytes)
+            num_parameters = _num_parameters(model)
+            del model
+            manifest = _manifest(checkpoint, folder, quantization, checksum.result())
+        write_json(folder / MANIFEST_NAME, manifest)
+        (folder / "README.md").write_text(CARDS[checkpoint.kind](checkpoint, num_parameters, manifest), "utf-8")
+    except BaseException:
+        workspace.discard_unless_begun()
+        raise
+    workspace.complete()
+    files = {name: known["size"] for name, known in manifest["files"].items()}
+    return ConversionResult(
+        source=location.name,
+        output=Path(output),
+        kind=checkpoint.kind,
+        files=files,
+        num_tensors=len(manifest["tensors"]),
+        num_parameters=num_parameters,
+        num_bytes=sum(files.values()),
+        dropped={},
+        source_sha256=manifest["source"]["sha256"],
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _load(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
+    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+
+    dtype = dtype or _stored_dtype(checkpoint)
+    model_class = VisCPMChatForConditionalGeneration if checkpoint.kind == CHAT else CpmBeeForCausalLM
+    options = {
+        "quantization_config": quantization_config(quantization, dtype), "dtype": dtype, "device_map": {"": device},
+    }  # fmt: skip
+    if checkpoint.location.is_converted:
+        return model_class.from_pretrained(checkpoint.location.path, **options)
+    return model_class.from_pretrained(None, config=checkpoint.config, state_dict=checkpoint.tensors, **options)
+
+
+def _load_paint(
+    checkpoint: Checkpoint,
+    quantization: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    folder: Path,
+    **beside: Any,
+) -> Any:
+    """The pipeline; what belongs to it but isn't loaded is written into the folder."""
+    from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+    from ..pipelines.loading_viscpm_paint import load_original
+    from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
+    from .paint import TEXT_ENCODER, save_prompt_checker
+
+    of_encoder = dtype or _stored_dtype(checkpoint)
+    options = {"quantization_config": quantization_config(quantization, of_encoder), "device_map": {"": device}}
+    path = checkpoint.location.path
+    if not checkpoint.location.is_converted:
+        parts = save_prompt_checker(folder, checkpoint.diffusion.prompt_checker)
+        dtypes = {TEXT_ENCODER: of_encoder, "default": dtype}
+        return load_original(VisCPMPaintPipeline, path, dtype=dtypes, text_encoder_options=options, **beside, **parts)
+    text_encoder = VisCPMPaintTextEncoder.from_pretrained(path / TEXT_ENCODER, dtype=of_encoder, **options)
+    others = {} if dtype is None else {"dtype": dtype}
+    return VisCPMPaintPipeline.from_pretrained(path, text_encoder=text_encoder, **others)
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return next(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point())
+
+
+def _num_parameters(model: Any) -> int:
+    """Of the models as they were before."""
+    parts = [model] if isinstance(model, torch.nn.Module) else model.components.values()
+    return sum(part.num_parameters() for part in parts if isinstance(part, torch.nn.Module))
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path, quantization: str, sha256: str) -> dict[str, Any]:
+    """`conversion.json`, without a way back."""
+    source = checkpoint.weight_files[0]
+    paths = sorted(folder.rglob("*.safetensors"))
+    words = ["viscpm-hf", "convert", source.name, folder.name, "--quantize", quantization]
+    return {
+        "format": MANIFEST_FORMAT,
+        "tool": f"viscpm-hf {__version__}",
+        "command": shlex.join(words),
+        "direction": TO_HUGGINGFACE,
+        "kind": checkpoint.kind,
+        "quantization": quantization,
+        "source": {"file": source.name, "size": source.stat().st_size, "sha256": sha256},
+        "rounding": ROUNDING,
+        "files": {path.relative_to(folder).as_posix(): {"size": path.stat().st_size} for path in paths},
+        "tensors": [
+            {
+                "target": spec.name,
+                "file": path.relative_to(folder).as_posix(),
+                "dtype": dtype_name(spec.dtype),
+                "shape": list(spec.shape),
+            }
+            for path in paths
+            for spec in safetensors_header(path).values()
+        ],
+    }

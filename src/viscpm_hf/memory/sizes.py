@@ -1,0 +1,232 @@
+"""Bytes of a model's weights in every precision, counted tensor by tensor on models without data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..conversion.inspect import original_config
+from ..conversion.original import CHAT, CPM_BEE, PAINT, checkpoint_kind, load_state_dict
+from ..conversion.paint import empty_part, empty_parts
+from ..conversion.source import HUB_ID, Location, json_object, locate, original_weights
+from ..embedded import EMBEDDED_NAME, resolve_model
+from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+from ..pipelines.loading_viscpm_paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
+from ..quantization import kept_modules
+
+
+# The released checkpoints, whose sizes are known without having them.
+RELEASED = {"openbmb/VisCPM-Chat": CHAT, "openbmb/VisCPM-Paint": PAINT}
+
+# Of a 4-bit weight of bitsandbytes: values that share a scale, scales that share a scale of theirs.
+BLOCK, NESTED_BLOCK = 64, 256
+# Tables of the 16 values of 4-bit codes and the 256 ones of the scales' codes, and the scales' mean, all fp32.
+TABLE_BYTES = 4 * (16 + 256 + 1)
+
+PARTS = ("layers", "embedding", "vision tower", "projection", "UNet", "VAE")
+
+
+def quantized_bytes(rows: int, columns: int, quantization: str) -> int:
+    """Bytes of a linear layer's weight as bitsandbytes keeps it: `"8bit"` (a scale in fp32 for every row), or `"4bit"`
+    (a scale for every 64 values, quantised to 8 bits itself)."""
+    count = rows * columns
+    if quantization == "8bit":
+        return count + 4 * rows
+    blocks = math.ceil(count / BLOCK)
+    return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + TABLE_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSizes:
+    """A checkpoint's models without their weights."""
+
+    name: str
+    kind: str
+    """`"chat"` or `"paint"`."""
+    model: VisCPMChatForConditionalGeneration | VisCPMPaintTextEncoder
+    """On the meta device; of Paint the text encoder."""
+    unet: nn.Module | None = None
+    vae: nn.Module | None = None
+
+    @property
+    def text_config(self) -> Any:
+        return self.model.config.get_text_config(decoder=True)
+
+    @cached_property
+    def language_model(self) -> nn.Module:
+        return self.model.model.language_model if self.kind == CHAT else self.model.model
+
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Numbers of parameters by part."""
+        return {part: size // 4 for part, size in self.weights(torch.float32).items()}
+
+    def weights(
+        self, dtype: torch.dtype, quantization: str | None = None, diffusion_dtype: torch.dtype | None = None
+    ) -> dict[str, int]:
+        """Bytes of the weights by part.
+
+        Args:
+            dtype: of what isn't quantised.
+            quantization: `"8bit"` or `"4bit"` of bitsandbytes, with the modules kept that are kept by default.
+            diffusion_dtype: of UNet and VAE, if it is another.
+        """
+        found: Counter[str] = Counter()
+        for name, size in self._tensors(dtype, quantization):
+            found[_part(name)] += size
+        for part, model in (("UNet", self.unet), ("VAE", self.vae)):
+            if model is not None:
+                found[part] = sum(parameter.numel() for parameter in model.parameters())
+                found[part] *= (diffusion_dtype or dtype).itemsize
+        return {part: found[part] for part in PARTS if found[part]}
+
+    def layers(self, dtype: torch.dtype, quantization: str | None = None) -> list[int]:
+        """Bytes of every layer of the language model."""
+        found: Counter[int] = Counter()
+        for name, size in self._tensors(dtype, quantization):
+            if _part(name) == "layers":
+                found[int(name.partition("layers.")[2].partition(".")[0])] += size
+        return [found[index] for index in range(len(found))]
+
+    @cached_property
+    def largest_linear(self) -> int:
+        """The most values that a weight of the layers has."""
+        return max(module.weight.numel() for module in self.language_model.layers.modules() if _is_linear(module))
+
+    def _tensors(self, dtype: torch.dtype, quantization: str | None):
+        """Yields `(name, bytes)` of all tensors; a tied head is its embedding."""
+        kept, tied = kept_modules(), set(getattr(self.model, "all_tied_weights_keys", ()))
+        for module_name, module in self.model.named_modules():
+            is_quantized = quantization is not None and _is_linear(module) and should_convert_module(module_name, kept)
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                name = f"{module_name}.{name}"
+                if name in tied:
+                    continue
+                if is_quantized and name.endswith(".weight"):
+                    yield name, quantized_bytes(*tensor.shape, quantization)
+                else:
+                    yield name, tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear
+
+
+def _part(name: str) -> str:
+    if "vision_tower." in name:
+        return "vision tower"
+    if "multi_modal_projector." in name or name.startswith("projection."):
+        return "projection"
+    return "layers" if ".layers." in f".{name}" else "embedding"
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSizes:
+    """The sizes of a checkpoint, from its configuration and the shapes of its tensors.
+
+    Args:
+        source: a file, a folder, a Hub id that is in the cache, `"viscpm-tiny"`, or the id of a released checkpoint.
+        kind: which of the two models `"viscpm-tiny"` is; Chat if None.
+
+    Raises:
+        OriginalCheckpointError: if it is no checkpoint of VisCPM.
+        OSError: if it isn't there.
+        ValueError: for CPM-Bee alone, or a kind that the checkpoint isn't.
+    """
+    name = os.fspath(source)
+    path = _cached(name) if not os.path.exists(name) else name
+    if path is None:
+        sizes = _released(name, RELEASED[name])
+    else:
+        if name == EMBEDDED_NAME:
+            path = resolve_model(name, kind or CHAT)
+        location = locate(path, with_weights=False)
+        sizes = _converted(name, location) if location.is_converted else _original(name, location)
+    if kind not in (None, sizes.kind):
+        raise ValueError(f"{name} is VisCPM-{sizes.kind.capitalize()}, not VisCPM-{kind.capitalize()}.")
+    return sizes
+
+
+def _cached(name: str) -> str | None:
+    """The folder of a Hub id in the cache; None for a released one that isn't there; the name itself for the rest."""
+    match = HUB_ID.fullmatch(name)
+    if name == EMBEDDED_NAME or match is None or os.path.isdir(Path(name).parent):
+        return name
+    try:
+        folder = snapshot_download(match["id"], local_files_only=True)
+        return os.path.join(folder, match["file"] or "").rstrip(os.sep)
+    except LocalEntryNotFoundError:
+        if name in RELEASED:
+            return None
+        raise FileNotFoundError(
+            f"{name} is neither a path here nor in the Hub's cache. Download it, or give one of "
+            f"{', '.join(RELEASED)} for the released sizes."
+        ) from None
+
+
+@lru_cache(maxsize=2)
+def _released(name: str, kind: str) -> ModelSizes:
+    if kind == CHAT:
+        return _chat(name, VisCPMChatConfig())
+    return _paint(name, VisCPMPaintTextEncoderConfig(), {}, {})
+
+
+def _chat(name: str, config: VisCPMChatConfig) -> ModelSizes:
+    with torch.device("meta"):
+        return ModelSizes(name, CHAT, VisCPMChatForConditionalGeneration(config).eval())
+
+
+def _paint(name: str, config: VisCPMPaintTextEncoderConfig, unet: dict, vae: dict) -> ModelSizes:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        encoder = VisCPMPaintTextEncoder(config).eval()
+    return ModelSizes(
+        name,
+        PAINT,
+        encoder,
+        empty_part(UNet2DConditionModel, unet or UNET_CONFIG).eval(),
+        empty_part(AutoencoderKL, vae or VAE_CONFIG).eval(),
+    )
+
+
+def _original(name: str, location: Location) -> ModelSizes:
+    weights = original_weights(location)
+    state_dict = load_state_dict(weights)
+    kind = checkpoint_kind(state_dict)
+    if kind in (None, CPM_BEE):
+        raise ValueError(f"{name} is no VisCPM-Chat or VisCPM-Paint checkpoint.")
+    config, problems = original_config(location, kind, state_dict, None, None)
+    if problems:
+        raise ValueError(f"{name}: {'; '.join(problems)}")
+    if kind == CHAT:
+        return _chat(name, config)
+    given = json_object(location.folder / DIFFUSION_CONFIG_NAME)
+    unet, vae = (given.get(part) or json_object(location.folder / part / "config.json") for part in ("unet", "vae"))
+    return _paint(name, config, unet, vae)
+
+
+def _converted(name: str, location: Location) -> ModelSizes:
+    if location.kind == CHAT:
+        return _chat(name, AutoConfig.from_pretrained(location.path))
+    if location.kind != PAINT:
+        raise ValueError(f"{name} is CPM-Bee alone, no VisCPM-Chat or VisCPM-Paint checkpoint.")
+    parts = empty_parts(location.path)
+    return ModelSizes(name, PAINT, *(parts[part].eval() for part in ("text_encoder", "unet", "vae")))

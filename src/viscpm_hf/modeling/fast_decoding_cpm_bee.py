@@ -1,0 +1,421 @@
+"""Decoding in fixed shapes: every step of a shape class runs one and the same compiled graph.
+
+Ordinary decoding spends much of its time on small kernels whose shapes grow with the answer. Here everything that
+tells one request from another lies in buffers of constant shape, so one graph serves all prompts, lengths and
+questions of a class. What is read and written where is the same as in the reference search: the queries of a row (its
+beams, or one query for greedy decoding and sampling) share the row's keys and values, and a mask says which places a
+query sees.
+
+The prompt is not part of a class: it is read by the ordinary path, exactly as without fast decoding, and its keys and
+values are copied. An answer that outgrows the places of its class moves on to the next class.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .cache_cpm_bee import CpmBeeCache
+
+
+logger = logging.get_logger(__name__)
+
+LEAST_PLACES = 256
+LEAST_EXTENSIONS = 8
+LEAST_SEGMENTS = 16
+# torch.compile's backend.
+BACKEND = "inductor"
+# Classes kept at a time; each has keys and values of its own.
+MAX_GRAPHS = 16
+
+
+@dataclass(frozen=True)
+class DecodingShape:
+    """What a graph depends on besides the model."""
+
+    rows: int
+    """A power of two."""
+    queries: int
+    """Of every row: beams of the reference search, else 1."""
+    places: int
+    """Keys that a query attends to, free ones included: 256, 512, 768, 1024, 1536, 2048, 3072, ..."""
+    extensions: int
+    """Columns for extension tokens: a power of two, at least 8."""
+    segments: int
+    """Of a document: a power of two, at least 16."""
+
+    @classmethod
+    def of(cls, rows: int, queries: int, places: int, extensions: int, segments: int) -> DecodingShape:
+        """The smallest class that has room for so much."""
+        return cls(
+            rows=power_of_two(rows),
+            queries=queries,
+            places=room_for(places),
+            extensions=power_of_two(extensions, LEAST_EXTENSIONS),
+            segments=power_of_two(segments, LEAST_SEGMENTS),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.queries} tokens, {self.places} places"
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The smallest power of two that is no less than `number` and `least`."""
+    return 1 << (max(number, least) - 1).bit_length()
+
+
+def room_for(places: int) -> int:
+    """The next of 256 and, from 512 on, powers of two and one and a half times them."""
+    whole = power_of_two(places, LEAST_PLACES)
+    return whole * 3 // 4 if whole > 2 * LEAST_PLACES and places <= whole * 3 // 4 else whole
+
+
+def in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For what writes to the graphs' buffers, which outlive the mode that a caller may be in: without gradients, and
+    outside inference mode, whose tensors can't be written to by anyone else."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
+
+
+@dataclass
+class PlacedKeys:
+    """The part of a `Cache` that attention needs: keys and values of all layers, new ones written to given places."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    places: torch.Tensor
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[:, :, self.places] = key_states
+        values[:, :, self.places] = value_states
+        return keys, values
+
+
+class DecodingGraph:
+    """One shape class: its buffers, and the step over them.
+
+    Args:
+        model: with `lm_head` and `language_model()`.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(self, model, shape: DecodingShape, dtype: torch.dtype, device: torch.device):
+        self.shape, self.device = shape, device
+        self.language_model, self.lm_head = model.language_model(), model.lm_head
+        config = self.language_model.config
+        self.vocab_size = config.vocab_size
+        rows, queries, places = shape.rows, shape.queries, shape.places
+
+        def integers(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.long, device=device)
+
+        def numbers(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        layers, heads = range(config.num_hidden_layers), config.num_attention_heads
+        self.keys = [numbers(rows, heads, places, config.head_dim) for _ in layers]
+        self.values = [numbers(rows, heads, places, config.head_dim) for _ in layers]
+        self.end = integers(1)
+        self.positions, self.segments = integers(rows, places), integers(rows, places)
+        self.visible = torch.zeros(rows, queries, places, dtype=torch.bool, device=device)
+        self.relations = integers(rows, shape.segments, shape.segments)
+        self.extensions = numbers(rows, shape.extensions, config.hidden_size)
+        # A table in place of the distances' logarithms: compiled, they may round to another bucket than elsewhere.
+        self.bias_table = numbers(heads, 2 * places + config.position_bias_num_segment_buckets)
+        self.inputs = [integers(rows, queries) for _ in range(4)]
+        self._offsets = torch.arange(queries, device=device)
+        self._itself = torch.eye(queries, dtype=torch.bool, device=device)
+        self._run = self._step
+        self._replay: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+
+    def _step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits `(rows, queries, vocab_size + extensions)`; see [`FastDecoding.step`]."""
+        places = self.end + self._offsets
+        visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
+        visible[:, :, places] = self._itself
+        self.visible.copy_(visible)
+        self.positions[:, places] = positions
+        self.segments[:, places] = segments
+        self.end.add_(self.shape.queries)
+
+        is_extension = (tokens >= self.vocab_size)[..., None]
+        embeddings = self.language_model.embed_tokens(tokens.clamp(max=self.vocab_size - 1))
+        entry = (tokens - self.vocab_size).clamp(min=0)[..., None].expand_as(embeddings)
+        hidden_states = torch.where(is_extension, self.extensions.gather(1, entry), embeddings)
+
+        pair = segments[:, :, None] * self.shape.segments + self.segments[:, None, :]
+        relation = self.relations.flatten(1).gather(1, pair.flatten(1)).view_as(pair)
+        distance = self.positions[:, None, :] - positions[:, :, None] + self.shape.places
+        entry = torch.where(relation == 0, distance, 2 * self.shape.places - 1 + relation)
+        bias = nn.functional.embedding(entry, self.bias_table.t()).permute(0, 3, 1, 2)
+        bias = self.language_model.merge_bias(bias, visible, hidden_states.dtype)
+
+        cache = PlacedKeys(self.keys, self.values, places)
+        for layer in self.language_model.layers:
+            hidden_states = layer(hidden_states, bias, past_key_values=cache)
+        hidden_states = self.language_model.norm(hidden_states)
+        extension_logits = torch.matmul(hidden_states, self.extensions.transpose(1, 2))
+        return torch.cat([self.lm_head(hidden_states), extension_logits], dim=-1)
+
+    def warm_up(self, compile: bool) -> None:
+        """Compiles the step if asked to, and captures it on CUDA; buffers hold nothing of worth before and after."""
+        progress = logging.tqdm(total=1, desc=f"Preparing fast decoding ({self.shape})", disable=None, leave=False)
+        with progress:
+            if compile:
+                self._compile()
+            if self.device.type == "cuda":
+                self._capture()
+            progress.update()
+
+    def _compile(self) -> None:
+        # With this option inductor writes the matrix-vector products of one query itself, and dequantises within them.
+        options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else None
+        compiled = torch.compile(self._step, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+        try:
+            with torch._dynamo.config.patch(recompile_limit=4 * MAX_GRAPHS):  # every class is a graph of one function
+                compiled(*self.inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())
+            logger.warning(f"Fast decoding goes on without compilation, which failed: {reason}")
+        else:
+            self._run = compiled
+
+    def _capture(self) -> None:
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._run(*self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._replay = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._replay):
+                self._logits = self._run(*self.inputs)
+
+    def load(self, num_prompt: int) -> None:
+        """Empties the buffers for a request whose prompts have so many places."""
+        for buffer in (*self.keys, *self.values, *self.inputs, self.relations, self.extensions, self.visible):
+            buffer.zero_()
+        self.end.fill_(num_prompt)
+        position_bias = self.language_model.position_bias
+        span = self.shape.places
+        distances = torch.arange(-span, span, device=self.device)
+        weight = position_bias.relative_attention_bias.weight
+        by_distance = weight[position_bias.distance_bucket(distances)]
+        self.bias_table.copy_(torch.cat([by_distance, weight[position_bias.num_buckets :]]).t())
+
+    def take_over(self, other: DecodingGraph) -> None:
+        """Goes on with the request of a class with fewer places."""
+        self.load(0)
+        past = other.shape.places
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            mine[:, :, :past].copy_(theirs)
+        self.end.copy_(other.end)
+        self.relations.copy_(other.relations)
+        self.extensions.copy_(other.extensions)
+        self.positions[:, :past].copy_(other.positions)
+        self.segments[:, :past].copy_(other.segments)
+        self.visible[:, :, :past].copy_(other.visible)
+
+    def __call__(self) -> torch.Tensor:
+        """A step with what is in `inputs`; the logits are valid until the next."""
+        if self._replay is None:
+            return self._run(*self.inputs)
+        self._replay.replay()
+        return self._logits
+
+
+class FastDecoder:
+    """The graphs of one model. Its requests run one after the other, since they share the graphs' buffers."""
+
+    def __init__(self):
+        self.enabled = False
+        """Whether requests that don't say otherwise are decoded fast."""
+        self.compile = True
+        """Otherwise the steps run as they are, over the same buffers."""
+        self.lock = threading.RLock()
+        self.graphs: OrderedDict[tuple, DecodingGraph] = OrderedDict()
+        self._weights: tuple = ()
+
+    def __reduce__(self):
+        return FastDecoder, ()  # a copied or loaded model compiles for itself
+
+    def graph(self, model, shape: DecodingShape, dtype: torch.dtype, device: torch.device) -> DecodingGraph:
+        """The graph of that class, compiled now unless it is there already."""
+        key = (shape, dtype, device, self.compile)
+        if key not in self.graphs:
+            problem = compilation_problem(model, device) if self.compile else None
+            if problem is not None:
+                logger.warning_once(f"Fast decoding goes without compilation: {problem}.")
+            graph = DecodingGraph(model, shape, dtype, device)
+            graph.warm_up(compile=self.compile and problem is None)
+            self.graphs[key] = graph
+            while len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(key)
+        return self.graphs[key]
+
+    @in_place
+    def begin(self, model, inputs: Mapping[str, Any], cache: CpmBeeCache, queries: int = 1) -> FastDecoding:
+        """A request whose prompts have been read into `cache`; `inputs` are those of the prompts."""
+        language_model = model.language_model()
+        # Captured graphs read the weights where they were: none may outlive a moved, cast, fused or adapted model.
+        weights = tuple(parameter.data_ptr() for parameter in (*language_model.parameters(), model.lm_head.weight))
+        if weights != self._weights:
+            self.graphs.clear()
+            self._weights = weights
+        return FastDecoding(self, model, inputs, cache, queries)
+
+
+class FastDecoding:
+    """One request.
+
+    Args:
+        inputs: `attention_mask (rows, prompt)`, `segment_ids`, `segment_relations` and `extension_table` of the
+            prompts, each of which may be missing.
+        cache: what the prompts left, `prompt` places.
+        queries: of every row.
+    """
+
+    def __init__(self, decoder: FastDecoder, model, inputs: Mapping[str, Any], cache: CpmBeeCache, queries: int):
+        self.decoder, self.model, self.queries = decoder, model, queries
+        past = cache.layers[0].keys
+        self.num_rows, self.end = past.shape[0], past.shape[2]
+        self.dtype, self.device = past.dtype, past.device
+        relations, table = inputs.get("segment_relations"), inputs.get("extension_table")
+        self.num_extensions = 0 if table is None else table.shape[1]
+        num_segments = 1 if relations is None else relations.shape[1]
+        shape = DecodingShape.of(self.num_rows, queries, self.end + queries, self.num_extensions, num_segments)
+        self.graph = graph = decoder.graph(model, shape, self.dtype, self.device)
+
+        rows, prompt = slice(self.num_rows), slice(self.end)
+        graph.load(self.end)
+        for index, layer in enumerate(cache.layers):
+            graph.keys[index][rows, :, prompt].copy_(layer.keys)
+            graph.values[index][rows, :, prompt].copy_(layer.values)
+        graph.positions[:, prompt] = torch.arange(self.end, device=self.device)
+        segment_ids, mask = inputs.get("segment_ids"), inputs.get("attention_mask")
+        self.last_segments = torch.zeros(self.num_rows, 1, dtype=torch.long, device=self.device)
+        if segment_ids is not None:
+            self.last_segments = segment_ids[:, -1:].to(self.device)
+            graph.segments[rows, prompt] = self.last_segments
+            graph.segments[rows, : segment_ids.shape[1]] = segment_ids.to(self.device)
+            graph.relations[rows, :num_segments, :num_segments] = relations.to(self.device)
+        graph.visible[rows, :, prompt] = True if mask is None else mask[:, None, prompt].to(self.device, torch.bool)
+        if self.num_extensions:
+            embeddings = model.language_model().embed_extensions(table)
+            graph.extensions[rows, : self.num_extensions] = embeddings.to(self.device, self.dtype)
+
+    @in_place
+    def step(
+        self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of the next tokens.
+
+        Args:
+            tokens: `(rows, queries)`, extension tokens as `vocab_size + e`.
+            parents: `(rows, queries)`, the query of the step before whose past each query goes on with.
+            positions, segments: `(rows, queries)`, of `tokens`.
+
+        Returns:
+            `(rows, queries, vocab_size + E)`, valid until the next step.
+        """
+        if self.end + self.queries > self.graph.shape.places:
+            shape = replace(self.graph.shape, places=room_for(self.end + self.queries))
+            larger = self.decoder.graph(self.model, shape, self.dtype, self.device)
+            larger.take_over(self.graph)
+            self.graph = larger
+        for buffer, given in zip(self.graph.inputs, (tokens, parents, positions, segments), strict=True):
+            buffer[: self.num_rows].copy_(given)
+        self.end += self.queries
+        return self.graph()[: self.num_rows, :, : self.graph.vocab_size + self.num_extensions]
+
+
+class FastDecodingCache(CpmBeeCache):
+    """Has `generate` decode fast: the prompt is read into it as ever, and the tokens after it go to a graph."""
+
+    def __init__(self, decoder: FastDecoder):
+        super().__init__()
+        self.decoder = decoder
+        self._decoding: FastDecoding | None = None
+
+    def decode(self, model, input_ids: torch.Tensor, inputs: Mapping[str, Any]) -> CausalLMOutputWithPast:
+        """As `model.forward` for one new token `(rows, 1)` each."""
+        if self._decoding is None:
+            self._decoding = self.decoder.begin(model, inputs, self)
+            self._parents = torch.zeros_like(input_ids)
+        decoding = self._decoding
+        positions = torch.full_like(input_ids, decoding.end)
+        logits = decoding.step(input_ids, self._parents, positions, decoding.last_segments)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=self)
+
+
+def with_graphs(model, compiled_call: Callable[..., Any]) -> Callable[..., Any]:
+    """What `generate` calls for a token: the cache's graph if it has one, else the `compiled_call`."""
+
+    def call(input_ids: torch.Tensor, past_key_values: Cache | None = None, **inputs) -> Any:
+        if isinstance(past_key_values, FastDecodingCache):
+            return past_key_values.decode(model, input_ids, inputs)
+        return compiled_call(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+
+    return call
+
+
+def compilation_problem(model, device: torch.device) -> str | None:
+    """Why nothing can be compiled for the model on this device; None if it can."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return f"{quantizer.quantization_config.quant_method} weights can't be compiled"
+    if device.type == "cpu":
+        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+        if not any(shutil.which(compiler) for compiler in compilers):
+            return f"there is no C++ compiler ({', '.join(compilers)})"
+    elif device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton is missing"
+    else:
+        return f"it isn't used on {device.type}"
+    return None
+
+
+def check_fast_decoding(model) -> None:
+    """Checks that the language model can be decoded in graphs.
+
+    Raises:
+        ValueError: for a model that is spread over several devices or offloaded.
+    """
+    language_model = model.language_model()
+    devices = {parameter.device for parameter in (*language_model.parameters(), *model.lm_head.parameters())}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(
+            f"Fast decoding needs the whole language model on one device, but it is on {names} (meta: offloaded). "
+            "Load it without device_map, or quantised so that it fits, or decode with fast=False."
+        )
+    for name, module in language_model.named_modules():
+        if hasattr(module, "_hf_hook") or (name and (module._forward_pre_hooks or module._forward_hooks)):
+            raise ValueError(
+                f"Fast decoding can't run what offloading and streaming do between layers, but {name or 'the model'} "
+                "has hooks. Load it without device_map and layer streaming, or decode with fast=False."
+            )
+
+
+__all__ = ["DecodingShape", "FastDecoder", "FastDecoding", "FastDecodingCache"]

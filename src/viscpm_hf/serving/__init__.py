@@ -1,0 +1,1 @@
+"""Serving: the engine that answers many requests together, and what is built on it."""

@@ -1,0 +1,215 @@
+"""`POST /v1/chat/completions`, and the original's `POST /viscpm`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+
+from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from .engine import ChatEngine
+from .errors import ModelNotFoundError, error_answer
+from .images import open_image, read_base64, read_image_url
+from .sampling import SamplingSettings
+from .schemas import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    Choice,
+    ChunkChoice,
+    Delta,
+    ImagePart,
+    Usage,
+    ViscpmAnswer,
+    ViscpmRequest,
+    new_id,
+    now,
+)
+from .settings import ServerSettings
+from .tickets import Answer, PreparedPrompt, TextPiece
+from .waiting import EventStream, in_thread, unless_gone
+
+
+DEFAULT_MAX_TOKENS = 512
+REFERENCE_ONLY = ("num_beams", "length_penalty")
+GENERATE_ONLY = ("top_p", "stop", "seed")
+
+content_log = logging.getLogger("viscpm_hf.serving.content")
+
+
+def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -> APIRouter:
+    router = APIRouter(tags=["chat"])
+
+    @router.post("/v1/chat/completions", response_model=ChatCompletion)
+    async def chat_completions(body: ChatCompletionRequest, request: Request):
+        """An answer to a conversation, whole or (`stream`) piece by piece as server-sent events."""
+        if body.model != model_name:
+            raise ModelNotFoundError(body.model, model_name)
+        prompt = await in_thread(prepare_messages, engine, body, settings)
+        decoding = decoding_of(body, engine, prompt)
+        events = EventStream(body.n or 1)
+        ticket = engine.submit(prompt, decoding, events, body.n or 1)
+        if body.stream:
+            chunks = stream_chunks(body, prompt, events, settings)
+            return StreamingResponse(cancel_at_end(chunks, ticket.cancel), media_type="text/event-stream")
+        try:
+            answers = await unless_gone(request, events.collect(), settings.timeout)
+        finally:
+            ticket.cancel()
+        log_content(settings, messages=body.model_dump(exclude_none=True)["messages"], answers=answers)
+        return ChatCompletion(
+            model=model_name,
+            choices=[
+                Choice(index=index, message=AnswerMessage(content=answer.text), finish_reason=answer.reason)
+                for index, answer in enumerate(answers)
+            ],
+            usage=usage_of(prompt, sum(answer.num_tokens for answer in answers)),
+        )
+
+    @router.post("/viscpm", response_model=ViscpmAnswer)
+    async def viscpm(body: ViscpmRequest, request: Request):
+        """The original's endpoint: its answer, token for token, to a question about a picture."""
+        prompt = await in_thread(prepare_turn, engine, body, settings)
+        events = EventStream(1)
+        ticket = engine.submit(prompt, ReferenceDecodingConfig(), events)
+        try:
+            (answer,) = await unless_gone(request, events.collect(), settings.timeout)
+        finally:
+            ticket.cancel()
+        log_content(settings, question=body.question, context=body.context, answers=[answer])
+        escape = engine.chat.processor.tokenizer.escape
+        context = f"{body.context}User: {escape(body.question)}\nAI: {escape(answer.text)}\n"
+        return ViscpmAnswer(answer=answer.text, context=context)
+
+    return router
+
+
+# ------------------------------------------------------------------------------------------------------- preparing
+
+
+def prepare_messages(engine: ChatEngine, body: ChatCompletionRequest, settings: ServerSettings) -> PreparedPrompt:
+    """The messages as the processor's chat template takes them, and their pictures opened."""
+    messages: list[dict[str, Any]] = []
+    images = []
+    for message in body.messages:
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            messages.append({"role": role, "content": message.content})
+            continue
+        content = []
+        for part in message.content:
+            if not isinstance(part, ImagePart):
+                content.append({"type": "text", "text": part.text})
+                continue
+            if role != "user":
+                raise ValueError(f"Pictures come in user messages, not in those of the {role}.")
+            if len(images) == settings.max_images:
+                raise ValueError(f"The conversation has more than {settings.max_images} pictures.")
+            images.append(read_image_url(part.image_url.url, settings))
+            content.append({"type": "image"})
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] != "user":
+        raise ValueError("The last message is the one to answer, so it has to be the user's.")
+    return engine.prepare.messages(messages, images)
+
+
+def prepare_turn(engine: ChatEngine, body: ViscpmRequest, settings: ServerSettings) -> PreparedPrompt:
+    image = None if body.image is None else open_image(read_base64(body.image), settings.max_image_pixels)
+    return engine.prepare.turn(image, body.question, body.context)
+
+
+def decoding_of(
+    body: ChatCompletionRequest, engine: ChatEngine, prompt: PreparedPrompt
+) -> SamplingSettings | ReferenceDecodingConfig:
+    """The decoding that was asked for; an answer is as long as there is room if nothing was said of its length."""
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    given = {name: getattr(body, name) for name in ("temperature", "repetition_penalty") if getattr(body, name)}
+    is_reference = body.mode == "reference"
+    for name in GENERATE_ONLY if is_reference else REFERENCE_ONLY:
+        if getattr(body, name) is not None:
+            other = "generate" if is_reference else "reference"
+            raise ValueError(f'{name} belongs to mode "{other}".')
+    if is_reference:
+        given |= {name: getattr(body, name) for name in REFERENCE_ONLY if getattr(body, name) is not None}
+        return ReferenceDecodingConfig(max_new_tokens=max_tokens or DEFAULT_MAX_TOKENS, **given)
+    room = engine.limits.max_places - prompt.num_tokens
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return SamplingSettings(
+        max_new_tokens=max_tokens or max(1, min(DEFAULT_MAX_TOKENS, room)),
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stop=stop,
+        **given,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- answering
+
+
+def usage_of(prompt: PreparedPrompt, num_tokens: int) -> Usage:
+    total = prompt.num_tokens + num_tokens
+    return Usage(prompt_tokens=prompt.num_tokens, completion_tokens=num_tokens, total_tokens=total)
+
+
+async def stream_chunks(
+    body: ChatCompletionRequest, prompt: PreparedPrompt, events: EventStream, settings: ServerSettings
+) -> AsyncIterator[str]:
+    """Server-sent events; an error on the way is the last of them, as in OpenAI's API."""
+    chunk_id, created, num_tokens = new_id("chatcmpl"), now(), 0
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    answers = [Answer() for _ in range(events.num_choices)]
+
+    def chunk(choices: list[ChunkChoice], **fields) -> str:
+        entry = ChatCompletionChunk(id=chunk_id, created=created, model=body.model, choices=choices, **fields)
+        return f"data: {entry.model_dump_json(exclude_none=True)}\n\n"
+
+    for index in range(events.num_choices):
+        yield chunk([ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])
+    try:
+        async with asyncio.timeout(settings.timeout):
+            async for event in events:
+                if isinstance(event, TextPiece):
+                    answers[event.choice].text += event.text
+                    yield chunk([ChunkChoice(index=event.choice, delta=Delta(content=event.text))])
+                else:
+                    num_tokens += event.num_tokens
+                    yield chunk([ChunkChoice(index=event.choice, delta=Delta(), finish_reason=event.reason)])
+    except Exception as error:
+        yield f"data: {json.dumps(error_answer(error, settings).body)}\n\n"
+        return
+    if with_usage:
+        yield chunk([], usage=usage_of(prompt, num_tokens))
+    yield "data: [DONE]\n\n"
+    log_content(settings, messages=body.model_dump(exclude_none=True)["messages"], answers=answers)
+
+
+async def cancel_at_end(chunks: AsyncIterator[str], cancel) -> AsyncIterator[str]:
+    """The chunks; when they end, or nobody reads them any more, the request is cancelled."""
+    try:
+        async with contextlib.aclosing(chunks) as pieces:
+            async for chunk in pieces:
+                yield chunk
+    finally:
+        cancel()
+
+
+def log_content(settings: ServerSettings, **fields) -> None:
+    """Prompts and answers, if asked for; pictures never."""
+    if settings.log_content:
+        fields["answers"] = [answer.text for answer in fields["answers"]]
+        content_log.info(json.dumps({"event": "answer", **_without_pictures(fields)}, ensure_ascii=False))
+
+
+def _without_pictures(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: "..." if key == "url" else _without_pictures(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_pictures(entry) for entry in value]
+    return value

@@ -1,0 +1,263 @@
+"""The demo's conversation about a picture."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import PIL.Image
+import PIL.ImageOps
+
+from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from ..shapes import draw, make_scene
+from .demo_labels import EXPECTED_ERRORS, Labels, report, status
+from .demo_texts import say
+from .engine import ChatEngine
+from .images import open_image
+from .sampling import SamplingSettings
+from .tickets import Finished, TextPiece
+from .waiting import EventStream, in_thread
+
+
+Turns = list[tuple[str, str]]
+"""Questions and answers; the last answer may still be growing."""
+
+MODES = ("sampling", "reference")
+MAX_NEW_TOKENS = 1024
+DEFAULT_NEW_TOKENS = 256
+MAX_IMAGE_PIXELS = 50_000_000
+
+NUM_SAMPLES = 6
+SAMPLE_SIZE = 224
+
+# Every change redraws the conversation, which browsers needn't do for every token.
+SECONDS_BETWEEN_UPDATES = 0.05
+
+
+class ChatPage:
+    """One page for all visitors: what belongs to a conversation is handed in and out of its methods.
+
+    ```python
+    >>> page = ChatPage(engine)
+    >>> page.build(labels, language)  # within gr.Blocks
+    ```
+    """
+
+    def __init__(self, engine: ChatEngine):
+        self.engine = engine
+        self.samples = [draw(make_scene("test", index), SAMPLE_SIZE) for index in range(NUM_SAMPLES)]
+
+    def build(self, labels: Labels, language: gr.Radio) -> None:
+        """Lays out the page and ties its events."""
+        turns = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                picture = labels.make(
+                    gr.Image,
+                    {"label": "picture", "placeholder": "picture_hint"},
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "webcam", "clipboard"],
+                    buttons=["fullscreen"],
+                    height=260,
+                    elem_id="picture",
+                )
+                # The file as it came: `open_image` says what is wrong with it, and in one sentence.
+                picture.preprocess = lambda payload: None if payload is None else payload.path
+                samples = labels.make(
+                    gr.Gallery,
+                    {"label": "samples"},
+                    value=self.samples,
+                    columns=NUM_SAMPLES,
+                    rows=1,
+                    height="auto",
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                    format="png",
+                    elem_id="samples",
+                )
+                with labels.make(gr.Accordion, {"label": "settings"}, open=False):
+                    mode = labels.make(gr.Radio, {"label": "decoding", "choices": MODES}, value=MODES[0])
+                    length = labels.make(
+                        gr.Slider,
+                        {"label": "max_tokens"},
+                        minimum=1,
+                        maximum=MAX_NEW_TOKENS,
+                        step=1,
+                        value=DEFAULT_NEW_TOKENS,
+                    )
+                    temperature = labels.make(
+                        gr.Slider, {"label": "temperature"}, minimum=0, maximum=2, step=0.05, value=0
+                    )
+                    top_p = labels.make(gr.Slider, {"label": "top_p"}, minimum=0.05, maximum=1, step=0.05, value=1)
+            with gr.Column(scale=3, min_width=300):
+                conversation = labels.make(
+                    gr.Chatbot,
+                    {"label": "conversation", "placeholder": "conversation_hint"},
+                    height=380,
+                    render_markdown=False,
+                    buttons=[],
+                    layout="bubble",
+                    elem_id="conversation",
+                )
+                state = gr.HTML(status(""), elem_id="chat-status")
+                question = labels.make(
+                    gr.Textbox,
+                    {"label": "question", "placeholder": "question_hint"},
+                    lines=1,
+                    max_lines=6,
+                    elem_id="question",
+                )
+                with gr.Row(elem_classes="buttons"):
+                    send = labels.make(gr.Button, {"value": "send"}, variant="primary", min_width=70, elem_id="send")
+                    stop = labels.make(gr.Button, {"value": "stop"}, variant="stop", min_width=70, elem_id="stop")
+                    self.retry = labels.make(gr.Button, {"value": "retry"}, min_width=70, elem_id="retry")
+                    clear = labels.make(gr.Button, {"value": "clear"}, min_width=70, elem_id="clear")
+
+        mode.change(self.show_settings, mode, [temperature, top_p], show_progress="hidden")
+        samples.select(self.choose, None, picture, show_progress="hidden")
+        # One event, so that a visitor has one answer at a time.
+        answering = gr.on(
+            [question.submit, send.click, self.retry.click],
+            self.answer,
+            [turns, picture, question, mode, length, temperature, top_p, language],
+            [turns, conversation, question, state],
+            concurrency_limit=None,
+            show_progress="hidden",
+        )
+        stop.click(
+            self.stop,
+            [turns, language],
+            [conversation, state],
+            cancels=[answering],
+            show_progress="hidden",
+        )
+        for event, key in (
+            (clear.click, "cleared"),
+            (conversation.clear, "cleared"),
+            (picture.change, "new_conversation"),
+        ):
+            event(
+                lambda turns, language, key=key: self.begin(turns, language, key),
+                [turns, language],
+                [turns, conversation, state],
+                cancels=[answering],
+                show_progress="hidden",
+            )
+
+    # ---------------------------------------------------------------------------------------------------------- events
+
+    async def answer(
+        self,
+        turns: Turns,
+        picture: str | None,
+        question: str,
+        mode: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        language: str,
+        event: gr.EventData,
+    ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str]]:
+        """Answers the question, or after a click on Retry the last one again.
+
+        Yields:
+            The conversation, the same for the eye, what becomes of the question's box, and the status.
+        """
+        is_again = event.target is self.retry
+        if is_again and not turns:
+            yield turns, messages(turns), gr.skip(), status(say(language, "nothing_to_retry"))
+            return
+        if is_again:
+            question, turns = turns[-1][0], turns[:-1]
+        if not question.strip():
+            yield turns, messages(turns), gr.skip(), status(say(language, "no_question"))
+            return
+        box = gr.skip() if is_again else ""
+        hint = say(language, "no_picture") if picture is None else ""
+        now = [*turns, (question, "")]
+        yield now, messages(now), box, status(hint, say(language, "answering"))
+        begin, shown = time.perf_counter(), 0.0
+        text = ""
+        try:
+            decoding = decoding_of(mode, max_new_tokens, temperature, top_p)
+            image = None if picture is None else await in_thread(open_picture, picture)
+            prompt = await in_thread(self.engine.prepare.turn, image, question, self.context(turns))
+            events = EventStream(1)
+            ticket = self.engine.submit(prompt, decoding, events)
+            try:
+                async for piece in events:
+                    if isinstance(piece, TextPiece):
+                        text += piece.text
+                        if time.perf_counter() - shown >= SECONDS_BETWEEN_UPDATES:
+                            shown = time.perf_counter()
+                            now = [*turns, (question, text)]
+                            yield now, messages(now), gr.skip(), gr.skip()
+                    else:
+                        end = piece
+            finally:
+                ticket.cancel()
+        except EXPECTED_ERRORS as error:
+            yield turns, messages(turns), question, report(error, language)
+            return
+        now = [*turns, (question, text)]
+        yield (
+            now,
+            messages(now),
+            gr.skip(),
+            status(hint, "" if text else say(language, "empty"), summary(end, time.perf_counter() - begin, language)),
+        )
+
+    def stop(self, turns: Turns, language: str) -> tuple[list[dict[str, Any]], str]:
+        """What there is of the answer stays."""
+        return messages(turns), status(say(language, "stopped"))
+
+    def begin(self, turns: Turns, language: str, key: str) -> tuple[Turns, list, str]:
+        """A new conversation; `key` says why, if there was one before."""
+        return [], [], status(say(language, key) if turns else "")
+
+    def choose(self, event: gr.SelectData) -> PIL.Image.Image:
+        return self.samples[event.index]
+
+    def show_settings(self, mode: str) -> list[dict[str, Any]]:
+        """Temperature and top-p are the sampling's."""
+        return [gr.update(visible=mode == "sampling")] * 2
+
+    def context(self, turns: Turns) -> str:
+        """The conversation in document syntax, as [`VisCPMChat.ask`] would have handed it on."""
+        escape = self.engine.chat.processor.tokenizer.escape
+        return "".join(f"User: {escape(question)}\nAI: {escape(text)}\n" for question, text in turns if text)
+
+
+def messages(turns: Turns) -> list[dict[str, Any]]:
+    """The conversation as the page shows it, letter by letter: the page would take `<s>` for its own."""
+    return [
+        {"role": role, "content": {"type": "text", "text": html.escape(text, quote=False)}}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+        if text
+    ]
+
+
+def decoding_of(
+    mode: str, max_new_tokens: int, temperature: float, top_p: float
+) -> SamplingSettings | ReferenceDecodingConfig:
+    if mode == "reference":
+        return ReferenceDecodingConfig(max_new_tokens=int(max_new_tokens))
+    return SamplingSettings(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p)
+
+
+def open_picture(path: str) -> PIL.Image.Image:
+    """The picture as browsers show it: turned as the camera was held."""
+    return PIL.ImageOps.exif_transpose(open_image(Path(path).read_bytes(), MAX_IMAGE_PIXELS))
+
+
+def summary(end: Finished, seconds: float, language: str) -> str:
+    """Length, time and speed of an answer."""
+    text = say(language, "answered", tokens=end.num_tokens, seconds=seconds, speed=end.num_tokens / seconds)
+    return f"{text} ({say(language, 'cut')})" if end.reason == "length" else text

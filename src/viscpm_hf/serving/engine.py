@@ -1,0 +1,478 @@
+"""The engine: one thread that answers the questions of many requests together.
+
+Requests are prepared (tokenised, images decoded) by whoever submits them and wait in a bounded queue. The engine's
+thread takes them into a [`ContinuousBatch`] as soon as there is room, between two steps of those already running.
+Questions to be answered by the reference decoding are searched in groups of the same parameters; between two steps of
+a search the continuous batch makes one of its own, so neither waits for the other to end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from ..chat import VisCPMChat
+from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from .continuous_batch import ContinuousBatch, Row
+from .image_cache import ImageCache
+from .preparing import ImageEncoder, PromptPreparer
+from .sampling import Sampler, SamplingSettings
+from .tickets import (
+    Answer,
+    EngineBusyError,
+    EngineClosedError,
+    EngineLimits,
+    EngineStatistics,
+    Event,
+    Failed,
+    Finished,
+    PreparedPrompt,
+    TextPiece,
+    Ticket,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(eq=False)
+class _Choice:
+    """One of a request's answers."""
+
+    ticket: Ticket
+    index: int
+    row: Row
+    pending: str = ""
+    """Text that may turn out to begin a stop string."""
+
+
+@dataclass(eq=False)
+class _Search:
+    """A request for the reference decoding."""
+
+    ticket: Ticket
+    decoding: ReferenceDecodingConfig
+
+
+class _SearchAbandonedError(Exception):
+    """Nobody waits for the search any more."""
+
+
+class _Pace:
+    """How often an answer is finished while there is work, as a running mean."""
+
+    def __init__(self):
+        self.seconds_per_answer = 0.5
+        self._last = time.monotonic()
+
+    def begin(self) -> None:
+        self._last = time.monotonic()
+
+    def finished(self) -> None:
+        now = time.monotonic()
+        self.seconds_per_answer += 0.1 * (now - self._last - self.seconds_per_answer)
+        self._last = now
+
+
+@dataclass(eq=False)
+class _Queue:
+    """What waits, and the lock of everything that two threads touch."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    choices: deque[_Choice] = field(default_factory=deque)
+    searches: deque[_Search] = field(default_factory=deque)
+    is_open: bool = True
+    drain: bool = True
+
+    def __len__(self) -> int:
+        return len(self.choices) + len(self.searches)
+
+
+class ChatEngine:
+    """Answers questions to a [`VisCPMChat`] of many callers together.
+
+    ```python
+    >>> engine = ChatEngine(VisCPMChat("viscpm-tiny"))
+    >>> prompt = engine.prepare.turn(picture, "What colour is the circle?")
+    >>> engine.answer(prompt, SamplingSettings(max_new_tokens=32))[0].text
+    >>> engine.close()
+    ```
+    """
+
+    def __init__(self, chat: VisCPMChat, limits: EngineLimits | None = None):
+        self.chat = chat
+        self.limits = limits or EngineLimits()
+        self.statistics = EngineStatistics()
+        self.prepare = PromptPreparer(chat)
+        self.image_cache = ImageCache(self.limits.image_cache_bytes)
+        self._encode_images = ImageEncoder(chat.model, self.image_cache)
+        self._queue = _Queue()
+        self._batch = ContinuousBatch(chat.model, chat.processor.tokenizer)
+        self._running: dict[Row, _Choice] = {}
+        self._max_rows = self.limits.max_rows
+        self._pace = _Pace()
+        self._num_searching = 0
+        self._thread = threading.Thread(target=self._run, name="viscpm-hf-engine", daemon=True)
+        self._thread.start()
+
+    # ----------------------------------------------------------------------------------------------------- for callers
+
+    def submit(
+        self,
+        prompt: PreparedPrompt,
+        decoding: SamplingSettings | ReferenceDecodingConfig,
+        listener: Callable[[Event], None],
+        num_choices: int = 1,
+    ) -> Ticket:
+        """Queues a request; `num_choices` answers are sampled independently.
+
+        Raises:
+            EngineBusyError: if the queue is full.
+            EngineClosedError: after [`close`].
+            ValueError: if the request is larger than the engine's limits.
+        """
+        ticket = Ticket(prompt, num_choices, listener)
+        if isinstance(decoding, ReferenceDecodingConfig):
+            if num_choices != 1:
+                raise ValueError("The reference decoding has one answer: ask for n=1, or for sampling.")
+            choices = []
+            self._check_size(prompt.num_tokens + decoding.num_beams * (decoding.last_step + 1), "prompt and beams")
+        else:
+            self._check_size(prompt.num_tokens + decoding.max_new_tokens, "prompt and answer")
+            choices = [self._new_choice(ticket, index, decoding) for index in range(num_choices)]
+        with self._queue.changed:
+            if not self._queue.is_open:
+                raise EngineClosedError("The server is shutting down.")
+            if len(self._queue) + num_choices > self.limits.max_waiting:
+                self.statistics.rejected += 1
+                waiting = len(self._queue)
+                raise EngineBusyError(
+                    f"{waiting} answers are waiting already, the limit is {self.limits.max_waiting}: try again later.",
+                    retry_after=max(1.0, waiting * self._pace.seconds_per_answer),
+                )
+            self.statistics.requests += 1
+            self.statistics.prompt_tokens += prompt.num_tokens
+            if choices:
+                self._queue.choices.extend(choices)
+            else:
+                self._queue.searches.append(_Search(ticket, decoding))
+            self._queue.changed.notify_all()
+        return ticket
+
+    def answer(
+        self,
+        prompt: PreparedPrompt,
+        decoding: SamplingSettings | ReferenceDecodingConfig,
+        num_choices: int = 1,
+        timeout: float | None = None,
+    ) -> list[Answer]:
+        """Waits for whole answers.
+
+        Raises:
+            TimeoutError: after `timeout` seconds; the request is cancelled.
+            Exception: what went wrong with this request.
+        """
+        answers, over, errors = [Answer() for _ in range(num_choices)], threading.Event(), []
+        unfinished = [num_choices]
+
+        def listen(event: Event) -> None:
+            if isinstance(event, TextPiece):
+                answers[event.choice].text += event.text
+                return
+            if isinstance(event, Finished):
+                answers[event.choice].reason = event.reason
+                answers[event.choice].num_tokens = event.num_tokens
+                unfinished[0] -= 1
+            else:
+                errors.append(event.error)
+            if errors or not unfinished[0]:
+                over.set()
+
+        ticket = self.submit(prompt, decoding, listen, num_choices)
+        if not over.wait(timeout):
+            ticket.cancel()
+            raise TimeoutError(f"There was no answer within {timeout:g} seconds.")
+        if errors:
+            raise errors[0]
+        return answers
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> bool:
+        """Takes no more requests and ends: after the ones at hand are answered, or at once.
+
+        Returns:
+            Whether all of them were answered; those that weren't within `timeout` seconds fail.
+        """
+        with self._queue.changed:
+            self._queue.is_open = False
+            self._queue.drain = drain
+            self._queue.changed.notify_all()
+        self._thread.join(timeout)
+        if not self._thread.is_alive():
+            return drain
+        with self._queue.changed:
+            self._queue.drain = False
+            self._queue.changed.notify_all()
+        self._thread.join()
+        return False
+
+    @property
+    def is_open(self) -> bool:
+        return self._queue.is_open
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._batch.rows) + self._num_searching
+
+    def _check_size(self, places: int, what: str) -> None:
+        if places > self.limits.max_places:
+            raise ValueError(
+                f"The {what} may take {places:,} tokens, but the server has room for {self.limits.max_places:,}: "
+                "ask for a shorter answer, or shorten the conversation."
+            )
+
+    def _new_choice(self, ticket: Ticket, index: int, settings: SamplingSettings) -> _Choice:
+        if settings.seed is not None and index:  # answers of one request shall differ, and yet be repeatable
+            settings = dataclasses.replace(settings, seed=(settings.seed + index) % 2**63)
+        return _Choice(ticket, index, Row(ticket.prompt.document.prompt(open_slot=0), Sampler(settings)))
+
+    # --------------------------------------------------------------------------------------------- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                search = self._next_search()
+                if search:
+                    self._search(search)
+                else:
+                    self._turn()
+        finally:
+            self._fail_everything(EngineClosedError("The server is shutting down."))
+
+    def _wait_for_work(self) -> bool:
+        """False when it is time to end."""
+        queue = self._queue
+        with queue.changed:
+            while True:
+                has_work = bool(queue) or bool(self._batch.rows)
+                if not queue.is_open and (not queue.drain or not has_work):
+                    return False
+                if has_work:
+                    return True
+                queue.changed.wait()
+                self._pace.begin()
+
+    def _turn(self) -> None:
+        """Those who are done leave, those who wait come in, and everyone gets a token."""
+        if self._queue.is_open or self._queue.drain:
+            self._leave()
+            if self._batch.rows:
+                self._guarded_step()
+            self._admit()
+
+    def _leave(self) -> None:
+        """Rows whose caller is gone leave."""
+        self._batch.keep([row for row in self._batch.rows if not self._running[row].ticket.is_cancelled])
+        self._running = {row: self._running[row] for row in self._batch.rows}
+
+    def _admit(self) -> None:
+        """Takes in what waits, as far as there is room."""
+        coming: list[_Choice] = []
+        longest = max((row.max_length for row in self._batch.rows), default=0)
+        with self._queue.changed:
+            waiting = self._queue.choices
+            while waiting:
+                choice = waiting[0]
+                if choice.ticket.is_cancelled or choice.ticket.is_over:
+                    waiting.popleft()
+                    continue
+                num_rows = len(self._batch.rows) + len(coming) + 1
+                longest = max(longest, choice.row.max_length)
+                if num_rows > self._max_rows or (num_rows > 1 and num_rows * longest > self.limits.max_places):
+                    break
+                coming.append(waiting.popleft())
+        if not coming:
+            return
+        try:
+            self._join(coming)
+        except Exception as error:
+            logger.debug("joining %d rows failed (%s); each tries alone", len(coming), error)
+            for choice in coming:
+                self._join_alone(choice)
+
+    def _join(self, choices: list[_Choice]) -> None:
+        images = self._encode_images([choice.ticket.prompt for choice in choices])
+        for choice, image in zip(choices, images, strict=True):
+            choice.row.image = image
+        tokens = self._batch.join([choice.row for choice in choices])
+        self._running |= {choice.row: choice for choice in choices}
+        self._take_tokens(choices, tokens)
+
+    def _join_alone(self, choice: _Choice) -> None:
+        try:
+            self._join([choice])
+        except Exception as error:
+            self._fail(choice.ticket, error)
+
+    def _guarded_step(self) -> None:
+        """A step of the batch; if it fails, every row tries it alone, so that only the guilty one is lost."""
+        choices = [self._running[row] for row in self._batch.rows]
+        try:
+            tokens = self._batch.step()
+        except Exception as error:
+            logger.warning("a step of %d rows failed (%s); each goes on alone", len(choices), error)
+            self._batch.clear()
+            self._running.clear()
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) and len(choices) > 1:
+                # Fewer at a time from now on; the others wait with what they have.
+                self._max_rows = max(1, len(choices) // 2)
+                with self._queue.changed:
+                    self._queue.choices.extendleft(reversed(choices[self._max_rows :]))
+                choices = choices[: self._max_rows]
+            for choice in choices:
+                self._join_alone(choice)
+            return
+        self.statistics.steps += 1
+        self.statistics.rows_in_steps += len(choices)
+        self._take_tokens(choices, tokens)
+
+    def _take_tokens(self, choices: list[_Choice], tokens: list[int]) -> None:
+        """Hands on the new tokens' text; finished rows leave the batch."""
+        self.statistics.answer_tokens += len(tokens)
+        finished = {choice.row for choice, token in zip(choices, tokens, strict=True) if self._take(choice, token)}
+        if finished:
+            self._batch.keep([row for row in self._batch.rows if row not in finished])
+            self._running = {row: self._running[row] for row in self._batch.rows}
+
+    def _take(self, choice: _Choice, token: int) -> bool:
+        """One token of one answer; True if it was the last."""
+        tokenizer, row = self.chat.processor.tokenizer, choice.row
+        settings = row.sampler.settings
+        reason = None
+        if token == tokenizer.eos_token_id:
+            reason = "stop"
+        else:
+            choice.pending += tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings))
+            place = min((at for at in map(choice.pending.find, settings.stop) if at >= 0), default=-1)
+            if place >= 0:
+                choice.pending, reason = choice.pending[:place], "stop"
+            elif len(row.answer) >= settings.max_new_tokens:
+                reason = "length"
+        held = 0 if reason else longest_begun(choice.pending, settings.stop)
+        text, choice.pending = choice.pending[: len(choice.pending) - held], choice.pending[-held:] if held else ""
+        if text:
+            choice.ticket.tell(TextPiece(choice.index, text))
+        if reason:
+            num_tokens = len(row.answer) - (token == tokenizer.eos_token_id)
+            choice.ticket.tell(Finished(choice.index, reason, num_tokens))
+            self._pace.finished()
+        return reason is not None
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        self.statistics.failed += 1
+        ticket.tell(Failed(error))
+
+    def _fail_everything(self, error: Exception) -> None:
+        tickets = [choice.ticket for choice in self._running.values()]
+        with self._queue.changed:
+            self._queue.is_open = False
+            tickets += [entry.ticket for entry in (*self._queue.choices, *self._queue.searches)]
+            self._queue.choices.clear()
+            self._queue.searches.clear()
+        for ticket in dict.fromkeys(tickets):
+            if not ticket.is_over:
+                self._fail(ticket, error)
+
+    # ------------------------------------------------------------------------------------------ the reference decoding
+
+    def _next_search(self) -> list[_Search]:
+        """The searches at the head of the queue that go together."""
+        group: list[_Search] = []
+        places = 0
+        with self._queue.changed:
+            searches = self._queue.searches
+            while searches:
+                entry = searches[0]
+                if entry.ticket.is_cancelled:
+                    searches.popleft()
+                    continue
+                if group and entry.decoding != group[0].decoding:
+                    break
+                own = entry.ticket.prompt.num_tokens + entry.decoding.num_beams * (entry.decoding.last_step + 1)
+                places = max(places, own)
+                num_rows = len(group) + 1
+                num_beams = num_rows * entry.decoding.num_beams
+                if group and (num_beams > self._max_rows or num_rows * places > self.limits.max_places):
+                    break
+                group.append(searches.popleft())
+        return group
+
+    def _search(self, group: list[_Search]) -> None:
+        self._num_searching = len(group)
+        try:
+            self._search_together(group)
+        except _SearchAbandonedError:
+            for entry in group:
+                if not self._queue.is_open:
+                    self._fail(entry.ticket, EngineClosedError("The server is shutting down."))
+        except Exception as error:
+            if len(group) == 1:
+                self._fail(group[0].ticket, error)
+                return
+            logger.warning("a search of %d rows failed (%s); each goes on alone", len(group), error)
+            for entry in group:
+                self._search([entry])
+        finally:
+            self._num_searching = 0
+
+    def _search_together(self, group: list[_Search]) -> None:
+        tokenizer = self.chat.processor.tokenizer
+        documents = [entry.ticket.prompt.document for entry in group]
+        inputs = tokenizer.collate([document.prompt() for document in documents], return_tensors="pt")
+        strings = inputs.extension_strings
+        inputs = dict(inputs.to(self.chat.model.device))
+        images = [
+            image for image in self._encode_images([entry.ticket.prompt for entry in group]) if image is not None
+        ]
+        if images:
+            encoded = torch.cat(images).to(self.chat.model.device, self.chat.model.dtype)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
+
+        def between_steps(step: int) -> None:
+            self.statistics.steps += 1
+            self.statistics.rows_in_steps += len(group)
+            if self._queue.drain is False or all(entry.ticket.is_cancelled for entry in group):
+                raise _SearchAbandonedError
+            self._turn()
+
+        segments = [[document.answer_slots[0].segment_id] for document in documents]
+        results = self.chat.model.reference_search(inputs, segments, group[0].decoding, progress=between_steps)
+        for entry, result, own in zip(group, results, strings, strict=True):
+            ids = result.token_ids[0]
+            self.statistics.answer_tokens += len(ids)
+            is_cut = result.num_tokens > entry.decoding.last_step
+            entry.ticket.tell(TextPiece(0, tokenizer.unescape(tokenizer.decode(ids, extension_table=own))))
+            entry.ticket.tell(Finished(0, "length" if is_cut else "stop", len(ids)))
+            self._pace.finished()
+
+
+def longest_begun(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest

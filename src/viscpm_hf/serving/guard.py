@@ -1,0 +1,145 @@
+"""What stands before every request: its key, its size, how long it takes to arrive, and how many there are."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+
+from .metrics import Metrics
+from .settings import ServerSettings
+
+
+access_log = logging.getLogger("viscpm_hf.serving.access")
+
+OPEN_PATHS = ("/health", "/openapi.json", "/docs")
+
+
+def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict:
+    """An error as OpenAI's clients read it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class Guard:
+    """ASGI middleware. A request is handed on with its whole body in memory; what comes after may listen for the
+    client's leaving."""
+
+    def __init__(self, app, settings: ServerSettings, metrics: Metrics):
+        self.app = app
+        self.settings = settings
+        self.metrics = metrics
+        self.num_open = 0
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begin, status = time.perf_counter(), 499
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        request_id = uuid.uuid4().hex[:16]
+
+        async def send_and_note(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        self.num_open += 1
+        try:
+            await self._check(scope, headers, receive, send_and_note)
+        finally:
+            self.num_open -= 1
+            seconds = time.perf_counter() - begin
+            self.metrics.note_request(scope["method"], scope["path"], status, seconds)
+            access_log.info(
+                json.dumps(
+                    {
+                        "event": "request",
+                        "id": request_id,
+                        "method": scope["method"],
+                        "path": scope["path"][:200],
+                        "status": status,
+                        "seconds": round(seconds, 4),
+                    }
+                )
+            )
+
+    async def _check(self, scope, headers, receive, send):
+        settings = self.settings
+        is_open_path = scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPEN_PATHS)
+        if settings.api_key is not None and not is_open_path and not self._has_key(headers):
+            body = error_body("The API key is missing or wrong.", "authentication_error", "invalid_api_key")
+            await _respond(send, 401, body, [(b"www-authenticate", b"Bearer")])
+            return
+        if self.num_open > settings.max_open_requests and not is_open_path:
+            body = error_body(
+                f"{self.num_open - 1} requests are open already, the limit is {settings.max_open_requests}: try again "
+                "later.",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+            )
+            await _respond(send, 429, body, [(b"retry-after", b"1")])
+            return
+        try:
+            body = await asyncio.wait_for(self._read_body(headers, receive), settings.client_timeout)
+        except _TooLargeError:
+            error = error_body(
+                f"The request is larger than the {settings.max_body_bytes:,} bytes that are allowed.",
+                "invalid_request_error",
+                "request_too_large",
+            )
+            await _respond(send, 413, error, [(b"connection", b"close")])
+            return
+        except TimeoutError:
+            error = error_body(
+                f"The request did not arrive within {settings.client_timeout:g} seconds.", "invalid_request_error"
+            )
+            await _respond(send, 408, error, [(b"connection", b"close")])
+            return
+        if body is None:  # the client is gone
+            return
+        is_read = False
+
+        async def receive_again():
+            nonlocal is_read
+            if is_read:
+                return await receive()
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, receive_again, send)
+
+    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.settings.api_key.encode())
+
+    async def _read_body(self, headers: dict[bytes, bytes], receive) -> bytes | None:
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared[:18]) > self.settings.max_body_bytes:
+            raise _TooLargeError
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self.settings.max_body_bytes:
+                raise _TooLargeError
+            if not message.get("more_body"):
+                return bytes(body)
+
+
+async def _respond(send, status: int, body: dict, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    data = json.dumps(body).encode()
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": data})

@@ -1,0 +1,150 @@
+"""Pictures that come with requests: data URIs, plain base64, and addresses on hosts that are allowed."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import socket
+from io import BytesIO
+from urllib.parse import SplitResult, urlsplit
+
+import PIL.Image
+
+from .settings import ServerSettings
+
+
+REMOTE_TIMEOUT_SECONDS = 10.0
+MAX_REMOTE_BYTES = 32 * 2**20
+# Formats of photographs and drawings; PIL knows dozens more, some of them old and rarely looked at.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+
+
+class BadImageError(ValueError):
+    """A picture that can't be used; the message says why."""
+
+
+def read_image_url(url: str, settings: ServerSettings) -> PIL.Image.Image:
+    """The picture of an `image_url`.
+
+    Raises:
+        BadImageError: if it is none, too large, or somewhere that may not be looked at.
+    """
+    scheme = url.partition(":")[0].lower()
+    if scheme == "data":
+        return open_image(read_data_uri(url), settings.max_image_pixels)
+    if scheme in ("http", "https"):
+        return open_image(fetch(url, settings.remote_image_hosts), settings.max_image_pixels)
+    raise BadImageError(
+        "An image_url is a data URI (data:image/png;base64,...)"
+        + (" or an http(s) address" if settings.remote_image_hosts else "")
+        + f", got {url[:40]!r}."
+    )
+
+
+def read_data_uri(uri: str) -> bytes:
+    header, comma, data = uri.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise BadImageError(f"A data URI is data:image/...;base64,DATA, got one that begins with {header[:40]!r}.")
+    return read_base64(data)
+
+
+def read_base64(text: str) -> bytes:
+    """Bytes of base64 text as clients send it: with line breaks, a data URI's head, the web's alphabet, or without."""
+    if text.startswith("data:"):
+        return read_data_uri(text)
+    compact = "".join(text.split()).replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadImageError(f"The picture is no valid base64: {error}.") from error
+
+
+def open_image(data: bytes, max_pixels: int) -> PIL.Image.Image:
+    """Decodes the first frame; its size is looked at before its pixels are."""
+    try:
+        image = PIL.Image.open(BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImageError(
+                f"The picture has {width:,} x {height:,} pixels, more than the {max_pixels:,} that are allowed."
+            )
+        image.load()
+        return image
+    except BadImageError:
+        raise
+    except PIL.Image.DecompressionBombError as error:
+        raise BadImageError(f"The picture has more than the {max_pixels:,} pixels that are allowed.") from error
+    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
+        raise BadImageError(
+            f"The picture can't be read as {', '.join(FORMATS)}: {type(error).__name__} in its {len(data):,} bytes."
+        ) from error
+
+
+# --------------------------------------------------------------------------------------------------- other hosts
+
+
+def fetch(url: str, allowed_hosts: tuple[str, ...]) -> bytes:
+    """The bytes at an address on an allowed host.
+
+    Redirects are not followed. A name must not lead to an address of a private network (the server's own, or a cloud's
+    metadata); the connection goes to the very address that was checked. An allowed host that is written as an IP
+    address is taken at its word.
+    """
+    import httpx
+
+    if not allowed_hosts:
+        raise BadImageError(
+            "This server fetches no pictures from addresses: send a data URI (data:image/...;base64,)."
+        )
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError as error:
+        raise BadImageError(f"The image_url is no valid address: {error}.") from error
+    if not host or parts.username or parts.password:
+        raise BadImageError("An image_url has a host and no user name.")
+    if not {host, f"{host}:{port}"} & {entry.lower() for entry in allowed_hosts}:
+        raise BadImageError(f"Pictures may not be fetched from {host}:{port}; allowed: {', '.join(allowed_hosts)}.")
+    address = _checked_address(host, port)
+    try:
+        with (
+            httpx.Client(timeout=REMOTE_TIMEOUT_SECONDS, follow_redirects=False, trust_env=False) as client,
+            client.stream(
+                "GET",
+                _at_address(parts, address, port),
+                headers={"Host": parts.netloc},
+                extensions={"sni_hostname": host},
+            ) as response,
+        ):
+            if response.status_code != 200:
+                raise BadImageError(f"The host answered {response.status_code} instead of the picture.")
+            data = bytearray()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > MAX_REMOTE_BYTES:
+                    raise BadImageError(f"The picture has more than {MAX_REMOTE_BYTES:,} bytes.")
+            return bytes(data)
+    except httpx.HTTPError as error:
+        raise BadImageError(f"The picture could not be fetched from {host}: {type(error).__name__}.") from error
+
+
+def _checked_address(host: str, port: int) -> str:
+    try:
+        ipaddress.ip_address(host)
+        return host
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise BadImageError(f"The host {host} has no address.") from error
+    addresses = [entry[4][0] for entry in found]
+    if not all(ipaddress.ip_address(address).is_global for address in addresses):
+        raise BadImageError(f"The host {host} is in a private network.")
+    return addresses[0]
+
+
+def _at_address(parts: SplitResult, address: str, port: int) -> str:
+    host = f"[{address}]" if ":" in address else address
+    return parts._replace(netloc=f"{host}:{port}", fragment="").geturl()

@@ -1,0 +1,104 @@
+"""`POST /v1/images/generations`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import random
+from collections import OrderedDict
+from io import BytesIO
+
+import PIL.Image
+import PIL.PngImagePlugin
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import Response
+
+from ..batch.painting import PaintRequest, check_paint_request
+from ..paint import PaintResult
+from .errors import ModelNotFoundError
+from .paint_engine import Drawing, DrawingSettings, PaintEngine
+from .schemas import DrawnImage, ImagesAnswer, ImagesRequest, new_id
+from .settings import ServerSettings
+from .waiting import in_thread, unless_gone
+
+
+STEPS_OF_QUALITY = {None: 50, "auto": 50, "low": 10, "medium": 25, "standard": 25, "high": 50, "hd": 50}
+# Pictures asked for as addresses; the oldest goes first.
+MAX_KEPT_IMAGES = 64
+
+
+def paint_router(engine: PaintEngine, model_name: str, settings: ServerSettings) -> APIRouter:
+    router = APIRouter(tags=["paint"])
+    kept: OrderedDict[str, bytes] = OrderedDict()
+
+    @router.post("/generations", response_model=ImagesAnswer, response_model_exclude_none=True)
+    async def images_generations(body: ImagesRequest, request: Request):
+        """Pictures for a prompt in Chinese or English."""
+        if body.model not in (None, model_name):
+            raise ModelNotFoundError(body.model, model_name)
+        paint = PaintRequest(
+            prompt=body.prompt,
+            negative_prompt=body.negative_prompt,
+            seed=random.getrandbits(31) if body.seed is None else body.seed,
+        )
+        await in_thread(check_paint_request, engine.painter, paint)
+        drawing = engine.submit(Drawing(paint, drawing_settings(body, settings)))
+        try:
+            result = await unless_gone(request, asyncio.wrap_future(drawing.result), settings.timeout)
+        finally:
+            drawing.cancel()
+        data = []
+        for index in range(body.n or 1):
+            image = await in_thread(as_png, result, index, body)
+            if body.response_format == "url":
+                name = new_id("img")
+                kept[name] = image
+                while len(kept) > MAX_KEPT_IMAGES:
+                    kept.popitem(last=False)
+                place = {"url": str(request.url_for("image_file", name=name))}
+            else:
+                place = {"b64_json": base64.b64encode(image).decode()}
+            data.append(DrawnImage(seed=result.seeds[index], flagged=result.flags[index], **place))
+        return ImagesAnswer(data=data)
+
+    @router.get("/files/{name}", response_class=Response)
+    async def image_file(name: str):
+        """A picture that was asked for as `url`; the newest ones are kept."""
+        image = kept.get(name)
+        if image is None:
+            raise HTTPException(404, "There is no such picture, or it isn't kept any more.")
+        return Response(image, media_type="image/png")
+
+    return router
+
+
+def drawing_settings(body: ImagesRequest, settings: ServerSettings) -> DrawingSettings:
+    """Size and steps, checked.
+
+    Raises:
+        ValueError: for more of either than is allowed, or a size that isn't a multiple of 8.
+    """
+    width = height = None
+    if body.size not in (None, "auto"):
+        width, height = map(int, body.size.split("x"))
+        if width % 8 or height % 8:
+            raise ValueError(f"size is a multiple of 8 both ways, got {body.size}.")
+        if width * height > settings.max_paint_pixels:
+            raise ValueError(
+                f"size {body.size} has {width * height:,} pixels, more than the {settings.max_paint_pixels:,} allowed."
+            )
+    steps = body.steps or STEPS_OF_QUALITY[body.quality]
+    if steps > settings.max_paint_steps:
+        raise ValueError(f"steps is {steps}, more than the {settings.max_paint_steps} allowed.")
+    guidance = {} if body.guidance_scale is None else {"guidance_scale": body.guidance_scale}
+    return DrawingSettings(num_images=body.n or 1, height=height, width=width, steps=steps, **guidance)
+
+
+def as_png(result: PaintResult, index: int, body: ImagesRequest) -> bytes:
+    """The file, its settings within."""
+    information = PIL.PngImagePlugin.PngInfo()
+    for name, value in (("prompt", result.prompt), ("seed", str(result.seeds[index]))):
+        information.add_itxt(name, value)
+    file = BytesIO()
+    result.images[index].save(file, "PNG", pnginfo=information)
+    return file.getvalue()

@@ -1,0 +1,90 @@
+"""Samples to batches: pictures opened, made the tower's, documents encoded, answers labelled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from transformers.utils import logging
+
+from ..modeling.document_cpm_bee import IGNORE_INDEX, EncodedDocument
+from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from .augmentation import augment
+from .chat_dataset import Draw, SampleLimits, too_small
+from .records import BadRowError, ChatSample, ImageSource
+
+
+logger = logging.get_logger(__name__)
+
+# A question about a blank picture, for what `needs_image` explains.
+FILLER = {"image": "<image>", "context": "", "question": "", "<ans>": ""}
+
+
+class ChatCollator:
+    """Makes a batch of [`Draw`]s: one row for each of their samples.
+
+    Rows are padded on the left, so that all answers end together and `logits_to_keep` spares the head the prompts:
+    `labels` are those of the last tokens alone.
+
+    Args:
+        needs_image: a batch without any picture gets a row about a blank one, from which nothing is learned. Where
+            several processes train together, each has to run the vision tower in every step, or the others wait.
+    """
+
+    def __init__(self, processor: VisCPMChatProcessor, limits: SampleLimits, *, needs_image: bool = False):
+        self.processor, self.limits, self.needs_image = processor, limits, needs_image
+
+    def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
+        documents: list[EncodedDocument] = []
+        pictures: list[PIL.Image.Image] = []
+        for draw in draws:
+            for sample in draw.samples:
+                try:
+                    opened = [
+                        self._open(image, f"{draw.seed}/{number}" if draw.is_augmented else None)
+                        for number, image in enumerate(sample.images)
+                    ]
+                    documents.append(self._encode(sample))
+                    pictures += opened
+                except (ValueError, OSError) as error:
+                    message = f"{sample.source}: {error}" if sample.source else str(error)
+                    if self.limits.bad_rows == "fail":
+                        raise BadRowError(message) from error
+                    logger.warning("skipped: %s", message)
+        if not documents or (self.needs_image and not pictures):
+            processor = self.processor
+            documents.append(processor.encode_prompt(processor.parse_prompt(FILLER)))
+            pictures.append(PIL.Image.new("RGB", (32, 32)))
+        return self._batch(documents, pictures)
+
+    def _open(self, image: ImageSource, augmentation_seed: str | None) -> PIL.Image.Image:
+        processor = self.processor.image_processor
+        picture = processor.fetch_images(image)
+        problem = too_small(picture.size, self.limits.min_image_side)
+        if problem:
+            raise ValueError(problem)
+        picture = processor.process_image(picture, do_convert_rgb=True)
+        return picture if augmentation_seed is None else augment(picture, augmentation_seed)
+
+    def _encode(self, sample: ChatSample) -> EncodedDocument:
+        encoded = self.processor.encode_prompt(self.processor.parse_prompt(sample.document()), close_answers=True)
+        if len(encoded) > self.limits.max_length:
+            raise ValueError(f"{len(encoded):,} tokens, more than max_length {self.limits.max_length:,}")
+        return encoded
+
+    def _batch(self, documents: list[EncodedDocument], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
+        batch = self.processor.tokenizer.collate(documents, with_labels=True, padding_side="left")
+        batch = {name: torch.from_numpy(np.array(rows, dtype=np.int64)) for name, rows in batch.items()}
+        batch["extension_table"] = batch["extension_table"].reshape(len(documents), -1, 2)
+        del batch["extension_mask"]  # for generation
+        if pictures:
+            batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        # Position p predicts p + 1: from the one before the first label on.
+        columns = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()
+        first = int(columns[0]) if len(columns) else batch["labels"].shape[1] - 1
+        batch["logits_to_keep"] = batch["labels"].shape[1] - first + 1
+        batch["labels"] = batch["labels"][:, first - 1 :]
+        return batch

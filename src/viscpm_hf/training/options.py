@@ -1,0 +1,125 @@
+"""One dataclass, three ways to fill it: Python, the command line, a YAML file. Its fields are the options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+
+Config = TypeVar("Config")
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **metadata) -> Any:
+    """A field with its help, "english / 中文", and what argparse may be told (`choices`, `metavar`)."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def _value_type(annotation: Any) -> tuple[type, bool]:
+    """The type of one value, and whether there may be several."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def add_config_options(parser: argparse._ActionsContainer, config_class: type, skip: tuple[str, ...] = ()) -> None:
+    """Adds an option for every field; only given ones end up among the arguments (see [`config_from_arguments`])."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name in skip:
+            continue
+        kind, is_list = _value_type(hints[field.name])
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS}
+        settings |= {name: value for name, value in field.metadata.items() if name != "help"}
+        settings["help"] = field.metadata["help"].replace("%", "%%")
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = kind
+            if "choices" not in settings:
+                settings.setdefault("metavar", kind.__name__.upper())
+            if is_list:
+                settings["action"] = "append"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name, **settings)
+
+
+def config_from_arguments(config_class: type[Config], arguments: argparse.Namespace) -> Config:
+    """The options given, over those of the YAML file `arguments.config`, over the defaults."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    values = read_yaml(arguments.config, config_class) if arguments.config is not None else {}
+    values |= {name: value for name, value in vars(arguments).items() if name in names}
+    return config_class(**values)
+
+
+def read_yaml(path: str | os.PathLike, config_class: type) -> dict[str, Any]:
+    """The fields that a YAML file sets.
+
+    Raises:
+        ValueError: if the file is no mapping of option names to values of their types.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} should hold `option: value` lines, but is a {type(content).__name__}.")
+    hints = typing.get_type_hints(config_class)
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            nearest = difflib.get_close_matches(name, hints, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else f" Options are: {', '.join(sorted(hints))}."
+            raise ValueError(f"{path} has the unknown option {str(key)!r}.{hint}")
+        values[name] = checked_value(name, value, hints[name], f"{path}: ")
+    return values
+
+
+def checked_value(name: str, value: Any, annotation: Any, where: str = "") -> Any:
+    """`value` if it is of the field's type; a number in words (YAML reads `1e-5` as a string) becomes one."""
+    kind, is_list = _value_type(annotation)
+    is_optional = type(None) in typing.get_args(annotation)
+    if value is None and is_optional:
+        return None
+    if is_list:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [checked_value(name, entry, kind, where) for entry in values]
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{where}{name} must be of type {kind.__name__}, got {value!r}.")
+    return value
+
+
+def check_types(config: Any) -> None:
+    """Brings every field to its type; a `__post_init__` of such a dataclass calls it first.
+
+    Raises:
+        ValueError: for a value of another type, or one that is not among the choices.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = checked_value(field.name, getattr(config, field.name), hints[field.name])
+        choices = field.metadata.get("choices")
+        if choices is not None and value is not None and value not in choices:
+            raise ValueError(f"{field.name} is one of {', '.join(map(str, choices))}, got {value!r}.")
+        setattr(config, field.name, value)

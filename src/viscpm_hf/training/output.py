@@ -1,0 +1,68 @@
+"""What a run leaves: checkpoints that are whole, and a result that appears when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+CHECKPOINTS = "checkpoints"
+PARTIAL = ".partial"
+
+# Written last, or replaced last: by these a folder is known as a model or an adapter.
+MARKS = ("config.json", "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run; one that was cut off in the middle of writing is passed over."""
+    numbered = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdecimal():
+            numbered.append((int(number), path))
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text("utf-8"))  # the trainer writes it last
+            return path
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end; the checkpoint before it counts", path)
+    return None
+
+
+@contextlib.contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """A folder to write into, whose files move to `output` when all are there; what else `output` holds stays.
+
+    The file by which a folder is known as a model moves last, so that an interruption leaves no folder that looks
+    like one and isn't.
+    """
+    partial = output / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for mark in MARKS:
+            (output / mark).unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name in MARKS):
+            target = output / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(output: Path) -> None:
+    """Raises `ValueError` for an output that exists with something in it."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and isn't an empty folder; choose another place.")

@@ -1,0 +1,315 @@
+"""The demo page's handlers, called as gradio calls them; the page itself is in `test_demo_browser.py`."""
+
+import asyncio
+import json
+import runpy
+import socket
+import string
+import sys
+from pathlib import Path
+
+import gradio as gr
+import PIL.Image
+import pytest
+from gradio.route_utils import Request
+from paint_support import components, prompt_checker, ranker, safety_checker
+from support import Golden
+
+from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
+from viscpm_hf.cli import main
+from viscpm_hf.serving.demo import browser_language, create_demo, start
+from viscpm_hf.serving.demo_chat import ChatPage, open_picture
+from viscpm_hf.serving.demo_labels import Labels, status
+from viscpm_hf.serving.demo_paint import PaintPage
+from viscpm_hf.serving.demo_texts import LANGUAGES, TEXTS, preferred_language, say
+from viscpm_hf.serving.engine import ChatEngine
+from viscpm_hf.serving.paint_engine import PaintEngine
+
+
+GOLDEN = Golden("chat_a")
+PICTURE = str(GOLDEN.image(0))
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return GOLDEN.load_chat()
+
+
+@pytest.fixture(scope="module")
+def engine(chat):
+    engine = ChatEngine(chat)
+    yield engine
+    engine.close(drain=False)
+
+
+def built(page, labels=None):
+    with gr.Blocks(analytics_enabled=False):
+        page.build(labels or Labels("en"), gr.Radio(choices=["zh", "en"]))
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(engine):
+    return built(ChatPage(engine))
+
+
+def arguments(
+    page, turns=(), picture=PICTURE, question="what is this?", mode="sampling", tokens=12, temperature=0.0,
+    language="en", again=False,
+):  # fmt: skip
+    event = gr.EventData(page.retry if again else None, None)
+    return list(turns), picture, question, mode, tokens, temperature, 1.0, language, event
+
+
+async def updates(page, *args, **kwargs):
+    return [update async for update in page.answer(*arguments(page, *args, **kwargs))]
+
+
+def ask(page, *args, **kwargs):
+    return asyncio.run(updates(page, *args, **kwargs))
+
+
+def painter(folder, **parts):
+    VisCPMPaintPipeline(**components(), **parts).save_pretrained(folder)
+    has = {"image_safety_checker": "safety_checker", "prompt_safety_checker": "prompt_checker", "add_ranker": "ranker"}
+    return VisCPMPaint(folder, **{name: part in parts for name, part in has.items()}, device="cpu", candidates=1)
+
+
+@pytest.fixture
+def easel(tmp_path):
+    """Makes a page of a painter with the given parts."""
+    engines = []
+
+    def make(**parts):
+        engines.append(PaintEngine(painter(tmp_path / str(len(engines)), **parts)))
+        return built(PaintPage(engines[-1], "some-model"))
+
+    yield make
+    for engine in engines:
+        engine.close(drain=False)
+
+
+def paint(page, prompt="一只猫", negative="", steps=2, size=16, number=1, is_random=False, seed=3, language="en"):
+    pictures, downloads, said = asyncio.run(
+        page.paint(prompt, negative, steps, 5.0, size, number, is_random, seed, language)
+    )
+    assert downloads == gr.skip() or downloads["visible"] == bool(pictures)
+    return pictures, downloads.get("value"), said
+
+
+# ---------------------------------------------------------------------------------------------------------------- chat
+
+
+def test_the_answer_grows_into_the_models_and_goes_on(page, chat):
+    first = chat.ask(PICTURE, "图片里有什么？", mode="generate", max_new_tokens=12)
+    seen = ask(page, question="图片里有什么？")
+    turns, conversation, box, status = seen[-1]
+    assert turns == [("图片里有什么？", first.answer)]
+    assert [message["role"] for message in conversation] == ["user", "assistant"]
+    assert f"{first.num_tokens} tokens in" in status and "per second" in status
+    assert seen[0][2] == ""  # the question's box is free for the next one at once
+    texts = [update[0][-1][1] for update in seen]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+
+    second = chat.ask(None, "还有呢？", first.context, first.vision_hidden_states, mode="generate", max_new_tokens=12)
+    assert ask(page, turns, question="还有呢？")[-1][0] == [*turns, ("还有呢？", second.answer)]
+
+
+def test_the_originals_decoding(page, chat):
+    expected, _, _ = chat.chat(PICTURE, "what is this?", max_new_tokens=20)
+    assert ask(page, mode="reference", tokens=20)[-1][0] == [("what is this?", expected)]
+
+
+def test_retry_asks_the_last_question_again(page):
+    turns = [("first?", "a"), ("second?", "b")]
+    seen = ask(page, turns, question="half of the next quest", again=True)
+    assert [question for question, _ in seen[-1][0]] == ["first?", "second?"]
+    assert seen[-1][0] == ask(page, turns[:1], question="second?")[-1][0]
+    assert all(update[2] == gr.skip() for update in seen)  # what is being typed stays
+    assert "no question to answer again" in ask(page, again=True)[-1][3]
+
+
+def test_without_a_picture_the_page_says_so_and_answers(page, chat):
+    expected = chat.ask(None, "hello?", mode="generate", max_new_tokens=12).answer
+    for language in LANGUAGES:
+        seen = ask(page, picture=None, question="hello?", language=language)
+        assert seen[-1][0] == [("hello?", expected)]
+        assert all(say(language, "no_picture") in seen[index][3] for index in (0, -1))
+
+
+def test_visitors_are_answered_together_and_each_their_own(page, engine):
+    questions = ["what is this?", "图片里有什么？", "why?"]
+    alone = [ask(page, question=question, tokens=40)[-1][0] for question in questions]
+    steps, rows = engine.statistics.steps, engine.statistics.rows_in_steps
+
+    async def together():
+        return await asyncio.gather(*(updates(page, question=question, tokens=40) for question in questions))
+
+    assert [seen[-1][0] for seen in asyncio.run(together())] == alone
+    assert engine.statistics.rows_in_steps - rows > engine.statistics.steps - steps
+
+
+def test_stop_ends_the_engines_work_and_keeps_what_was_said(page, engine):
+    async def leave_early():
+        answering = page.answer(*arguments(page, tokens=1000))
+        async for update in answering:
+            if update[0][-1][1]:
+                break
+        await answering.aclose()
+        return update[0]
+
+    turns = asyncio.run(leave_early())
+    assert page.stop(turns, "en")[0][-1]["role"] == "assistant"
+    before = engine.statistics.answer_tokens
+    ask(page, tokens=12)  # whoever comes next is alone
+    assert engine.statistics.answer_tokens - before <= 13
+
+
+def test_another_picture_begins_anew_and_only_then_is_it_said(page):
+    turns, conversation, said = page.begin([("a?", "b")], "zh", "new_conversation")
+    assert turns == conversation == [] and say("zh", "new_conversation") in said
+    assert page.begin([], "zh", "new_conversation")[2] == status("")
+    assert page.choose(gr.SelectData(None, {"index": 2, "value": None})) is page.samples[2]
+
+
+def test_text_is_shown_letter_by_letter(page):
+    (message, _) = ask(page, question="<img src=x onerror=alert(1)> & **so**")[-1][1]
+    assert message["content"]["text"] == "&lt;img src=x onerror=alert(1)&gt; &amp; **so**"
+
+
+def test_a_picture_is_seen_as_the_camera_was_held(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.new("RGB", (40, 20)).save(tmp_path / "phone.jpg", exif=exif)
+    assert open_picture(str(tmp_path / "phone.jpg")).size == (20, 40)
+
+
+def test_bad_input_is_one_sentence_and_changes_nothing(page, tmp_path):
+    (tmp_path / "not.png").write_bytes(b"no picture")
+    turns = [("a?", "b")]
+    for wrong, message in (
+        ({"picture": str(tmp_path / "not.png")}, "can't be read as JPEG"),
+        ({"question": "图片" * 100_000}, "tokens"),
+        ({"tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"tokens": 10**6}, "room for"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            seen = ask(page, turns, **wrong)
+        assert seen[-1][0] == turns and len(seen[-1][1]) == 2
+        assert seen[-1][2] == wrong.get("question", "what is this?")  # back in its box
+        assert 'class="status status-error"' in seen[-1][3]
+        assert message in seen[-1][3]
+    assert ask(page, turns, question="  ")[-1][:2] == ask(page, turns, question="")[-1][:2]
+    assert "type a question" in ask(page, question=" ")[-1][3]
+
+
+def test_a_closed_engine_is_told_of(chat):
+    engine = ChatEngine(chat)
+    engine.close()
+    page = built(ChatPage(engine))
+    with pytest.warns(UserWarning, match="shutting down"):
+        assert ask(page)[-1][0] == []
+
+
+# --------------------------------------------------------------------------------------------------------------- paint
+
+
+def test_the_pictures_are_the_painters_with_their_settings_inside(easel):
+    page = easel()
+    expected = page.engine.painter.generate_all(
+        "一只猫", "dog", num_images_per_prompt=2, guidance_scale=5.0, generator=3, num_inference_steps=2
+    )
+    pictures, files, status = paint(page, negative="dog", number=2)
+    assert [caption for _, caption in pictures] == ["seed 3", "seed 4"]
+    assert [path for path, _ in pictures] == files and "Pictures: 2" in status
+    for index, file in enumerate(files):
+        with PIL.Image.open(file) as image:
+            assert image.tobytes() == expected.images[index].tobytes()
+            assert image.text | {"settings": ""} == {
+                "Software": "viscpm-hf", "prompt": "一只猫", "negative_prompt": "dog", "seed": str(3 + index),
+                "model": "some-model", "settings": "",
+            }  # fmt: skip
+            settings = json.loads(image.text["settings"])
+        assert settings == {"steps": 2, "scheduler": "DDPMScheduler", "guidance": 5.0, "size": [16, 16]}
+    assert paint(page, is_random=True)[1] != paint(page, is_random=True)[1]
+
+
+def test_candidates_come_with_scores_the_best_first(easel, tmp_path):
+    pictures, files, _ = paint(easel(**ranker(tmp_path)), number=3, language="zh")
+    scores = [float(caption.rpartition("得分 ")[2]) for _, caption in pictures]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    with PIL.Image.open(files[0]) as image:
+        assert float(image.text["score"]) == pytest.approx(scores[0], abs=0.01)
+
+
+def test_flagged_pictures_are_words_not_black_boxes(easel):
+    pictures, files, status = paint(easel(**safety_checker(is_strict=True)), number=2)
+    assert not pictures and not files
+    assert status.count("did not pass the safety check") == 2 and "seed 3" in status and "status-error" in status
+
+
+def test_refused_and_impossible_prompts_are_told_of(easel, tmp_path):
+    with pytest.warns(UserWarning, match="safety check"):
+        pictures, files, status = paint(easel(**prompt_checker(tmp_path, 0.9)))
+    assert not pictures and not files and "nothing was painted" in status
+    page = easel()
+    for wrong, message in (({"prompt": "图片" * 5000}, "tokens"), ({"size": 17}, "multiple of 8")):
+        with pytest.warns(UserWarning, match=message):
+            assert "status-error" in paint(page, **wrong)[2]
+    assert "what to paint" in paint(page, prompt=" ")[2]
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_everything_is_said_in_both_languages(engine, easel):
+    for key, texts in TEXTS.items():
+        fields = [{name for _, name, _, _ in string.Formatter().parse(text) if name} for text in texts]
+        assert all(texts) and fields[0] == fields[1], key
+    labels = Labels("en")
+    built(ChatPage(engine), labels)
+    built(PaintPage(easel().engine, "some-model"), labels)
+    for component, english, chinese in zip(labels.components, labels.updates("en"), labels.updates("zh"), strict=True):
+        assert english.keys() == chinese.keys() and english != chinese, component
+        for name, value in english.items():
+            if isinstance(value, str) and name in ("label", "value"):
+                assert getattr(component, name) == value
+
+
+@pytest.mark.parametrize(
+    ("accepted", "language"), [("zh-CN,zh;q=0.9,en;q=0.8", "zh"), ("de,en;q=0.5,zh", "en"), ("fr", "en"), ("", "en")]
+)
+def test_the_browsers_language_is_the_first(accepted, language):
+    assert preferred_language(accepted) == language
+    assert browser_language(Request(headers={"accept-language": accepted})) == language
+
+
+def test_a_demo_has_the_tabs_of_its_engines(engine, easel):
+    tabs = {"chat": (engine, None), "paint": (None, easel().engine), "both": (engine, easel().engine)}
+    for kind, engines in tabs.items():
+        demo = create_demo(*engines)
+        ids = {block.elem_id for block in demo.blocks.values()}
+        assert ("question" in ids, "prompt" in ids) == (kind != "paint", kind != "chat")
+        assert demo.analytics_enabled is False
+    with pytest.raises(ValueError, match="for chat, for paint, or both"):
+        create_demo()
+
+
+def test_a_taken_port_and_contradictions_are_one_line(engine, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} of 127.0.0.1: choose another"):
+            start(create_demo(engine), port=port)
+    assert main(["demo", "chat", "--terminal"]) == 1
+    assert main(["demo", "chat", "--model", "/no/such/folder"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len([line for line in errors if line.startswith("viscpm-hf: error: ")]) == 2
+
+
+@pytest.mark.parametrize(("name", "option"), [("demo_chat", "--model"), ("demo_paint", "--paint-model")])
+def test_the_examples_hand_on_their_options(name, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, option, "/no/such/folder"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[2] / "examples" / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 1
+    assert "/no/such/folder" in capsys.readouterr().err

@@ -1,0 +1,275 @@
+"""The engine: whatever is answered together, everyone gets the answer they would get alone."""
+
+import threading
+from dataclasses import replace
+
+import PIL.Image
+import pytest
+
+from viscpm_hf.modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from viscpm_hf.serving.engine import ChatEngine
+from viscpm_hf.serving.sampling import SamplingSettings
+from viscpm_hf.serving.tickets import EngineBusyError, EngineClosedError, EngineLimits, Failed, Finished, TextPiece
+
+
+QUESTIONS = ("图片里有什么？", "what is this?", "Describe 🙂 the picture, please.", "龘是什么颜色的？", "a<b>?")
+
+
+@pytest.fixture
+def engine(chat):
+    engine = ChatEngine(chat)
+    yield engine
+    engine.close(drain=False)
+
+
+def pictures(golden):
+    return [PIL.Image.open(golden.image(index)) for index in (0, 1)] + [None]
+
+
+def turns(golden):
+    images = pictures(golden)
+    return [(images[index % len(images)], question) for index, question in enumerate(QUESTIONS)]
+
+
+class Recorder:
+    """Gathers a request's events."""
+
+    def __init__(self):
+        self.text, self.events, self.over = "", [], threading.Event()
+
+    def __call__(self, event):
+        self.events.append(event)
+        if isinstance(event, TextPiece):
+            self.text += event.text
+        else:
+            self.over.set()
+
+
+def long_answer(engine, prompt, num_tokens=12):
+    """Settings under which the model, random as it is, has something to say, and the answer."""
+    for seed in range(100):
+        settings = SamplingSettings(max_new_tokens=40, temperature=3.0, seed=seed)
+        answer = engine.answer(prompt, settings, timeout=60)[0]
+        if answer.num_tokens >= num_tokens and len(answer.text) >= num_tokens:
+            return settings, answer
+    raise AssertionError("no seed gives a long answer")
+
+
+def test_answers_together_are_those_of_each_alone(golden, chat, engine):
+    expected = [
+        chat.ask(image, question, mode="generate", max_new_tokens=8 + 3 * index)
+        for index, (image, question) in enumerate(turns(golden))
+    ]
+    recorders = [Recorder() for _ in expected]
+    for index, ((image, question), recorder) in enumerate(zip(turns(golden), recorders, strict=True)):
+        prompt = engine.prepare.turn(image, question)
+        engine.submit(prompt, SamplingSettings(max_new_tokens=8 + 3 * index), recorder)
+    for recorder, turn in zip(recorders, expected, strict=True):
+        assert recorder.over.wait(60)
+        assert recorder.text == turn.answer
+        assert recorder.events[-1].num_tokens == turn.num_tokens
+
+
+def test_a_request_that_comes_later_joins_those_that_run(golden, engine):
+    image, question = turns(golden)[0]
+    prompt = engine.prepare.turn(image, question)
+    settings, alone = long_answer(engine, prompt)
+    first, second = Recorder(), Recorder()
+
+    def listen(event):
+        if not first.events:  # from within the engine's thread: the other can only join what is running
+            engine.submit(prompt, settings, second)
+        first(event)
+
+    before = (engine.statistics.steps, engine.statistics.rows_in_steps)
+    engine.submit(prompt, settings, listen)
+    assert second.over.wait(60)
+    assert first.over.wait(60)
+    assert first.text == second.text == alone.text
+    steps, rows = engine.statistics.steps - before[0], engine.statistics.rows_in_steps - before[1]
+    assert rows > steps  # some steps had both
+
+
+def test_reference_answers_are_the_originals_and_others_go_on_meanwhile(golden, chat, engine):
+    decoding = ReferenceDecodingConfig(max_new_tokens=24)
+    expected = [chat.chat(image, question, max_new_tokens=24)[0] for image, question in turns(golden)]
+    sampled = chat.ask(None, QUESTIONS[1], mode="generate", max_new_tokens=12).answer
+    recorders = [Recorder() for _ in expected]
+    for (image, question), recorder in zip(turns(golden), recorders, strict=True):
+        engine.submit(engine.prepare.turn(image, question), decoding, recorder)
+    answer = engine.answer(engine.prepare.turn(None, QUESTIONS[1]), SamplingSettings(max_new_tokens=12), timeout=60)
+    assert answer[0].text == sampled
+    for recorder, text in zip(recorders, expected, strict=True):
+        assert recorder.over.wait(60)
+        assert recorder.text == text
+
+
+def test_a_seed_repeats_an_answer_whatever_is_beside_it(golden, engine):
+    image, question = turns(golden)[0]
+    prompt = engine.prepare.turn(image, question)
+    settings = SamplingSettings(max_new_tokens=16, temperature=1.3, top_p=0.95, seed=7)
+    alone = engine.answer(prompt, settings, timeout=60)[0].text
+    others = [Recorder() for _ in range(4)]
+    for recorder, (other_image, other) in zip(others, turns(golden)[1:], strict=True):
+        other_prompt = engine.prepare.turn(other_image, other)
+        engine.submit(other_prompt, SamplingSettings(max_new_tokens=16, temperature=1.0, seed=1), recorder)
+    assert engine.answer(prompt, settings, timeout=60)[0].text == alone
+    several = engine.answer(prompt, settings, num_choices=3, timeout=60)
+    assert several[0].text == alone
+    assert len({answer.text for answer in several}) == 3
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(golden, engine):
+    prompt = engine.prepare.turn(*turns(golden)[0])
+    settings, whole = long_answer(engine, prompt)
+    stop = whole.text[6:9]
+    cut = engine.answer(prompt, replace(settings, stop=(stop, "never there")), timeout=60)[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.reason == "stop"
+    short = engine.answer(prompt, replace(settings, max_new_tokens=3), timeout=60)[0]
+    assert (short.reason, short.num_tokens) == ("length", 3)
+    assert whole.text.startswith(short.text)
+
+
+def test_a_conversation_of_messages_is_the_same_as_turns(golden, chat, engine):
+    image = pictures(golden)[0]
+    first, context, encoded = chat.chat(image, "什么颜色？", mode="generate", max_new_tokens=6)
+    second = chat.ask(None, "a < b?", context, encoded, mode="generate", max_new_tokens=6).answer
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "什么颜色？"}]},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "a < b?"},
+    ]
+    prompt = engine.prepare.messages(messages, [image])
+    assert engine.answer(prompt, SamplingSettings(max_new_tokens=6), timeout=60)[0].text == second
+
+
+def test_a_picture_is_encoded_once(golden, engine):
+    prompt = engine.prepare.turn(pictures(golden)[0], "one?")
+    engine.answer(prompt, SamplingSettings(max_new_tokens=2), timeout=60)
+    engine.answer(prompt, ReferenceDecodingConfig(max_new_tokens=2), timeout=60)
+    assert (engine.image_cache.hits, engine.image_cache.misses) == (1, 1)
+
+
+def test_a_cancelled_request_says_nothing_more_and_harms_no_other(golden, chat, engine):
+    image, question = turns(golden)[0]
+    seen = threading.Event()
+    gone = Recorder()
+
+    def leave(event):
+        gone(event)
+        seen.set()
+
+    ticket = engine.submit(engine.prepare.turn(image, question), SamplingSettings(max_new_tokens=512), leave)
+    assert seen.wait(60)
+    ticket.cancel()
+    count = len(gone.events)
+    other = engine.answer(engine.prepare.turn(None, "b?"), SamplingSettings(max_new_tokens=6), timeout=60)[0]
+    assert other.text == chat.ask(None, "b?", mode="generate", max_new_tokens=6).answer
+    assert len(gone.events) <= count + 1  # one may have been on its way
+    assert engine.num_running == 0
+
+
+def test_only_the_guilty_request_fails(golden, own_chat):
+    """A model that fails on one token: whoever has it in their prompt or comes to write it fails, nobody else."""
+    chat = own_chat
+    image, question = turns(golden)[0]
+    expected = [chat.ask(image, text, mode="generate", max_new_tokens=10).answer for text in ("a?", "c?")]
+    embed = chat.model.get_input_embeddings()
+    bad_prompt_ids = chat.processor.tokenizer.encode("什么")
+
+    def fail_on_poison(module, arguments):
+        ids = arguments[0]
+        if any((ids == bad).any() for bad in bad_prompt_ids):
+            raise RuntimeError("a cosmic ray")
+
+    embed.register_forward_pre_hook(fail_on_poison)
+    engine = ChatEngine(chat)
+    try:
+        recorders = [Recorder() for _ in range(3)]
+        for text, recorder in zip(("a?", "什么?", "c?"), recorders, strict=True):
+            engine.submit(engine.prepare.turn(image, text), SamplingSettings(max_new_tokens=10), recorder)
+        for recorder in recorders:
+            assert recorder.over.wait(60)
+        assert isinstance(recorders[1].events[-1], Failed)
+        assert "cosmic ray" in str(recorders[1].events[-1].error)
+        assert [recorders[0].text, recorders[2].text] == expected
+    finally:
+        engine.close(drain=False)
+
+
+def test_a_failed_step_is_made_again_by_each_row_alone(golden, own_chat):
+    chat = own_chat
+    expected = [chat.ask(image, text, mode="generate", max_new_tokens=12).answer for image, text in turns(golden)]
+    engine = ChatEngine(chat)
+    calls = []
+
+    def fail_twice(module, arguments, kwargs):
+        rows = kwargs["inputs_embeds"].shape[:2]
+        if rows[1] == 1:  # a step, not a prompt
+            calls.append(rows)
+            if len(calls) in (3, 7):
+                raise RuntimeError("out of luck")
+
+    chat.model.language_model().register_forward_pre_hook(fail_twice, with_kwargs=True)
+    try:
+        recorders = [Recorder() for _ in expected]
+        for (image, text), recorder in zip(turns(golden), recorders, strict=True):
+            engine.submit(engine.prepare.turn(image, text), SamplingSettings(max_new_tokens=12), recorder)
+        for recorder, text in zip(recorders, expected, strict=True):
+            assert recorder.over.wait(60)
+            assert isinstance(recorder.events[-1], Finished)
+            assert recorder.text == text
+        assert len(calls) >= 7
+    finally:
+        engine.close(drain=False)
+
+
+def test_a_full_queue_refuses_and_a_closed_engine_too(golden, chat):
+    engine = ChatEngine(chat, EngineLimits(max_rows=1, max_waiting=2))
+    prompt = engine.prepare.turn(None, "long?")
+    settings, _ = long_answer(engine, prompt)
+    recorders = [Recorder() for _ in range(8)]
+    with pytest.raises(EngineBusyError, match="limit is 2") as caught:
+        for recorder in recorders:
+            engine.submit(prompt, settings, recorder)
+    assert caught.value.retry_after >= 1
+    engine.close(drain=False)
+    ended = [recorder for recorder in recorders if recorder.over.is_set()]
+    assert len(ended) >= 2
+    assert isinstance(ended[-1].events[-1], Failed)
+    with pytest.raises(EngineClosedError):
+        engine.submit(prompt, settings, Recorder())
+
+
+def test_closing_answers_what_is_at_hand(golden, chat):
+    engine = ChatEngine(chat)
+    recorders = [Recorder() for _ in range(20)]
+    for recorder in recorders:
+        engine.submit(engine.prepare.turn(None, "hm?"), SamplingSettings(max_new_tokens=4), recorder)
+    engine.submit(engine.prepare.turn(None, "hm?"), ReferenceDecodingConfig(max_new_tokens=4), recorders[0])
+    assert engine.close(drain=True, timeout=60)
+    assert all(isinstance(recorder.events[-1], Finished) for recorder in recorders)
+
+
+def test_limits_and_settings_are_checked(golden, chat, engine):
+    prompt = engine.prepare.turn(None, "hm?")
+    with pytest.raises(ValueError, match="room for 16,384"):
+        engine.submit(prompt, SamplingSettings(max_new_tokens=20_000), Recorder())
+    with pytest.raises(ValueError, match="one answer"):
+        engine.submit(prompt, ReferenceDecodingConfig(), Recorder(), num_choices=2)
+    with pytest.raises(ValueError, match="tokens, more than the limit"):
+        engine.prepare.turn(None, "图" * 4000)
+    for wrong in (
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0},
+        {"stop": ("",)},
+        {"max_new_tokens": True},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            SamplingSettings(**wrong)
+    with pytest.raises(ValueError, match="max_rows"):
+        EngineLimits(max_rows=0)

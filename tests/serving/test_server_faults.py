@@ -1,0 +1,346 @@
+"""Whatever comes in, every good request is answered, and every bad one is told what is wrong with it."""
+
+import base64
+import concurrent.futures
+import http.server
+import io
+import json
+import signal
+import socket
+import threading
+import time
+import zlib
+
+import httpx
+import openai
+import PIL.Image
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from serving_support import Server, data_uri, question
+from support import Golden
+
+from viscpm_hf.serving.app import create_app
+from viscpm_hf.serving.engine import ChatEngine
+from viscpm_hf.serving.tickets import EngineLimits
+
+
+GOLDEN = Golden("chat_a")
+MODEL = "chat"
+GOOD = {"model": MODEL, "messages": question("still there?"), "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder, chat = tmp_path_factory.mktemp("served") / MODEL, GOLDEN.load_chat()
+    chat.model.save_pretrained(folder)
+    chat.processor.save_pretrained(folder)
+    return folder
+
+
+class Redirector(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/picture":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(GOLDEN.image(0).read_bytes())
+        else:
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/latest/meta-data/")
+            self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def other_host():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirector) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        yield host.server_address[1]
+        host.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(folder, other_host):
+    """A server under fire: beside the tests' requests somebody asks good ones all the time."""
+    server = Server(
+        folder, "--device", "cpu", "--client-timeout", "8", "--max-waiting", "200",
+        "--max-image-pixels", "1000000", "--allow-remote-images", f"127.0.0.1:{other_host}",
+        "--allow-remote-images", "localhost",
+    )  # fmt: skip
+    client = server.client()
+    expected = client.chat.completions.create(**GOOD).choices[0].message.content
+    is_over, answers = threading.Event(), []
+
+    def ask_on():
+        while not is_over.wait(0.2):
+            try:
+                answers.append(client.chat.completions.create(**GOOD).choices[0].message.content)
+            except openai.RateLimitError:
+                continue  # the test with a thousand requests
+
+    witness = threading.Thread(target=ask_on)
+    witness.start()
+    yield server
+    is_over.set()
+    witness.join()
+    assert answers
+    assert set(answers) == {expected}
+    assert server.process.poll() is None
+    assert server.stop() == 0
+
+
+def post(server, **body) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/chat/completions", json=GOOD | body, timeout=60)
+
+
+def about(url: str) -> list[dict]:
+    return question("what?", url)
+
+
+def bomb() -> str:
+    """A PNG of 60,000 x 60,000 pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    head = (60_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    png = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def big_picture() -> str:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (2000, 1000)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def cut_picture() -> str:
+    return "data:image/png;base64," + base64.b64encode(GOLDEN.image(0).read_bytes()[:60]).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": about("data:image/png;base64,@@@@")}, "no valid base64"),
+        ({"messages": about("data:image/png;base64," + base64.b64encode(b"not a picture").decode())}, "can't be read"),
+        ({"messages": about(cut_picture())}, "can't be read"),
+        ({"messages": about("data:text/plain,hello")}, "data URI"),
+        ({"messages": about(bomb())}, "pixels"),
+        ({"messages": about(big_picture())}, "more than the 1,000,000"),
+        ({"messages": about("file:///etc/passwd")}, "data URI"),
+        ({"messages": about("../../etc/passwd")}, "data URI"),
+        ({"messages": about("/etc/passwd")}, "data URI"),
+        ({"messages": about("http://169.254.169.254/latest/meta-data/")}, "may not be fetched"),
+        ({"messages": about("http://[::1]:22/")}, "may not be fetched"),
+        ({"messages": about("http://user:pass@localhost/")}, "no user name"),
+        ({"messages": about("http://localhost:99999/")}, "no valid address"),
+        ({"messages": about("http://localhost/")}, "private network"),
+        ({"messages": about("gopher://localhost/")}, "data URI"),
+        ({"messages": question("a," * 20_000)}, "more than the limit of"),
+        ({"messages": question("长" * 100_000)}, "at most 65536"),
+        ({"messages": [{"role": "assistant", "content": "hm"}]}, "the user's"),
+        ({"messages": question("a") * 2}, "take turns"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
+        ({"messages": "hello"}, "messages"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**9}, "room for"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"n": 1000}, "n: "),
+        ({"stop": [""]}, "stop strings"),
+        ({"seed": 2**63}, "seed"),
+        ({"tools": []}, "tools"),
+        ({"mode": "reference", "top_p": 0.5}, "top_p belongs to mode"),
+        ({"mode": "reference", "n": 2}, "one answer"),
+        ({"num_beams": 3}, "num_beams belongs to mode"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_told_why(server, body, message):
+    response = post(server, **body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert message in error["message"]
+    assert len(error["message"]) < 700
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[1, 2]", b"null", b'{"model": NaN}', b"\xff\xfe\x00", b"[" * 100_000, b'{"a": "\\ud800"}']
+)
+def test_what_is_no_json(server, data):
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", content=data, headers={"content-type": "application/json"}, timeout=60
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_originals_endpoint_refuses_likewise(server):
+    for body in (
+        {"question": "x", "image": "@@@"},
+        {"image": ""},
+        {"question": "x", "image": "AAAA"},
+        {"question": 3},
+    ):
+        assert httpx.post(f"{server.url}/viscpm", json=body, timeout=60).status_code == 400
+
+
+def test_a_body_of_50_mb(server):
+    response = httpx.post(f"{server.url}/viscpm", content=bytes(50_000_000), timeout=60)
+    assert response.status_code == 413
+
+    def pieces():
+        for _ in range(50):
+            yield bytes(1_000_000)
+
+    try:  # without a declared length; the server may close before all is sent
+        response = httpx.post(f"{server.url}/viscpm", content=pieces(), timeout=60)
+        assert response.status_code == 413
+    except httpx.TransportError:
+        pass
+
+
+def test_a_picture_from_an_allowed_host_but_not_where_it_redirects_to(server, other_host):
+    fetched = post(server, messages=about(f"http://127.0.0.1:{other_host}/picture")).json()
+    sent = post(server, messages=about(data_uri(GOLDEN.image(0)))).json()
+    assert fetched["choices"] == sent["choices"]
+    response = post(server, messages=about(f"http://127.0.0.1:{other_host}/redirect"))
+    assert response.status_code == 400
+    assert "answered 302" in response.json()["error"]["message"]
+
+
+def test_clients_that_never_finish_what_they_say(server):
+    heads = [b"", b"POST /viscpm HT", b"POST /viscpm HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"] * 20
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in heads]
+    for connection, head in zip(connections, heads, strict=True):
+        connection.sendall(head)
+    assert post(server).status_code == 200
+    for connection in connections:
+        connection.settimeout(30)
+        with connection:
+            data = connection.recv(4096)
+            while data and (more := connection.recv(4096)):
+                data += more
+            assert data == b"" or b" 408 " in data
+
+
+def wait_until(is_true) -> None:
+    end = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < end
+
+
+def test_a_client_that_leaves_stops_its_answer(server):
+    client = server.client()
+    asked = GOOD | {"max_tokens": 512, "temperature": 2, "n": 8}
+    before = server.metric("viscpm_answer_tokens_total")
+    for seed in range(4):
+        with client.chat.completions.create(**asked, seed=seed, stream=True) as stream:
+            next(iter(stream))
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server.url}/v1/chat/completions", json=asked | {"seed": seed}, timeout=0.05)
+    wait_until(lambda: server.metric("viscpm_chat_running") + server.metric("viscpm_chat_waiting") <= 1)
+    assert server.metric("viscpm_answer_tokens_total") - before < 8 * 8 * 512 / 2
+
+
+def test_a_thousand_requests_at_once(server):
+    with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=300)) as client:
+
+        def ask(index: int) -> httpx.Response:
+            return client.post(f"{server.url}/v1/chat/completions", json=GOOD)
+
+        with concurrent.futures.ThreadPoolExecutor(300) as pool:
+            responses = list(pool.map(ask, range(1000)))
+    statuses = {response.status_code for response in responses}
+    assert statuses <= {200, 429}
+    texts = {json.dumps(response.json()["choices"]) for response in responses if response.status_code == 200}
+    assert len(texts) == 1
+    for response in responses:
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/../../../etc/passwd", "/docs/static/../../../app.py", "/x"])
+def test_paths_lead_nowhere(server, path):
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:  # httpx would tidy the path up
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        head = connection.recv(65536)
+        assert head.split(b" ")[1] in (b"404", b"405")
+
+
+# ------------------------------------------------------------------------------------------------- against the schema
+
+
+@pytest.fixture(scope="module")
+def app():
+    engine = ChatEngine(GOLDEN.load_chat(), EngineLimits(max_places=400))
+    yield create_app(engine, chat_name=MODEL)
+    engine.close(drain=False)
+
+
+@pytest.fixture(scope="module")
+def api(app):
+    return schemathesis.openapi.from_asgi("/openapi.json", app)
+
+
+EXCLUDED_CHECKS = [
+    schemathesis.checks.positive_data_acceptance,  # not everything of the right shape can be answered
+    schemathesis.checks.negative_data_rejection,  # the model's name is mended below
+    schemathesis.checks.unsupported_method,
+]
+
+
+def test_the_schema_holds_for_whatever_it_allows(api):
+    operations = [result.ok() for result in api.get_all_operations()]
+    assert len(operations) >= 5
+    for operation in operations:
+
+        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @given(case=operation.as_strategy())
+        def check(case):
+            if isinstance(case.body, dict):
+                if "model" in case.body:
+                    case.body["model"] = MODEL
+                    case.body["max_tokens"] = 2
+                case.body.pop("max_completion_tokens", None)
+            response = case.call()
+            assert response.status_code < 500
+            case.validate_response(response, excluded_checks=EXCLUDED_CHECKS)
+
+        check()
+
+
+def test_sigterm_under_load_finishes_what_is_at_hand(folder):
+    server = Server(folder, "--device", "cpu")
+    client = httpx.Client(timeout=120, limits=httpx.Limits(max_connections=16))
+    outcomes, begun = [], threading.Semaphore(0)
+
+    def ask(index: int) -> None:
+        for _ in range(50):
+            try:
+                response = client.post(
+                    f"{server.url}/v1/chat/completions", json=GOOD | {"max_tokens": 200, "temperature": 2}
+                )
+            except httpx.TransportError as error:
+                outcomes.append(error)
+                return
+            outcomes.append(response)
+            begun.release()
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for index in range(8):
+            pool.submit(ask, index)
+        for _ in range(8):
+            assert begun.acquire(timeout=60)
+        server.process.send_signal(signal.SIGTERM)
+    assert server.stop() == 0
+    for outcome in outcomes:
+        if isinstance(outcome, httpx.Response):
+            assert outcome.status_code in (200, 503)
+            assert outcome.json()
+        else:  # the connection was refused or closed between two requests; no answer was cut off
+            assert not isinstance(outcome, httpx.ReadTimeout | httpx.DecodingError)
+    assert sum(isinstance(outcome, httpx.Response) and outcome.status_code == 200 for outcome in outcomes) >= 8

@@ -1,0 +1,89 @@
+"""Rows of every format as records, and records as samples."""
+
+import PIL.Image
+import pytest
+from chat_training_support import conversation
+
+from viscpm_hf.training.records import CAPTION_INSTRUCTIONS, BadRowError, ChatRecord, read_record
+
+
+def test_every_answered_turn_is_a_sample():
+    row = conversation("a.png", ("<image>\nq1 <b>", "a1 < 2"), ("q2", "a2"))
+    row["conversations"].append({"from": "human", "value": "unanswered"})
+    record = read_record(row)
+    assert [(sample.question, sample.answer) for sample in record.samples] == [("q1 <b>", "a1 < 2"), ("q2", "a2")]
+    first, second = (sample.document() for sample in record.samples)
+    assert first == {"image": "<image>", "context": "", "question": "q1 <<b>", "<ans>": "a1 << 2"}
+    assert second["context"] == "User: q1 <<b>\nAI: a1 << 2\n"
+    assert second["question"] == "q2"
+
+
+def test_context_is_what_a_conversation_hands_on(golden, chat):
+    """So that a second turn is learned in the form in which it will be asked."""
+    image, questions = golden.image(0), ("图片 < 是什么？", "and then?")
+    first = chat.ask(image, questions[0], max_new_tokens=4)
+    record = ChatRecord([(questions[0], first.answer), (questions[1], "x")], [image])
+    assert record.samples[1].context == first.context
+
+
+def test_text_without_an_image():
+    for row in (conversation(None, ("q", "a")), conversation("", ("q", "a"))):
+        (sample,) = read_record(row).samples
+        assert "image" not in sample.document()
+
+
+def test_several_images():
+    (sample,) = read_record(conversation(["a.png", "b.png"], ("q", "a"))).samples
+    assert sample.document()["image"] == "<image><image>"
+
+
+def test_pictures_in_memory_and_in_tables():
+    picture = PIL.Image.new("RGB", (8, 8))
+    for image, expected in ((picture, picture), (b"x", b"x"), ({"bytes": b"x", "path": "y.png"}, b"x")):
+        assert read_record(conversation(image, ("q", "a"))).images == (expected,)
+
+
+@pytest.mark.parametrize(("caption", "language"), [("一只猫", "zh"), ("a cat", "en")])
+def test_captions_get_an_instruction_of_their_language(caption, language):
+    questions = {read_record({"image": "a.png", "caption": caption}, seed=seed).turns[0] for seed in range(40)}
+    assert {answer for _, answer in questions} == {caption}
+    assert {question for question, _ in questions} == set(CAPTION_INSTRUCTIONS[language])
+    again = [read_record({"image": "a.png", "caption": caption}, seed=3).turns for _ in range(2)]
+    assert again[0] == again[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "object with fields"),
+        ({"image": "a.png"}, "neither 'conversations' nor 'caption'"),
+        ({"conversations": "hello"}, "list of turns"),
+        ({"conversations": []}, "nothing to learn"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "no turn has an answer"),
+        ({"conversations": [{"from": "gpt", "value": "a"}]}, "message 1 is an answer without a question"),
+        ({"conversations": [{"from": "human", "value": "q"}] * 2}, "message 2 is a question, but the one before"),
+        ({"conversations": [{"from": "bot", "value": "q"}]}, "from 'bot'"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "message 1 is a question of type int"),
+        ({"conversations": [{"value": "q"}]}, "no object with 'from' and 'value'"),
+        (conversation(None, ("q", " "), ("q", "a")), "turn 1 has no answer, but others follow"),
+        (conversation(7, ("q", "a")), "'image' is a path or a picture, not int"),
+        ({"caption": "a cat"}, "caption without an image"),
+        ({"image": "a.png", "caption": 3}, "'caption' is text"),
+    ],
+)
+def test_bad_rows_say_where_and_why(row, message):
+    with pytest.raises(BadRowError, match=r"data.json line 7: .*" + message):
+        read_record(row, source="data.json line 7")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret.png", "a/../../secret.png"])
+def test_images_stay_inside_their_folder(path, tmp_path):
+    with pytest.raises(BadRowError, match="outside the images folder"):
+        read_record(conversation(path, ("q", "a")), images_folder=tmp_path, is_confined=True)
+
+
+def test_urls_are_no_images(processor):
+    """Nobody's data makes a training machine call somewhere."""
+    (sample,) = read_record(conversation("http://127.0.0.1:9/x.png", ("q", "a"))).samples
+    with pytest.raises(ValueError, match="no image file"):
+        processor.image_processor.fetch_images(sample.images[0])
