@@ -70,7 +70,7 @@ class Stage:
     """There are so many, one a step, shuffled."""
 
 
-VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 2000, 64, 1.5e-3
+VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 5000, 64, 1.5e-3
 BOTH = functools.partial(picture_lesson, details=0.3)
 
 STAGES = (

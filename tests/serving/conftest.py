@@ -1,0 +1,12 @@
+"""The demo page's tests need what `pip install "viscpm-hf[demo]" selenium` brings, and the browser's a trained model."""
+
+from importlib.util import find_spec
+
+from viscpm_hf.embedded import FOLDER
+
+
+collect_ignore = []
+if find_spec("gradio") is None:
+    collect_ignore += ["test_demo.py"]
+if find_spec("gradio") is None or find_spec("selenium") is None or not (FOLDER / "chat").is_dir():
+    collect_ignore += ["test_demo_browser.py"]
