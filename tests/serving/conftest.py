@@ -1,4 +1,4 @@
-"""The demo page's tests need what `pip install "viscpm-hf[demo]" selenium` brings, and the browser's a trained model."""
+"""The demo page's tests need gradio (the extra `demo`) and selenium, and the browser's test a trained model."""
 
 from importlib.util import find_spec
 
