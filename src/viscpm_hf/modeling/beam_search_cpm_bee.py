@@ -154,7 +154,7 @@ class _Places:
         self.visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
 
 
-class _Vocabulary:
+class RowVocabulary:
     """Tokens in and logits out, the extension tokens' embeddings computed once for all steps.
 
     Args:
@@ -218,7 +218,7 @@ class _GrowingDecoding:
     """
 
     def __init__(
-        self, model, vocabulary: _Vocabulary, places: _Places, segment_relations: torch.Tensor, cache: CpmBeeCache
+        self, model, vocabulary: RowVocabulary, places: _Places, segment_relations: torch.Tensor, cache: CpmBeeCache
     ):
         self.language_model = model.language_model()
         self.vocabulary = vocabulary
@@ -271,7 +271,7 @@ class ReferenceBeamSearch:
         decoding, config = self.decoding, self.config
         inputs = dict(inputs)
         num_rows, num_beams, num_steps = len(answer_segments), decoding.num_beams, decoding.last_step + 1
-        vocabulary = _Vocabulary(self.model, inputs.get("extension_table"), inputs.pop("extension_mask", None))
+        vocabulary = RowVocabulary(self.model, inputs.get("extension_table"), inputs.pop("extension_mask", None))
         attention_mask, device = inputs["attention_mask"], inputs["attention_mask"].device
 
         cache = CpmBeeCache()

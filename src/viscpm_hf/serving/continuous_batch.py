@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..modeling.beam_search_cpm_bee import _Vocabulary as RowVocabulary
+from ..modeling.beam_search_cpm_bee import RowVocabulary
 from ..modeling.cache_cpm_bee import CpmBeeCache
 from ..modeling.document_cpm_bee import EncodedDocument
 from .sampling import Sampler, choose_tokens
