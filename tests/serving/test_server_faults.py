@@ -65,7 +65,7 @@ def other_host():
 def server(folder, other_host):
     """A server under fire: beside the tests' requests somebody asks good ones all the time."""
     server = Server(
-        folder, "--device", "cpu", "--client-timeout", "8", "--max-waiting", "200",
+        folder, "--device", "cpu", "--client-timeout", "15", "--max-waiting", "200",
         "--max-image-pixels", "1000000", "--allow-remote-images", f"127.0.0.1:{other_host}",
         "--allow-remote-images", "localhost",
     )  # fmt: skip
@@ -246,7 +246,7 @@ def test_a_client_that_leaves_stops_its_answer(server):
 
 
 def test_a_thousand_requests_at_once(server):
-    with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=300)) as client:
+    with httpx.Client(timeout=120, limits=httpx.Limits(max_connections=300, max_keepalive_connections=0)) as client:
 
         def ask(index: int) -> httpx.Response:
             return client.post(f"{server.url}/v1/chat/completions", json=GOOD)
