@@ -70,11 +70,11 @@ class Stage:
     """There are so many, one a step, shuffled."""
 
 
-VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 5000, 64, 1.5e-3
+VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 4000, 64, 4e-3
 BOTH = functools.partial(picture_lesson, details=0.3)
 
 STAGES = (
-    Stage("text", None, text_lesson, 3000, 1e-3, warmup=100),
+    Stage("text", None, text_lesson, 2500, 4e-3, warmup=100),
     Stage(
         "english",
         "text",
@@ -214,6 +214,7 @@ def train_stage(stage: Stage, work: Path) -> dict:
         freeze_llm=stage.freeze_llm,
         train_patches=True,
         learning_rate=stage.learning_rate,
+        optimizer="muon",
         max_steps=stage.steps,
         batch_size=1,  # a lesson is a batch
         scheduler=stage.scheduler,

@@ -47,7 +47,7 @@ def make_vocabulary() -> list[str]:
     english = english_words([text for text in phrases if not CHINESE_CHARACTER.search(text)])
     chinese = set(CHINESE_WORDS) | {word for name in names for word in name.zh if len(word) > 1 and word != "0"}
     words = english | chinese | set(DOCUMENT_WORDS)
-    characters = {chr(code) for code in range(33, 127)} | set("，。？！、：；（）“”的了吗呢")
+    characters = {chr(code) for code in range(33, 127)} | set("，。？！、：；（）“”的了吗呢和")
     characters |= {character for text in [*phrases, *words] for character in text if character != " "}
     return [*SPECIALS, *sorted(characters), *sorted(words - characters)]
 

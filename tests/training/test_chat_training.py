@@ -273,14 +273,16 @@ class StopAt(TrainerCallback):
             raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("mode", "optimizer"), [("full", "adamw_torch"), ("full", "muon"), ("lora", "adamw_torch"), ("lora", "muon")]
+)
 @pytest.mark.parametrize("stop", [4, 6], ids=["amid an epoch", "between epochs"])
-def test_resumed_is_uninterrupted_to_the_bit(golden, tmp_path, mode, stop):
+def test_resumed_is_uninterrupted_to_the_bit(golden, tmp_path, mode, optimizer, stop):
     """Order, pictures, dropout, optimizer: 18 samples in batches of 3, over 2 epochs of 6 steps."""
     data = write_rows(tmp_path / "train.json", colour_rows(9))
     config = run_config(
         golden, [data + ":0.5", data + ":0.5"], tmp_path / "whole", mode=mode, batch_size=3, epochs=2, augment=True,
-        learning_rate=1e-3, save_steps=2, eval_data=[data],
+        learning_rate=1e-3, save_steps=2, eval_data=[data], optimizer=optimizer,
     )  # fmt: skip
     whole = train_chat(config)
     assert whole.steps == 12

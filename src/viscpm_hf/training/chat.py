@@ -29,6 +29,7 @@ from .chat_config import REFERENCE_MIN_IMAGE_SIDE, ChatTrainingConfig
 from .chat_dataset import ChatDataset, Draws, MixtureSampler, SampleLimits, SkippedRows
 from .collator import ChatCollator
 from .data_files import DataPart
+from .muon import MUON, muon_factory
 from .output import CHECKPOINTS, MARKS, PARTIAL, last_checkpoint, written_whole
 
 
@@ -311,7 +312,7 @@ def training_arguments(config: ChatTrainingConfig, output: Path, *, has_eval: bo
         learning_rate=config.peak_learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup,
-        optim=config.optimizer,
+        optim="adamw_torch" if config.optimizer == MUON else config.optimizer,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
@@ -400,6 +401,7 @@ def make_trainer(
         callbacks=[EpochSetter(sampler), stopper, *callbacks],
         sampler=sampler,
         base=config.model,
+        optimizer_cls_and_kwargs=muon_factory(arguments) if config.optimizer == MUON else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

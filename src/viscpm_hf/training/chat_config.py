@@ -57,7 +57,7 @@ class ChatTrainingConfig:
     accumulation: int = option(1, "steps whose gradients are summed (1) / 梯度累积")
     warmup: float = option(0.03, "steps, or below 1 their share (0.03) / 预热步数或比例")
     scheduler: str = option("cosine", "of the learning rate, transformers' names (cosine) / 学习率调度")
-    optimizer: str = option("adamw_torch", "transformers' name (adamw_torch) / 优化器")
+    optimizer: str = option("adamw_torch", "transformers' name (adamw_torch), or muon / 优化器")
     weight_decay: float = option(0.01, "(0.01) / 权重衰减")
     adam_beta2: float = option(0.98, "(0.98) / Adam 的 beta2")
     max_grad_norm: float = option(1.0, "clips gradients; 0 does not (1) / 梯度裁剪")
