@@ -18,7 +18,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tiny tiny-chat tiny-paint test lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
+.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint test lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -33,7 +33,7 @@ $(READY): setup.cfg constraints.txt
 	@echo "Setting up $(VENV): minutes the first time, seconds after"
 	@$(call MAKE_VENV,$(VENV))
 	@$(VENV)/bin/pip install -q -c constraints.txt torch
-	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[test]'
+	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[test,demo,ray]'
 	@touch $@
 
 demo: $(READY) ## Ask an original checkpoint about a picture, and let the embedded viscpm-tiny paint: no download
@@ -48,8 +48,11 @@ TINY := OMP_NUM_THREADS=1 $(PY) recipes/tiny
 EMBEDDED := src/viscpm_hf/tiny_models
 
 tiny: $(READY) ## Train viscpm-tiny from nothing and put it into the package: 2 CPU cores, less than an hour
-	$(TINY)/chat.py --stage text
+	$(MAKE) -j 2 tiny-text tiny-vision
 	$(MAKE) -j 2 tiny-chat tiny-paint
+
+tiny-text tiny-vision: tiny-%:
+	$(TINY)/chat.py --stage $*
 
 tiny-chat:
 	$(TINY)/chat.py --output $(EMBEDDED)/chat
@@ -57,14 +60,14 @@ tiny-chat:
 tiny-paint:
 	$(TINY)/paint.py --output $(EMBEDDED)/paint
 
-test: $(READY) ## Run the tests
+test: $(READY) browser ## Run the tests, those of the demo page in a browser included
 	$(call RUN_TESTS,$(VENV))
 
 browser: ## Install Chromium, which the tests of the demo page need, if apt can
 	@command -v chromedriver >/dev/null || { \
 		test "$$(id -u)" = 0 && apt-get -qq update && \
 		apt-get -qq install --no-install-recommends chromium chromium-driver fonts-noto-cjk >/dev/null; } || \
-		echo "There is no Chromium to be had: the tests of the demo page will be skipped"
+		echo "There is no Chromium to be had: the tests of the demo page in a browser will be skipped"
 
 lint: $(READY) ## Check style and formatting
 	$(PY) -m ruff check .
@@ -81,7 +84,8 @@ bench: $(READY) ## Measure speed: benchmarks/chat.py, or BENCH=name for another
 	$(PY) benchmarks/$(or $(BENCH),chat).py $(ARGS)
 
 # The ends of the range that setup.cfg allows, each in an environment of its own. Only torch is pinned there;
-# the rest is what pip gives a new user today, so these are brought up to date on every run.
+# the rest is what pip gives a new user today, so these are brought up to date on every run. Without gradio, which
+# would hold back pillow, and without Ray: their tests leave themselves out.
 compat: compat-oldest compat-newest ## Run the tests with the oldest and the newest transformers and diffusers allowed
 
 UPGRADE = install -q --upgrade --upgrade-strategy eager -c .venv-$*/torch.txt

@@ -6,8 +6,7 @@
 - `vision`: the vision tower alone, without any language.
 - `english`: both together, on pictures with English questions. The language model is frozen.
 - `chinese`: the same with a little Chinese.
-- `both`: `text` and `vision` together again, everything trains, on questions in both languages.
-- `polish`: the same while the learning rate falls to nothing: the model that ships.
+- `both`: `text` and `vision` together again, everything trains, on questions in both languages: the model that ships.
 
 After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
 is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
@@ -42,7 +41,7 @@ from viscpm_hf import (
 from viscpm_hf.batch.rows import row_key
 from viscpm_hf.batch.runner import BatchRunner
 from viscpm_hf.evaluation.shapes import CHAT_PARTS, ShapesChatRows, chat_rows, summarize
-from viscpm_hf.modeling.modeling_cpm_bee import CpmBeePositionBias
+from viscpm_hf.modeling.modeling_cpm_bee import CpmBeeModel
 from viscpm_hf.training import ChatTrainingConfig, train_chat
 
 
@@ -63,7 +62,7 @@ class Stage:
     steps: int
     learning_rate: float
     freeze_llm: bool = False
-    scheduler: str = "cosine"
+    freeze_vision: bool = False
     warmup: int = 50
     """Steps until the learning rate is reached."""
     lessons: int = 100_000
@@ -71,36 +70,40 @@ class Stage:
 
 
 VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 4000, 64, 4e-3
-BOTH = functools.partial(picture_lesson, details=0.3)
 
 STAGES = (
-    Stage("text", None, text_lesson, 2500, 4e-3, warmup=100),
+    Stage("text", None, text_lesson, 5000, 4e-3, warmup=100),
     Stage(
         "english",
         "text",
         functools.partial(picture_lesson, languages=("en",), details=0.5),
-        450,
-        1.5e-3,
+        400,
+        4e-3,
         freeze_llm=True,
     ),
-    Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 5e-4, freeze_llm=True),
-    Stage("both", "text", BOTH, 2500, 5e-4, scheduler="constant_with_warmup"),
-    Stage("polish", "both", BOTH, 800, 5e-4, scheduler="linear", warmup=0),
+    Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 1e-3, freeze_llm=True),
+    Stage("both", "text", functools.partial(picture_lesson, details=0.3), 2500, 3e-3),
 )
 
 
-def initialize_bias(bias: CpmBeePositionBias) -> None:
-    """A start with heads that look at the words before, at those after, around, and anywhere.
+def initialize_attention(language_model: CpmBeeModel) -> None:
+    """A start with heads that look at the words before, at those after and around, and for equal words elsewhere.
 
-    All layers share the one table, and looking closely at a neighbour takes far larger values than such a short
-    training would reach from nothing.
+    All layers share the one table of biases, and looking closely at a neighbour, or away from all of them, takes far
+    larger values than such a short training would reach from nothing. Where queries and keys are projected alike,
+    equal words look at each other (arXiv:2305.09828).
     """
+    bias = language_model.position_bias
     table, after = bias.relative_attention_bias.weight, bias.num_buckets // 2
     with torch.no_grad():
         table.zero_()
         for distance in range(1, 5):
             table[distance, 0] = table[after + distance, 1] = 6.0 - 1.5 * distance
             table[distance, 2] = table[after + distance, 2] = 3.0 - 0.6 * distance
+        table[: bias.num_buckets, 3] = -4.0  # the words of the same segment
+        for layer in language_model.layers:
+            last_head = slice(3 * layer.self_attn.head_dim, None)
+            layer.self_attn.k_proj.weight[last_head] = layer.self_attn.q_proj.weight[last_head]
 
 
 def make_model(work: Path) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
@@ -130,7 +133,7 @@ def make_model(work: Path) -> tuple[VisCPMChatForConditionalGeneration, VisCPMCh
     }
     torch.manual_seed(SEED)
     model = VisCPMChatForConditionalGeneration(VisCPMChatConfig(text_config=text_config, vision_config=vision_config))
-    initialize_bias(model.model.language_model.position_bias)
+    initialize_attention(model.model.language_model)
     processor = VisCPMChatProcessor(
         VisCPMImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
         CpmBeeTokenizer(str(vocabulary), model_max_length=512),
@@ -207,17 +210,18 @@ def train_stage(stage: Stage, work: Path) -> dict:
         model.model.vision_tower.load_state_dict(Beit3Model.from_pretrained(work / "vision").state_dict())
     # bf16 products run on the CPU's matrix units where it has them; its fused attention has none for training.
     model.set_attn_implementation("eager")
+    model.model.language_model.compile(dynamic=True)
     encode_equal_pictures_once(model.model.vision_tower)
     config = ChatTrainingConfig(
         output=str(work / stage.name),
         mode="full",
         freeze_llm=stage.freeze_llm,
-        train_patches=True,
+        freeze_vision=stage.freeze_vision,
+        train_patches=not stage.freeze_vision,
         learning_rate=stage.learning_rate,
         optimizer="muon",
         max_steps=stage.steps,
         batch_size=1,  # a lesson is a batch
-        scheduler=stage.scheduler,
         warmup=stage.warmup,
         precision="bf16",
         log_steps=50,

@@ -72,7 +72,7 @@ def picture_lesson(
 
     Args:
         languages, weights: which languages, and how often each.
-        details: share of the lessons that ask for every shape with its place.
+        details: share of the lessons that ask for shapes with their places.
         pictures, questions: number of pictures, and of the questions about each.
         num_shapes: of every picture; one to three if None.
     """
@@ -86,16 +86,19 @@ def picture_lesson(
         asked = 0
         while asked < (1 if asks_details else questions):
             (language,) = rng.choices(languages, weights)
-            sample = detail(scene, language, rng) if asks_details else question(scene, language, types, rng)
+            sample = (
+                texts.detail(in_their_order(scene), language, rng)
+                if asks_details
+                else question(scene, language, types, rng)
+            )
             if sample is not None:
                 samples.append(replace(sample, images=(picture,)))
                 asked += 1
     return samples
 
 
-def detail(scene: Scene, language: str, rng: random.Random) -> ChatSample:
-    scene = replace(scene, shapes=in_order(scene.shapes))
-    return ChatSample(rng.choice(texts.DETAILS[language]), texts.told_in_words(scene, language))
+def in_their_order(scene: Scene) -> Scene:
+    return replace(scene, shapes=in_order(scene.shapes))
 
 
 def question(scene: Scene, language: str, types: tuple[str, ...], rng: random.Random) -> ChatSample | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from viscpm_hf.shapes import (
     COLOURS,
@@ -38,6 +38,12 @@ DETAILS = {
     "en": ("Describe the picture in detail.", "Say what is where."),
     "zh": ("详细描述这张图片。", "说说什么在哪里。"),
 }
+# Another question of the recipe alone: what a question names has to be found, and everything about it told.
+ABOUT = {
+    "en": ("Tell me about the {it}.", "What about every {it}?"),
+    "zh": ("说说{it}。", "讲讲{it}。"),
+}
+NOTHING_LIKE_IT = {"en": "There is none.", "zh": "没有。"}
 OTHER_WORDS = ["There is a", "There are an", "Yes", "No", "None", "and", "A", "An", "In", "OK"]
 
 
@@ -74,20 +80,44 @@ def imagined_scene(rng: random.Random, count: int) -> Scene:
     return Scene(tuple(shapes), (255, 255, 255), "plain", 0)
 
 
-def told_scene(rng: random.Random, count: int) -> list[ChatSample]:
+def detail(scene: Scene, language: str, rng: random.Random) -> ChatSample:
+    """A question about every shape, or about those that have something in common; answered with their places."""
+    if rng.random() < 0.3:
+        return ChatSample(rng.choice(DETAILS[language]), told_in_words(scene, language))
+    shapes = [make_shape(rng.choice(tuple(KINDS)), rng.choice(tuple(COLOURS)), 0.5, 0.5, MIN_SIZE, rng), *scene.shapes]
+    named, by = rng.choice(shapes), rng.choice(("kind", "colour", "both"))
+    kind, colour = named.kind if by != "colour" else None, named.colour if by != "kind" else None
+    words = (
+        rng.choice(KINDS[kind].words(language)) if by == "kind"
+        else f"{COLOURS[colour].words(language)[0]}{' shape' if language == 'en' else '的图形'}" if by == "colour"
+        else phrase(colour, kind, language)
+    )  # fmt: skip
+    found = scene.find(kind, colour)
+    answer = told_in_words(replace(scene, shapes=tuple(found)), language) if found else NOTHING_LIKE_IT[language]
+    return ChatSample(rng.choice(ABOUT[language]).format(it=words), answer)
+
+
+def told_scene(rng: random.Random, count: int, types: tuple[str, ...] = QUESTION_TYPES) -> list[ChatSample]:
     """Questions in each language about one scene that is told in words."""
     scene, told, samples = imagined_scene(rng, count), rng.choice(LANGUAGES), []
     for language in LANGUAGES:
-        if rng.random() < 0.1:
-            answer = told_in_words(scene, language)
-            samples.append(ChatSample(rng.choice(DETAILS[language]), answer, told_in_words(scene, told) + "\n"))
-            continue
         question = None
         while question is None:
-            question = make_question(scene, rng.choice(QUESTION_TYPES), language, rng)
+            question = make_question(scene, rng.choice(types), language, rng)
         context = told_in_words(scene, told) + "\n" + turns_as_context(question.turns_before)
         samples.append(ChatSample(question.text, question.answer, context))
     return samples
+
+
+def comparison(rng: random.Random, count: int) -> list[ChatSample]:
+    """Yes or no: what takes longest to learn."""
+    return told_scene(rng, count, ("yes_no",))
+
+
+def told_again(rng: random.Random, count: int) -> list[ChatSample]:
+    """All of a scene or a part of it, told in the other words or the same."""
+    scene, told = imagined_scene(rng, count), rng.choice(LANGUAGES)
+    return [replace(detail(scene, language, rng), context=told_in_words(scene, told) + "\n") for language in LANGUAGES]
 
 
 def turns_as_context(turns: Sequence[tuple[str, str]]) -> str:
@@ -126,4 +156,4 @@ def caption_question(rng: random.Random, count: int) -> list[ChatSample]:
     return samples
 
 
-KINDS_OF_TEXT = (told_scene, told_scene, told_scene, translation, caption_question)
+KINDS_OF_TEXT = (told_scene, told_scene, told_scene, comparison, comparison, told_again, translation, caption_question)

@@ -37,9 +37,9 @@ def english_words(phrases: list[str]) -> set[str]:
 
 def make_vocabulary() -> list[str]:
     phrases = [text for kind in PHRASES.values() for language in kind.values() for text in language]
-    for table in (PAINT_PHRASES, PAINT_PHRASES_WITH_PLACE, texts.TRANSLATE, texts.DETAILS):
+    for table in (PAINT_PHRASES, PAINT_PHRASES_WITH_PLACE, texts.TRANSLATE, texts.DETAILS, texts.ABOUT):
         phrases += [text for language in table.values() for text in language]
-    phrases += texts.OTHER_WORDS
+    phrases += [*texts.OTHER_WORDS, *texts.NOTHING_LIKE_IT.values()]
     names = [*KINDS.values(), *COLOURS.values(), *PLACES.values(), *NUMBERS.values()]
     for name in names:
         phrases += name.en
