@@ -6,7 +6,8 @@
 - `vision`: the vision tower alone, without any language.
 - `english`: both together, on pictures with English questions. The language model is frozen.
 - `chinese`: the same with a little Chinese.
-- `both`: `text` and `vision` together again, everything trains, on questions in both languages: the model that ships.
+- `both`: `text` and `vision` together again, on questions in both languages. The vision tower is frozen.
+- `polish`: the same while everything trains: the model that ships.
 
 After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
 is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
@@ -71,18 +72,20 @@ class Stage:
 
 VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 4000, 64, 4e-3
 
+BOTH = functools.partial(picture_lesson, details=0.15)
 STAGES = (
     Stage("text", None, text_lesson, 5000, 4e-3, warmup=100),
     Stage(
         "english",
         "text",
-        functools.partial(picture_lesson, languages=("en",), details=0.5),
-        400,
+        functools.partial(picture_lesson, languages=("en",), details=0.3),
+        500,
         4e-3,
         freeze_llm=True,
     ),
     Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 1e-3, freeze_llm=True),
-    Stage("both", "text", functools.partial(picture_lesson, details=0.3), 2500, 3e-3),
+    Stage("both", "text", BOTH, 5000, 3e-3, freeze_vision=True),
+    Stage("polish", "both", BOTH, 1200, 1e-3),
 )
 
 
@@ -281,7 +284,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the trained model goes, in fp16")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "chat.json")
     parser.add_argument("--count", type=int, default=500, help="test pictures per language and type of question")
-    parser.add_argument("--pivot-count", type=int, default=100, help="the same after the stages before the last")
+    parser.add_argument("--pivot-count", type=int, default=200, help="the same after the stages before the last")
     names = ["vision", *(stage.name for stage in STAGES)]
     parser.add_argument("--stage", choices=names, help="train this stage, and end")
     arguments = parser.parse_args()
