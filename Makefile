@@ -8,7 +8,6 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
-GOLDEN := tests/golden/chat_a
 
 # One thread per worker: the workers are what fills the cores.
 RUN_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
@@ -36,13 +35,8 @@ $(READY): setup.cfg constraints.txt
 	@$(VENV)/bin/pip install -q -c constraints.txt -e '.[test,demo,ray]'
 	@touch $@
 
-demo: $(READY) ## Ask an original checkpoint about a picture, and let the embedded viscpm-tiny paint: no download
-	$(VENV)/bin/viscpm-hf chat $(GOLDEN)/pytorch_model.bin $(GOLDEN)/image_0.png \
-		"图片是什么颜色？" "what shape is this?" --max-new-tokens 24 \
-		--config $(GOLDEN)/cpm-bee.json --vision-config $(GOLDEN)/vision.json
-	@mkdir -p build
-	$(VENV)/bin/viscpm-hf paint viscpm-tiny "一个红色的圆" -o build/red-circle.png --seed 1
-	$(VENV)/bin/viscpm-hf paint viscpm-tiny "a blue star on the left" -o build/blue-star.png --seed 1
+demo: $(READY) ## Ask the embedded viscpm-tiny about a picture in both languages, and let it paint: no download
+	$(VENV)/bin/viscpm-hf demo --terminal --output build
 
 TINY := OMP_NUM_THREADS=1 $(PY) recipes/tiny
 EMBEDDED := src/viscpm_hf/tiny_models

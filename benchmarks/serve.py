@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import io
 import json
 import os
 import platform
@@ -27,6 +29,14 @@ from pathlib import Path
 import httpx
 import torch
 import transformers
+from fastapi import FastAPI
+
+from viscpm_hf import VisCPMChat
+from viscpm_hf.serving.images import read_image_url
+from viscpm_hf.serving.schemas import AnswerMessage, ChatCompletion, ChatCompletionRequest, Choice, Usage
+from viscpm_hf.serving.server import serve
+from viscpm_hf.serving.settings import ServerSettings
+from viscpm_hf.shapes import draw, make_scene
 
 
 CLIENTS = (1, 4, 16, 64)
@@ -88,11 +98,6 @@ class Process:
 
 def pictures(count: int) -> list[str]:
     """Data URIs of scenes of the demo's world."""
-    import base64
-    import io
-
-    from viscpm_hf.shapes import draw, make_scene
-
     uris = []
     for index in range(count):
         file = io.BytesIO()
@@ -146,11 +151,14 @@ async def ask_for(url: str, clients: int, seconds: float, model: str) -> Load:
                 await asyncio.sleep(float(response.headers["retry-after"]))
             else:
                 counts["errors"] += 1
+                print(f"{response.status_code}: {response.text[:300]}", file=sys.stderr)
 
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=300, limits=limits) as client:
         await asyncio.gather(*(ask_on(number, client) for number in range(clients)))
     taken = time.perf_counter() - begin
+    if not latencies:
+        raise SystemExit(f"the server at {url} gave {clients} clients no answer in {taken:.0f} s")
     latencies.sort()
     return Load(
         clients=clients,
@@ -160,8 +168,8 @@ async def ask_for(url: str, clients: int, seconds: float, model: str) -> Load:
         errors=counts["errors"],
         requests_per_second=len(latencies) / taken,
         tokens_per_second=counts["tokens"] / taken,
-        median_seconds=statistics.median(latencies) if latencies else float("nan"),
-        p95_seconds=latencies[int(0.95 * (len(latencies) - 1))] if latencies else float("nan"),
+        median_seconds=statistics.median(latencies),
+        p95_seconds=latencies[int(0.95 * (len(latencies) - 1))],
     )
 
 
@@ -170,20 +178,6 @@ async def ask_for(url: str, clients: int, seconds: float, model: str) -> Load:
 
 def serve_with_lock(model: str, device: str) -> None:
     """The same route, answered by one `ask` at a time."""
-    from fastapi import FastAPI
-
-    from viscpm_hf import VisCPMChat
-    from viscpm_hf.serving.images import read_image_url
-    from viscpm_hf.serving.schemas import (
-        AnswerMessage,
-        ChatCompletion,
-        ChatCompletionRequest,
-        Choice,
-        Usage,
-    )
-    from viscpm_hf.serving.server import serve
-    from viscpm_hf.serving.settings import ServerSettings
-
     chat, lock, app, settings = VisCPMChat(model, device=device), threading.Lock(), FastAPI(), ServerSettings()
 
     @app.post("/v1/chat/completions")

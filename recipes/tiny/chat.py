@@ -7,7 +7,7 @@
 - `english`: both together, on pictures with English questions. The language model is frozen.
 - `chinese`: the same with a little Chinese.
 - `both`: `text` and `vision` together again, on questions in both languages. The vision tower is frozen.
-- `polish`: the same while everything trains: the model that ships.
+- `polish`: the same, also late in conversations, while everything trains: the model that ships.
 
 After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
 is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 from lessons import Lessons, picture_lesson, text_lesson
+from packing import strip_code
 from transformers import TrainerCallback
 from vision import MAX_SHAPES, ROWS_OF_SHAPE, train_tower
 from vocabulary import write_vocabulary
@@ -85,7 +86,7 @@ STAGES = (
     ),
     Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 1e-3, freeze_llm=True),
     Stage("both", "text", BOTH, 5000, 3e-3, freeze_vision=True),
-    Stage("polish", "both", BOTH, 1200, 1e-3),
+    Stage("polish", "both", functools.partial(picture_lesson, details=0.1, talked=0.4), 2000, 2e-3),
 )
 
 
@@ -270,12 +271,11 @@ def evaluate(folder: Path, count: int) -> dict:
 
 
 def save(folder: Path, output: Path) -> None:
-    """The model in fp16, without the code that other folders carry: this one lies beside it."""
+    """The model in fp16."""
     model, processor = load_model(folder)
-    for part in (model, model.config, processor, processor.tokenizer, processor.image_processor):
-        part._auto_class = None
     model.half().save_pretrained(output)
     processor.save_pretrained(output)
+    strip_code(output)
 
 
 def main() -> None:

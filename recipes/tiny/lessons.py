@@ -66,7 +66,7 @@ def picture_lesson(
     details: float = 0.3,
     pictures: int = 32,
     questions: int = 2,
-    num_shapes: int | None = None,
+    talked: float = 0.0,
 ) -> list[ChatSample]:
     """Questions about pictures of the training split, in one lesson all with short answers or all with long ones.
 
@@ -74,13 +74,13 @@ def picture_lesson(
         languages, weights: which languages, and how often each.
         details: share of the lessons that ask for shapes with their places.
         pictures, questions: number of pictures, and of the questions about each.
-        num_shapes: of every picture; one to three if None.
+        talked: share of the questions that come after one to four others, which have nothing to do with them.
     """
     asks_details = rng.random() < details
     types = LONG_TYPES if rng.random() < len(LONG_TYPES) / len(QUESTION_TYPES) else SHORT_TYPES
     samples: list[ChatSample] = []
     for _ in range(pictures):
-        while layout_split(scene := random_scene(rng, num_shapes)) != "train":
+        while layout_split(scene := random_scene(rng)) != "train":
             pass
         picture = draw(scene, rng.choice(PICTURE_SIZES))
         asked = 0
@@ -92,7 +92,8 @@ def picture_lesson(
                 else question(scene, language, types, rng)
             )
             if sample is not None:
-                samples.append(replace(sample, images=(picture,)))
+                before = talk(scene, language, rng) if rng.random() < talked else ""
+                samples.append(replace(sample, images=(picture,), context=before + sample.context))
                 asked += 1
     return samples
 
@@ -104,3 +105,13 @@ def in_their_order(scene: Scene) -> Scene:
 def question(scene: Scene, language: str, types: tuple[str, ...], rng: random.Random) -> ChatSample | None:
     made = make_question(scene, rng.choice(types), language, rng)
     return made and ChatSample(made.text, made.answer, texts.turns_as_context(made.turns_before))
+
+
+def talk(scene: Scene, language: str, rng: random.Random) -> str:
+    """The context of a conversation about the picture, mostly in one language."""
+    turns, count = [], rng.randint(1, 4)
+    while len(turns) < count:
+        spoken = language if rng.random() < 0.8 else rng.choice(LANGUAGES)
+        if made := make_question(scene, rng.choice(QUESTION_TYPES), spoken, rng):
+            turns += [*made.turns_before, (made.text, made.answer)]
+    return texts.turns_as_context(turns)

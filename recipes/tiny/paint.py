@@ -7,6 +7,7 @@
 2. `vae`: the VAE, by `picture_vae.py`.
 3. `start`: a whole pipeline: the language model of `chat.py`'s first stage, that VAE, a new projection and UNet.
 4. `trained`: UNet and projection, by one call of `viscpm_hf.training.train_paint`; the language model stays frozen.
+5. `polished`: the same again from there, at a lower rate.
 
 A finished stage is not done again, and an interrupted training goes on.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from packing import strip_code
 from picture_vae import train_vae
 from tqdm import tqdm
 
@@ -101,6 +103,7 @@ TRAINING = {
     "bad_rows": "fail",
     "resume": True,
 }
+POLISHING = {"learning_rate": 7e-4, "max_steps": 1500}
 
 
 def outline(kind: str) -> list[tuple[float, float]]:
@@ -218,34 +221,29 @@ def main() -> None:
             make()
             seconds[name] = round(time.process_time() - begin)
 
-    data, vae, start, trained = (work / name for name in ("data", "vae", "start", "trained"))
+    data, vae, start, trained, polished = (work / name for name in ("data", "vae", "start", "trained", "polished"))
     stage("data", data / "validation.jsonl", lambda: write_data(data))
     stage("vae", vae / "log.json", lambda: write_vae(vae))
     stage("start", start / "model_index.json", lambda: write_start(start, vae, arguments.language_model))
-    config = PaintTrainingConfig(
-        output=str(trained),
-        model=str(start),
-        data=[str(data / "train.jsonl")],
-        eval_data=[str(data / "validation.jsonl")],
-        seed=SEED,
-        **TRAINING,
-    )
-    stage("trained", trained / "model_index.json", lambda: train_paint(config))
+
+    def train(model: Path, output: Path, seed: int, **options) -> None:
+        files = {"data": [str(data / "train.jsonl")], "eval_data": [str(data / "validation.jsonl")]}
+        config = PaintTrainingConfig(
+            output=str(output), model=str(model), seed=seed, **files, **{**TRAINING, **options}
+        )
+        stage(output.name, output / "model_index.json", lambda: train_paint(config))
+
+    train(start, trained, SEED)
+    train(trained, polished, SEED + 1, **POLISHING)
     if arguments.output is not None:
-        save(trained, vae, arguments.output, seconds)
+        save(polished, vae, arguments.output, seconds)
 
 
 def save(trained: Path, vae: Path, output: Path, seconds: dict[str, int]) -> None:
     """The pipeline in fp16, without the code that other folders carry; its results beside the recipe."""
     pipeline = VisCPMPaintPipeline.from_pretrained(trained, dtype=torch.float16)
     DiffusionPipeline.save_pretrained(pipeline, output)
-    for path in output.rglob("*.py"):
-        path.unlink()
-    for path in output.rglob("*.json"):  # nothing that names the code, or the place that all this comes from
-        content = json.loads(path.read_text("utf-8"))
-        for key in ("auto_map", "_name_or_path"):
-            content.pop(key, None)
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    strip_code(output)
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     pipeline = VisCPMPaintPipeline.from_pretrained(output, dtype=torch.float32)
@@ -255,7 +253,8 @@ def save(trained: Path, vae: Path, output: Path, seconds: dict[str, int]) -> Non
         "cpu_seconds": seconds,
         "right": evaluate(pipeline, results / "paint.png"),
         "vae": json.loads((vae / "log.json").read_text("utf-8")),
-        "training": json.loads((trained / "training.json").read_text("utf-8"))["result"]["log"],
+        "training": json.loads((trained.parent / "trained" / "training.json").read_text("utf-8"))["result"]["log"],
+        "polishing": json.loads((trained / "training.json").read_text("utf-8"))["result"]["log"],
     }
     (results / "paint.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 

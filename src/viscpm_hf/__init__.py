@@ -31,8 +31,19 @@ _EXPORTS = {
     "CpmBeeTokenizer": "modeling.tokenization_cpm_bee",
     "ImageSafetyChecker": "pipelines.safety",
     "Inspection": "conversion.inspect",
+    "LegacySentencePieceTokenizer": "modeling.tokenization_legacy_sentencepiece",
+    "MiniCPMVChat": "siblings.omnilmm_chat",
+    "MiniCPMVConfig": "modeling.configuration_vision_resampler",
+    "MiniCPMVForConditionalGeneration": "modeling.modeling_vision_resampler",
+    "MiniCPMVImageProcessor": "modeling.image_processing_minicpmv",
+    "MiniCPMVProcessor": "modeling.processing_minicpmv",
+    "OmniLMMChat": "siblings.omnilmm_chat",
+    "OmniLMMConfig": "modeling.configuration_vision_resampler",
+    "OmniLMMForConditionalGeneration": "modeling.modeling_vision_resampler",
+    "OmniLMMProcessor": "modeling.processing_omnilmm",
     "OriginalCheckpointError": "conversion.errors",
     "ReferenceDecodingConfig": "modeling.beam_search_cpm_bee",
+    "SiblingChat": "siblings.sibling_chat",
     "UnsafeImageError": "pipelines.safety",
     "UnsafePromptError": "pipelines.prompt_safety",
     "VisCPMChat": "chat",
@@ -47,7 +58,11 @@ _EXPORTS = {
     "VisCPMPaintPipeline": "pipelines.pipeline_viscpm_paint",
     "VisCPMPaintTextEncoder": "modeling.modeling_viscpm_paint",
     "VisCPMPaintTextEncoderConfig": "modeling.configuration_viscpm_paint",
+    "VisualCLAConfig": "modeling.configuration_vision_resampler",
+    "VisualCLAForConditionalGeneration": "modeling.modeling_vision_resampler",
+    "VisualCLAProcessor": "modeling.processing_visualcla",
     "convert": "conversion.convert",
+    "img2base64": "siblings.omnilmm_chat",
     "inspect": "conversion.inspect",
     "memory_plan": "memory.plan",
     "publish": "conversion.publish",
@@ -70,19 +85,32 @@ if TYPE_CHECKING:
     from .modeling.configuration_cpm_bee import CpmBeeConfig
     from .modeling.configuration_viscpm_chat import VisCPMChatConfig
     from .modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+    from .modeling.configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisualCLAConfig
+    from .modeling.image_processing_minicpmv import MiniCPMVImageProcessor
     from .modeling.image_processing_viscpm import VisCPMImageProcessor
     from .modeling.modeling_beit3 import Beit3Model
     from .modeling.modeling_cpm_bee import CpmBeeForCausalLM, CpmBeeModel
     from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
     from .modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+    from .modeling.modeling_vision_resampler import (
+        MiniCPMVForConditionalGeneration,
+        OmniLMMForConditionalGeneration,
+        VisualCLAForConditionalGeneration,
+    )
+    from .modeling.processing_minicpmv import MiniCPMVProcessor
+    from .modeling.processing_omnilmm import OmniLMMProcessor
     from .modeling.processing_viscpm_chat import VisCPMChatProcessor
+    from .modeling.processing_visualcla import VisualCLAProcessor
     from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
+    from .modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
     from .paint import VisCPMPaint
     from .pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
     from .pipelines.pipeline_viscpm_paint_img2img import VisCPMPaintImg2ImgPipeline
     from .pipelines.pipeline_viscpm_paint_inpaint import VisCPMPaintInpaintPipeline
     from .pipelines.prompt_safety import UnsafePromptError
     from .pipelines.safety import ImageSafetyChecker, UnsafeImageError
+    from .siblings.omnilmm_chat import MiniCPMVChat, OmniLMMChat, img2base64
+    from .siblings.sibling_chat import SiblingChat
 
 
 def __getattr__(name: str):

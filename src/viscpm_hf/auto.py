@@ -44,6 +44,7 @@ from .conversion.original import (
     read_json,
 )
 from .conversion.weight_transforms import register_key_map
+from .model_loading import load_placed, needs_placement
 from .modeling.configuration_beit3 import Beit3Config
 from .modeling.configuration_cpm_bee import CpmBeeConfig
 from .modeling.configuration_viscpm_chat import VisCPMChatConfig
@@ -55,8 +56,8 @@ from .modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, V
 from .modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from .modeling.processing_viscpm_chat import VisCPMChatProcessor
 from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
-from .placement import load_with_device_map
-from .quantization import load_quantized
+from .siblings.models import register_sibling_models
+from .siblings.processors import register_sibling_processors
 
 
 # Keyword arguments that say where files come from; the rest belongs to the object that is loaded.
@@ -136,6 +137,8 @@ def register() -> None:
         VisCPMPaintTextEncoder,
     ):
         _check_original(model_class)
+    register_sibling_models()
+    register_sibling_processors()
 
 
 # ------------------------------------------------------------------------------------------- the original's layout
@@ -229,20 +232,18 @@ def _check_original(model_class: type) -> None:
             return stock(cls, pretrained_model_name_or_path, *args, config=config, **kwargs)
         source = {key: kwargs[key] for key in SOURCE_ARGUMENTS if key in kwargs}
         shape = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
-        is_quantized = kwargs.get("quantization_config") is not None or hasattr(shape, "quantization_config")
-        if kwargs.get("device_map") is None and not is_quantized:
+        if not needs_placement(shape, kwargs):
             return stock(cls, pretrained_model_name_or_path, config=config, **kwargs)
-        kwargs["state_dict"] = state_dict
-
-        def load(path, *, config, state_dict, **kwargs):
-            stock_load = functools.partial(stock, cls, config=config)
-            if kwargs.get("device_map") is not None:
-                return load_with_device_map(stock_load, cls, path, shape, state_dict, **kwargs)
-            return stock_load(path, state_dict=state_dict if path is None else None, **kwargs)
-
-        if is_quantized:
-            return load_quantized(load, cls, pretrained_model_name_or_path, shape, **kwargs)
-        return load(pretrained_model_name_or_path, config=config, **kwargs)
+        kwargs.pop("state_dict", None)
+        return load_placed(
+            stock,
+            cls,
+            pretrained_model_name_or_path,
+            config=config,
+            shape=shape,
+            state_dict=state_dict,
+            **kwargs,
+        )
 
     from_pretrained._viscpm_hf = True
     model_class.from_pretrained = classmethod(from_pretrained)

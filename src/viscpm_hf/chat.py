@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -337,6 +337,21 @@ class VisCPMChat:
         return answer_batch(
             self, requests, mode=mode, seed=seed, return_exceptions=return_exceptions, generation=generation
         )
+
+    def prompt_length(self, request: ChatRequest) -> int:
+        """Tokens of the request's prompt; no picture is opened. Raises as [`encode_request`]."""
+        from .batch.answering import encode_request
+
+        return len(encode_request(self, request))
+
+    def context_of(self, turns: Iterable[tuple[str, str]]) -> str:
+        """The context of questions and their answers, as [`ask`] would have handed it on."""
+        return "".join(self.continue_context("", question, answer) for question, answer in turns)
+
+    def continue_context(self, context: str, question: str, answer: str) -> str:
+        """The context with one more turn."""
+        escape = self.processor.tokenizer.escape
+        return f"{context}User: {escape(question)}\nAI: {escape(answer)}\n"
 
     @torch.no_grad()
     def encode_image(self, image: PIL.Image.Image) -> torch.Tensor:

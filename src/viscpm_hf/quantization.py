@@ -41,7 +41,7 @@ QUANTIZATIONS = {
     "int4wo": "torchao",
 }
 # Modules that keep their precision, within models with a head and without.
-KEPT_MODULES = ("lm_head", "multi_modal_projector", "model.multi_modal_projector", "projection")
+KEPT_MODULES = ("lm_head", "multi_modal_projector", "model.multi_modal_projector", "projection", "resampler")
 VISION_MODULES = ("vision_tower", "model.vision_tower")
 
 # Of a layer that bitsandbytes' 4-bit kernels take: blocks of a row, and rows at a time.

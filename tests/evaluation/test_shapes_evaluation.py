@@ -1,6 +1,7 @@
 """The demo world's test sets. The golden models know nothing of it; a model that knows all is told by its answers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from paint_support import PAINT
@@ -28,7 +29,7 @@ def test_questions_of_every_type_and_language():
     assert rows == shapes.chat_rows(3)
 
 
-def test_right_answers_are_right_and_counted(monkeypatch):
+def test_right_answers_are_right_and_counted():
     """The checks see what the model said, by type and language."""
     rows = shapes.chat_rows(2)
     questions = [shapes._question(row.values["type"], row.values["language"], row.values["picture"]) for row in rows]
@@ -36,8 +37,8 @@ def test_right_answers_are_right_and_counted(monkeypatch):
 
     def results(say):
         turns = [ChatTurn(question.text, say(question), "", None, 1, 1.0) for question in questions]
-        monkeypatch.setattr(shapes, "answer_batch", lambda *arguments, **options: turns)
-        found = shapes.ShapesChatRows(chat=None).process(prepared)
+        chat = SimpleNamespace(ask_batch=lambda *arguments, **options: turns)
+        found = shapes.ShapesChatRows(chat).process(prepared)
         return {row.key: line for row, line in zip(rows, found, strict=True)}
 
     right = shapes.summarize(rows, results(lambda question: question.answer), shapes.CHAT_PARTS)

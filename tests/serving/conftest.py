@@ -2,6 +2,9 @@
 
 from importlib.util import find_spec
 
+import pytest
+from ray_support import ray_cluster, write_models
+
 from viscpm_hf.embedded import FOLDER
 
 
@@ -10,3 +13,16 @@ if find_spec("gradio") is None:
     collect_ignore += ["test_demo.py"]
 if find_spec("gradio") is None or find_spec("selenium") is None or not (FOLDER / "chat").is_dir():
     collect_ignore += ["test_demo_browser.py"]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A Ray of two CPUs."""
+    with ray_cluster() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def ray_models(tmp_path_factory):
+    """A folder with the small models `chat-a` and `paint-a`."""
+    return write_models(tmp_path_factory.mktemp("models"))

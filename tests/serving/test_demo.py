@@ -18,12 +18,13 @@ from support import Golden
 from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
 from viscpm_hf.cli import main
 from viscpm_hf.serving.demo import browser_language, create_demo, start
-from viscpm_hf.serving.demo_chat import ChatPage, open_picture
-from viscpm_hf.serving.demo_labels import Labels, status
+from viscpm_hf.serving.demo_chat import ChatPage, Visit, open_picture
+from viscpm_hf.serving.demo_labels import ERROR_TEXTS, Labels, report, status
 from viscpm_hf.serving.demo_paint import PaintPage
 from viscpm_hf.serving.demo_texts import LANGUAGES, TEXTS, preferred_language, say
 from viscpm_hf.serving.engine import ChatEngine
 from viscpm_hf.serving.paint_engine import PaintEngine
+from viscpm_hf.serving.tickets import EngineBusyError
 
 
 GOLDEN = Golden("chat_a")
@@ -166,10 +167,41 @@ def test_stop_ends_the_engines_work_and_keeps_what_was_said(page, engine):
 
 
 def test_another_picture_begins_anew_and_only_then_is_it_said(page):
-    turns, conversation, said = page.begin([("a?", "b")], "zh", "new_conversation")
+    visit = Visit()
+    number, turns, conversation, said = page.begin(visit, [("a?", "b")], "zh", "new_conversation")
+    assert number == visit.conversation == 1
     assert turns == conversation == [] and say("zh", "new_conversation") in said
-    assert page.begin([], "zh", "new_conversation")[2] == status("")
+    assert page.begin(visit, [], "zh", "new_conversation")[3] == status("")
     assert page.choose(gr.SelectData(None, {"index": 2, "value": None})) is page.samples[2]
+
+
+def test_what_is_cleared_stays_so_whatever_was_being_answered(page):
+    visit, given = Visit(), arguments(page, [("first?", "a")], tokens=1000, again=True)
+
+    async def clear_while_answering():
+        seen = []
+        async for update in page.answer_unless_over(visit, 0, *given):
+            seen.append(update)
+            if len(seen) == 2:
+                page.begin(visit, update[0], "en", "cleared")
+        return seen
+
+    async def of_conversation(number):
+        return [update async for update in page.answer_unless_over(visit, number, *arguments(page))]
+
+    assert len(asyncio.run(clear_while_answering())) == 2
+    assert asyncio.run(of_conversation(0)) == []  # clicked before, begun after
+    assert asyncio.run(of_conversation(1))[-1][0] == ask(page)[-1][0]
+
+
+@pytest.mark.parametrize(("kind", "key"), ERROR_TEXTS)
+def test_errors_are_told_in_both_languages(kind, key):
+    error = kind("why", 1.0) if kind is EngineBusyError else kind("why")
+    for language in LANGUAGES:
+        with pytest.warns(UserWarning):
+            told = report(error, language)
+        assert say(language, key, detail="why") in told
+        assert any("\u4e00" <= letter <= "\u9fff" for letter in told) == (language == "zh")
 
 
 def test_text_is_shown_letter_by_letter(page):
@@ -313,3 +345,8 @@ def test_the_examples_hand_on_their_options(name, option, monkeypatch, capsys):
         runpy.run_path(str(Path(__file__).parents[2] / "examples" / f"{name}.py"), run_name="__main__")
     assert end.value.code == 1
     assert "/no/such/folder" in capsys.readouterr().err
+
+
+def test_in_the_terminal_too_a_model_can_be_named(tmp_path, capsys):
+    assert main(["demo", "--terminal", "-o", str(tmp_path), "--model", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err

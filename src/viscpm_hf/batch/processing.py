@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.PngImagePlugin import PngInfo
 
-from .answering import ChatRequest, answer_batch, encode_request
+from .answering import ChatRequest
 from .painting import PaintRequest, check_paint_request, paint_batch
 from .rows import InputRow, resolve_image, seed_of, text_of
 from .runner import PreparedRow
@@ -46,19 +46,17 @@ class ChatRows:
         values = row.values
         image = resolve_image(values.get("image"), self.images)
         if "conversations" in values:
-            question, context = conversation_of(values["conversations"], self.chat.processor.tokenizer.escape)
+            question, turns = conversation_of(values["conversations"])
+            context = self.chat.context_of(turns)
         else:
             question, context = text_of(values, "question"), text_of(values, "context", "")
         request = ChatRequest(image, question, context)
         seed = seed_of(values, None if self.seed is None else self.seed + row.index)
-        length = len(encode_request(self.chat, request))
-        return PreparedRow(row, (request, seed), length)
+        return PreparedRow(row, (request, seed), self.chat.prompt_length(request))
 
     def process(self, batch: Sequence[PreparedRow]) -> list[dict[str, Any] | Exception]:
         requests, seeds = zip(*(item.request for item in batch), strict=True)
-        turns = answer_batch(
-            self.chat, requests, mode=self.mode, seed=seeds, return_exceptions=True, generation=self.generation
-        )
+        turns = self.chat.ask_batch(requests, mode=self.mode, seed=seeds, return_exceptions=True, **self.generation)
         return [
             turn
             if isinstance(turn, Exception)
@@ -73,9 +71,9 @@ class ChatRows:
         ]
 
 
-def conversation_of(turns: Any, escape: Any) -> tuple[str, str]:
-    """LLaVA's `[{"from": "human", "value": ...}, {"from": "gpt", ...}, ...]` -> the last question and the context
-    before it; an answer after it is what a data set expects, and is not shown to the model.
+def conversation_of(turns: Any) -> tuple[str, list[tuple[str, str]]]:
+    """LLaVA's `[{"from": "human", "value": ...}, {"from": "gpt", ...}, ...]` -> the last question and the turns before
+    it; an answer after it is what a data set expects, and is not shown to the model.
 
     Raises:
         ValueError: for anything else.
@@ -89,8 +87,7 @@ def conversation_of(turns: Any, escape: Any) -> tuple[str, str]:
             raise ValueError(f'Turn {index} of "conversations" is not {{"from": "{expected}", "value": text}}.')
         texts.append(turn["value"].replace("<image>", "").strip())
     last = (len(texts) - 1) // 2 * 2
-    pairs = zip(texts[:last:2], texts[1:last:2], strict=True)
-    return texts[last], "".join(f"User: {escape(question)}\nAI: {escape(answer)}\n" for question, answer in pairs)
+    return texts[last], list(zip(texts[:last:2], texts[1:last:2], strict=True))
 
 
 @dataclass

@@ -152,9 +152,12 @@ def process_rows(arguments: argparse.Namespace, kind: str, results: Results, sha
 
 def with_absolute_paths(arguments: argparse.Namespace) -> argparse.Namespace:
     """For processes that start elsewhere."""
-    names = ("model", "input", "images", "images_out", "config", "vision_config", "vocab", "vae", "diffusion_config")
+    names = ("model", "input", "images", "config", "vision_config", "vocab", "vae", "diffusion_config")
+    names += ("offload_folder", "ranker", "prompt_checker", "image_checker")
     paths = {name: getattr(arguments, name) for name in names}
     found = {name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
+    if arguments.images_out:
+        found["images_out"] = os.path.abspath(arguments.images_out)
     return argparse.Namespace(**{**vars(arguments), "run": None, **found})
 
 
@@ -217,9 +220,12 @@ def model_kind(arguments: argparse.Namespace) -> str:
     from ..batch.rows import read_rows
     from ..conversion.inspect import inspect
     from ..embedded import EMBEDDED_NAME
+    from ..siblings.sibling_chat import is_sibling
 
     kind = None
     if arguments.model != EMBEDDED_NAME:
+        if is_sibling(arguments.model):
+            return "chat"
         kind = inspect(arguments.model, llm_config=arguments.config, vision_config=arguments.vision_config).kind
     if kind is None:
         row = next((row for row in read_rows(arguments.input) if row.error is None), None)

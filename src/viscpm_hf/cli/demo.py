@@ -1,4 +1,4 @@
-"""`viscpm-hf demo`: the embedded model at work, without a download.
+"""`viscpm-hf demo`: the embedded model at work, without a download, or another one.
 
 This is the demonstration in a terminal: a picture is drawn and asked about in both languages, and another one is
 painted; the pictures are written to files. The page in the browser is that of `demo_web`.
@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 from ..embedded import EMBEDDED_NAME
-from .demo_web import add_web_options, has_web, run_web
+from .demo_web import add_web_options, has_web, load_demo_painter, run_web
+from .model_options import load_chat
 
 
 # One of the test pictures, which no training has seen.
-PICTURE = ("test", 6)
+PICTURE = ("test", 54)
 PICTURE_SIZE = 224
 
 QUESTIONS = (
@@ -51,19 +52,18 @@ def run(arguments: argparse.Namespace) -> int:
         return run_web(arguments)
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    answer_in_terminal(folder / "demo-picture.png")
-    paint_to_files(folder, arguments.seed)
+    answer_in_terminal(arguments, folder / "demo-picture.png")
+    paint_to_files(arguments, folder)
     return 0
 
 
-def answer_in_terminal(file: Path) -> None:
+def answer_in_terminal(arguments: argparse.Namespace, file: Path) -> None:
     """Draws a picture into `file`, and prints a conversation about it."""
-    from ..chat import VisCPMChat
     from ..shapes import draw, make_scene
 
+    chat = load_chat(arguments)
     draw(make_scene(*PICTURE), PICTURE_SIZE).save(file)
     print(f"{file}: a picture that {EMBEDDED_NAME} has not seen in training / 训练中未见过的图片")
-    chat = VisCPMChat(EMBEDDED_NAME)
     context, encoded = "", None
     for question in QUESTIONS:
         turn = chat.ask(file, question, context, encoded)
@@ -71,12 +71,10 @@ def answer_in_terminal(file: Path) -> None:
         print(f"Q: {question}\nA: {turn.answer}")
 
 
-def paint_to_files(folder: Path, seed: int) -> None:
+def paint_to_files(arguments: argparse.Namespace, folder: Path) -> None:
     """Paints a picture for each prompt."""
-    from ..paint import VisCPMPaint
-
-    painter = VisCPMPaint(EMBEDDED_NAME, image_safety_checker=False, prompt_safety_checker=False, add_ranker=False)
+    painter = load_demo_painter(arguments)
     for number, prompt in enumerate(PROMPTS, start=1):
         file = folder / f"demo-painted-{number}.png"
-        painter.generate(prompt, generator=seed).save(file)
+        painter.generate(prompt, generator=arguments.seed).save(file)
         print(f"{prompt} -> {file}")

@@ -6,11 +6,15 @@ import argparse
 import signal
 import threading
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from ..embedded import EMBEDDED_NAME
 from .model_options import add_model_options, load_chat
 from .serve import load_painter, model_name, port
 
+
+if TYPE_CHECKING:
+    from ..paint import VisCPMPaint
 
 KINDS = ("chat", "paint", "both")
 
@@ -43,6 +47,15 @@ def has_web() -> bool:
     return find_spec("gradio") is not None
 
 
+def load_demo_painter(arguments: argparse.Namespace) -> VisCPMPaint:
+    """The paint model, one candidate a picture."""
+    if arguments.paint_checks is None:
+        arguments.paint_checks = arguments.paint != EMBEDDED_NAME
+    painter = load_painter(arguments)
+    painter.candidates = 1
+    return painter
+
+
 def run_web(arguments: argparse.Namespace) -> int:
     """Serves the page until SIGINT or SIGTERM."""
     kind = arguments.kind or "both"
@@ -53,16 +66,11 @@ def run_web(arguments: argparse.Namespace) -> int:
             f'The page needs {error.name}, which is not installed: pip install "viscpm-hf[demo]"; '
             "`viscpm-hf demo --terminal` does without."
         ) from error
-    from ..serving.engine import ChatEngine
     from ..serving.paint_engine import PaintEngine
+    from ..serving.sibling_engine import open_engine
 
-    painter = None
-    if kind != "chat":
-        if arguments.paint_checks is None:
-            arguments.paint_checks = arguments.paint != EMBEDDED_NAME
-        painter = load_painter(arguments)
-        painter.candidates = 1
-    chat = None if kind == "paint" else ChatEngine(load_chat(arguments))
+    painter = None if kind == "chat" else load_demo_painter(arguments)
+    chat = None if kind == "paint" else open_engine(load_chat(arguments))
     paint = None if painter is None else PaintEngine(painter)
     demo = create_demo(chat, paint, model_name(arguments.model), model_name(arguments.paint))
     try:

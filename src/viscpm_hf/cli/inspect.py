@@ -46,7 +46,8 @@ def describe(inspection: Inspection) -> str:
     """For people."""
     from ..conversion.inspect import KINDS
 
-    lines = [f"{inspection.source}: {KINDS.get(inspection.kind, 'unknown')}, {inspection.layout}"]
+    system = inspection.system or KINDS.get(inspection.kind, "unknown")
+    lines = [f"{inspection.source}: {system}, {inspection.layout}"]
 
     def row(title: str, text: str) -> None:
         if text:
@@ -61,6 +62,7 @@ def describe(inspection: Inspection) -> str:
     row("quantised", inspection.quantization or "")
     row("sizes", ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in inspection.sizes.items()))
     row("memory", ", ".join(f"{name} {_gigabytes(size)}" for name, size in inspection.memory_bytes.items()))
+    row("licence", inspection.licence)
     row("missing", _many(inspection.missing))
     row("surplus", _many(inspection.surplus))
     row("problems", "; ".join(inspection.problems))

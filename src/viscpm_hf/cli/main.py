@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 
 from ..version import __version__
-from . import batch, chat, convert, demo, inspect, memory, paint, publish, serve, train
+from . import batch, chat, convert, demo, inspect, memory, merge, paint, publish, serve, train
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
 
 
-COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, publish, train, evaluate)
+COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from ..quantization import QUANTIZATIONS
 if TYPE_CHECKING:
     from ..chat import VisCPMChat
     from ..paint import VisCPMPaint
+    from ..siblings.sibling_chat import SiblingChat
 
 
 def device_map(text: str) -> str | dict[str, Any]:
@@ -94,10 +95,19 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat:
-    """`VisCPMChat` of `arguments.model`; `options` are further arguments of it."""
+def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
+    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments."""
     from ..chat import VisCPMChat
+    from ..embedded import EMBEDDED_NAME
+    from ..siblings.sibling_chat import SiblingChat, is_sibling
 
+    if arguments.model != EMBEDDED_NAME and is_sibling(arguments.model):
+        others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
+        given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]
+        if given:
+            raise ValueError(f"{', '.join(given)} is for VisCPM-Chat, which {arguments.model} is not.")
+        common = {name: value for name, value in _common(arguments).items() if name != "fast"}
+        return SiblingChat(arguments.model, quantize_vision=arguments.quantize_vision, **common, **options)
     return VisCPMChat(
         arguments.model,
         arguments.config,

@@ -71,13 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError(
             f'Serving needs {error.name}, which is not installed: pip install "viscpm-hf[serve]".'
         ) from error
-    from ..serving.engine import ChatEngine
     from ..serving.paint_engine import PaintEngine
-    from ..serving.settings import ServerSettings
+    from ..serving.settings import ServerSettings, read_api_key
+    from ..serving.sibling_engine import open_engine
     from ..serving.tickets import EngineLimits
 
     settings = ServerSettings(
-        api_key=read_key(arguments),
+        api_key=read_api_key(arguments.api_key_file) if arguments.api_key_file else arguments.api_key,
         timeout=arguments.timeout,
         client_timeout=arguments.client_timeout,
         max_body_bytes=arguments.max_body_bytes,
@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         max_rows=arguments.max_concurrency, max_waiting=arguments.max_waiting, max_places=arguments.max_cache_tokens
     )
     painter = load_painter(arguments) if arguments.paint else None
-    chat = ChatEngine(load_chat(arguments), limits)
+    chat = open_engine(load_chat(arguments), limits)
     app = create_app(
         chat,
         None if painter is None else PaintEngine(painter),
@@ -100,16 +100,6 @@ def run(arguments: argparse.Namespace) -> int:
     )
     serve(app, arguments.host, arguments.port, settings.client_timeout)
     return 0
-
-
-def read_key(arguments: argparse.Namespace) -> str | None:
-    if arguments.api_key_file is None:
-        key = arguments.api_key
-    else:
-        key = Path(arguments.api_key_file).read_text("utf-8").strip()
-    if key == "":
-        raise ValueError("The API key is empty: give one, or none at all to let everybody in.")
-    return key
 
 
 def load_painter(arguments: argparse.Namespace):

@@ -129,7 +129,6 @@ def convert(
         ConversionError: if the output can't be written there, or what was written isn't what it should be.
         OSError: if files can't be read or written, a full disk included. What is finished stays for `resume`.
     """
-    begin = time.perf_counter()
     if to not in (TO_HUGGINGFACE, TO_ORIGINAL):
         raise ValueError(f"to is {TO_HUGGINGFACE!r} or {TO_ORIGINAL!r}, got {to!r}.")
     wanted = parse_dtype(dtype)
@@ -139,6 +138,8 @@ def convert(
         if to == TO_ORIGINAL:
             raise ConversionError(f"{location.name} is in the original's format already.")
         return _nothing_to_do(location, location.path, f"{location.name} is a converted folder already.")
+    if to == TO_ORIGINAL and location.is_sibling:
+        raise ConversionError(f"There is no way back for {location.name}: keep the original files.")
     if to == TO_ORIGINAL and (quantization := stored_quantization(location.path)) is not None:
         raise ConversionError(
             f"{location.name} is quantised to {quantization}; the original's values can't be had back from it."
@@ -154,6 +155,36 @@ def convert(
         if to == TO_HUGGINGFACE
         else plan_original(checkpoint, wanted, json_object(location.path / MANIFEST_NAME), ORIGINAL_WEIGHTS_NAME)
     )
+    return run_plan(
+        checkpoint,
+        plan,
+        output,
+        sources=[location.path],
+        to=to,
+        dry_run=dry_run,
+        resume=resume,
+        verify=verify,
+        overwrite=overwrite,
+        show_progress=show_progress,
+    )
+
+
+def run_plan(
+    checkpoint: Checkpoint,
+    plan: ConversionPlan,
+    output: str | os.PathLike,
+    *,
+    sources: list[Path],
+    to: str = TO_HUGGINGFACE,
+    dry_run: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> ConversionResult:
+    """Writes what is planned; see [`convert`]. The output must not lie inside one of the `sources`."""
+    begin = time.perf_counter()
+    location = checkpoint.location
     result = ConversionResult(
         source=location.name,
         output=Path(output),
@@ -168,7 +199,7 @@ def convert(
     fingerprint = _fingerprint(checkpoint, plan, to)
     if resume and _is_finished(Path(output), plan, fingerprint):
         return _nothing_to_do(location, Path(output), f"{output} is finished already: there is nothing to resume.")
-    workspace = Workspace(output, [location.path], resume=resume, overwrite=overwrite or dry_run)
+    workspace = Workspace(output, sources, resume=resume, overwrite=overwrite or dry_run)
     if dry_run:
         return replace(result, seconds=time.perf_counter() - begin)
 
@@ -252,7 +283,7 @@ class _Conversion:
         if known is None:
             known, begin = {}, 0
             for path in self.checkpoint.weight_files:
-                known[path.name] = sha256_of(path, functools.partial(self._wait_for, begin))
+                known[self.checkpoint.source_name(path)] = sha256_of(path, functools.partial(self._wait_for, begin))
                 begin += path.stat().st_size
             if not self._is_cancelled:
                 self.workspace.remember("source_checksums", known)
@@ -285,7 +316,8 @@ class _Conversion:
     def manifest(self, result: ConversionResult) -> dict[str, Any]:
         """`conversion.json`: every tensor, where it came from and what was done to it."""
         checkpoint, plan = self.checkpoint, self.plan
-        primary = checkpoint.weight_files[0]
+        primary, *others = checkpoint.weight_files
+        names = {path: checkpoint.source_name(path) for path in checkpoint.weight_files}
         return {
             "format": MANIFEST_FORMAT,
             "tool": f"viscpm-hf {__version__}",
@@ -293,11 +325,11 @@ class _Conversion:
             "direction": self.to,
             "kind": checkpoint.kind,
             "source": {
-                "file": primary.name,
+                "file": names[primary],
                 "size": primary.stat().st_size,
-                "sha256": self.source_checksums[primary.name],
+                "sha256": self.source_checksums[names[primary]],
             },
-            "other_sources": {path.name: self.source_checksums[path.name] for path in checkpoint.weight_files[1:]},
+            "other_sources": {names[path]: self.source_checksums[names[path]] for path in others},
             "rounding": _rounding(plan),
             "original_configs": checkpoint.original_configs,
             "files": dict(sorted(self.workspace.finished.items())),
@@ -322,7 +354,7 @@ class _Conversion:
         }
 
     def _command(self, result: ConversionResult) -> str:
-        words = ["viscpm-hf", "convert", self.checkpoint.weight_files[0].name, result.output.name]
+        words = [*self.checkpoint.command, result.output.name]
         if self.to == TO_ORIGINAL:
             words += ["--to", TO_ORIGINAL]
         if self.plan.dtype is not None:
@@ -352,7 +384,10 @@ def _fingerprint(checkpoint: Checkpoint, plan: ConversionPlan, to: str) -> dict[
     return {
         "version": __version__,
         "to": to,
-        "sources": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.weight_files],
+        "sources": [
+            [checkpoint.source_name(path), path.stat().st_size, path.stat().st_mtime_ns]
+            for path in checkpoint.weight_files
+        ],
         "dtype": None if plan.dtype is None else dtype_name(plan.dtype),
         "files": {file.path: file.nbytes for file in plan.files},
     }

@@ -8,11 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .model_card import chat_card, cpm_bee_card
+from .model_card import CARDS, sibling_card
 from .original import (
     CHAT,
     CPM_BEE,
@@ -31,10 +37,8 @@ if TYPE_CHECKING:
     from .planning import Checkpoint, ConversionPlan
 
 
-AUTO_CLASSES = {
-    CHAT: (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM),
-    CPM_BEE: (AutoModel, AutoModelForCausalLM),
-}
+VISION_LANGUAGE = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+AUTO_CLASSES = {CPM_BEE: (AutoModel, AutoModelForCausalLM)}
 ORIGINAL_MODEL_TYPE = {CHAT: "viscpmchatbee", CPM_BEE: "cpmbee", PAINT: "cpmbee"}
 
 
@@ -54,14 +58,14 @@ def export_transformers_folder(
         if part is not None:
             part.dtype = config.dtype
     config.name_or_path = ""
-    config.auto_map = auto_map(config, AUTO_CLASSES[checkpoint.kind])
+    config.auto_map = auto_map(config, AUTO_CLASSES.get(checkpoint.kind, VISION_LANGUAGE))
     save_code(model, folder)
     config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
+    (checkpoint.generation_config() or model.generation_config).save_pretrained(folder)
     save_processor(folder, checkpoint)
     write_index(folder, plan, "model")
     write_json(folder / MANIFEST_NAME, manifest)
-    card = chat_card if checkpoint.kind == CHAT else cpm_bee_card
+    card = CARDS.get(checkpoint.kind, sibling_card)
     (folder / "README.md").write_text(card(checkpoint, plan.num_parameters, manifest), "utf-8")
 
 
@@ -78,6 +82,9 @@ def save_code(model: Any, folder: Path) -> None:
 
 
 def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
+    if checkpoint.location.is_sibling:
+        AutoProcessor.from_pretrained(checkpoint.location.path).save_pretrained(folder)
+        return
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
     from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
     from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer

@@ -15,6 +15,7 @@ import torch
 
 from ..quantization import stored_quantization
 from .errors import ConversionError, OriginalCheckpointError
+from .model_card import LICENCE
 from .original import (
     CHAT,
     CPM_BEE,
@@ -41,6 +42,7 @@ from .source import (
 from .tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
 
 
+# Without the siblings, which `siblings.systems` knows.
 KINDS = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
 
 # What a weight takes once quantised by bitsandbytes: int8, and 4 bits with a scale for every 64 values.
@@ -59,7 +61,8 @@ class Inspection:
 
     source: str
     kind: str | None
-    """`"chat"`, `"paint"` or `"cpm_bee"`; None if the weights aren't at hand and the rest doesn't tell."""
+    """`"chat"`, `"paint"`, `"cpm_bee"`, or a sibling's model type; None if the weights aren't at hand and nothing else
+    tells."""
     layout: str
     files: dict[str, int]
     """Files of weights and their sizes in bytes."""
@@ -85,6 +88,10 @@ class Inspection:
     memory_bytes: dict[str, int] = field(default_factory=dict)
     """Memory of the weights in fp16, int8 and 4 bits."""
     next_command: str = ""
+    system: str = ""
+    """The name of the released system, and its version."""
+    licence: str = ""
+    """Of the weights."""
 
     @property
     def is_complete(self) -> bool:
@@ -113,6 +120,10 @@ def inspect(
     location = locate(source, revision, token, with_weights=False)
     if location.is_converted:
         return _inspect_converted(location)
+    if location.is_sibling:
+        from .siblings.inspect import inspect_sibling
+
+        return inspect_sibling(location)
     files = original_files(location.path) if location.layout == ORIGINAL_FOLDER else [location.path]
     models = [file for file in files if file.name not in VAE_NAMES]
     if len(models) > 1:
@@ -158,7 +169,7 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
     if kind == PAINT and not any((location.folder / name).exists() for name in ("vae", "vae.bin")):
         missing.append("vae/ (the original file has none; openbmb/VisCPM-Paint has it in a folder)")
     name = location.name if location.layout == ORIGINAL_FILE else f"{location.name.rstrip('/')}"
-    return _inspection(
+    return inspection(
         location,
         kind,
         {weights.name: weights.stat().st_size},
@@ -167,7 +178,7 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
         missing=missing,
         surplus=surplus,
         problems=problems,
-        next_command=_convert_command(name, missing),
+        next_command=convert_command(name, missing),
     )
 
 
@@ -244,11 +255,11 @@ def _inspect_without_weights(location: Location) -> Inspection:
         num_parameters=0,
         sizes=_sizes(config),
         missing=[f"weights ({' or '.join(ORIGINAL_SUFFIXES)})"],
-        next_command=_convert_command(location.name, []),
+        next_command=convert_command(location.name, []),
     )
 
 
-def _convert_command(source: str, missing: list[str]) -> str:
+def convert_command(source: str, missing: list[str]) -> str:
     words = ["viscpm-hf", "convert", source, f"{Path(source).stem or 'viscpm'}-hf", "--verify"]
     if "vocab.txt" in missing:
         words += ["--vocab", "vocab.txt"]
@@ -299,10 +310,9 @@ def _inspect_converted(location: Location) -> Inspection:
         except (ConversionError, OSError) as error:
             problems.append(str(error))
     name = shlex.quote(location.name)
-    command = (
-        f"viscpm-hf chat {name} IMAGE" if location.kind == CHAT else f"viscpm-hf publish {name} REPO_ID --dry-run"
-    )
-    return _inspection(
+    chats = location.kind == CHAT or location.is_sibling
+    command = f"viscpm-hf chat {name} IMAGE" if chats else f"viscpm-hf publish {name} REPO_ID --dry-run"
+    return inspection(
         location,
         location.kind,
         files,
@@ -345,18 +355,26 @@ def _converted_part(folder: str, name: str) -> str:
         return {"unet": "UNet", "vae": "VAE"}[folder]
     if "vision_tower." in name:
         return "vision tower"
+    if name.startswith("resampler."):
+        return "resampler"
     return "projector" if "multi_modal_projector." in name else "language model"
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
 
 
-def _inspection(location: Location, kind: str | None, files: dict[str, int], parts, config, **known) -> Inspection:
+def inspection(location: Location, kind: str | None, files: dict[str, int], parts, config, **known) -> Inspection:
     parameters: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     for part, spec in parts:
         parameters[part] += spec.numel
         dtypes[dtype_name(spec.dtype)] += spec.numel
+    system, licence = KINDS.get(kind, ""), LICENCE if kind in KINDS else ""
+    if location.is_sibling and config is not None:
+        from .siblings.systems import system_of
+
+        facts = system_of(config)
+        system, licence = facts.name, facts.licence
     return Inspection(
         source=location.name,
         kind=kind,
@@ -368,6 +386,8 @@ def _inspection(location: Location, kind: str | None, files: dict[str, int], par
         dtypes=dict(dtypes),
         sizes=_sizes(config),
         memory_bytes=_memory(parts),
+        system=system,
+        licence=licence,
         **known,
     )
 
@@ -388,7 +408,7 @@ def _sizes(config: Any) -> dict[str, Any]:
             "vision_layers": vision.num_hidden_layers,
             "resolution": vision.image_size,
             "patch_size": vision.patch_size,
-            "queries": vision.num_query_tokens,
+            "queries": config.num_query_tokens,
         }
     if getattr(config, "projection_dim", None) is not None:
         sizes["prompt_embedding"] = config.projection_dim

@@ -7,6 +7,9 @@ entry that matches counts. Operations:
 - `FOLD_WIDTH`: divided by the square root of the last dimension. The original divides every product by it, here it is
   part of the weights (`modeling_cpm_bee`).
 - `AS_MATRIX`: a 1×1 convolution's weight `(out, in, 1, 1)` as a matrix `(out, in)`; a matrix stays what it is.
+- `FIRST_THIRD`, `SECOND_THIRD`, `LAST_THIRD`: of the rows. A name that is split has an entry for each of its parts.
+- `WITHOUT_BATCH`: without a first dimension of 1.
+- `TRANSPOSED`: a matrix the other way round.
 
 Names are those within a part; `CHAT`, `CPM_BEE` and the `PAINT_` maps say where the parts lie in the files.
 Source: the checkpoints of openbmb/VisCPM-Chat and openbmb/VisCPM-Paint.
@@ -20,6 +23,9 @@ from typing import NamedTuple
 KEEP = "keep"
 FOLD_WIDTH = "fold_width"
 AS_MATRIX = "as_matrix"
+FIRST_THIRD, SECOND_THIRD, LAST_THIRD = THIRDS = ("first_third", "second_third", "last_third")
+WITHOUT_BATCH = "without_batch"
+TRANSPOSED = "transposed"
 
 
 class Entry(NamedTuple):
@@ -30,7 +36,7 @@ class Entry(NamedTuple):
 
 class Dropped(NamedTuple):
     source: str
-    """A name, or the beginning of names if it ends with a dot."""
+    """A name, or the beginning of names if it ends with a dot; `{n}` stands for a layer number."""
     reason: str
 
 

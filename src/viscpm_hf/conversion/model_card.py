@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
 
 
 BASE_MODELS = {"chat": "openbmb/VisCPM-Chat", "paint": "openbmb/VisCPM-Paint", "cpm_bee": "openbmb/cpm-bee-10b"}
+LICENCE = "research use, commercial use on request to their authors"
+LICENCE_ZH = "可用于研究，商用须向原作者申请"
+# What was done to the weights.
+RENAMED = ("under new names", "只是改用了新的名称")
+MERGED = ("merged with the models that they change", "已与其基座模型合并")
 
 FRONT_MATTER = """\
 ---
@@ -24,7 +30,7 @@ library_name: {library}
 pipeline_tag: {pipeline_tag}
 base_model: {base_model}
 tags:
-- viscpm
+- {tag}
 - safetensors
 ---
 """
@@ -78,11 +84,11 @@ BODY = """\
 ## Weights / 权重
 
 These are the weights of [{base_model}](https://huggingface.co/{base_model}), {parameters:.2f} billion parameters in
-{dtypes}, under new names; nothing was trained. **They remain under the licence of the original weights: research use,
-commercial use on request to their authors.** The Python files are Apache-2.0.
+{dtypes}, {changed}; nothing was trained. **They remain under the licence of the original weights: {licence}.** The
+Python files are Apache-2.0.
 
 这些是 [{base_model}](https://huggingface.co/{base_model}) 的权重，{parameters:.2f} B 参数，{dtypes}，
-只是改用了新的名称，没有重新训练。**权重仍受原始许可证约束：可用于研究，商用须向原作者申请。**
+{changed_zh}，没有重新训练。**权重仍受原始许可证约束：{licence_zh}。**
 其中的 Python 文件采用 Apache-2.0 许可证。
 
 | | |
@@ -95,7 +101,9 @@ commercial use on request to their authors.** The Python files are Apache-2.0.
 
 `conversion.json` lists every tensor with its old name and what was done to it. /
 `conversion.json` 逐一列出每个张量的原名与所做的处理。
+"""
 
+PAPER = """
 ## Paper / 论文
 
 [Large Multilingual Models Pivot Zero-Shot Multimodal Learning across
@@ -145,6 +153,31 @@ def paint_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[st
     )
 
 
+def sibling_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
+    from .siblings.systems import system_of
+
+    system = system_of(checkpoint.config)
+    return _card(
+        checkpoint,
+        num_parameters,
+        manifest,
+        library="transformers",
+        pipeline_tag="image-text-to-text",
+        title=system.name,
+        english=f"{system.english}\n\n{system.chinese}",
+        use=CHAT_USE,
+        tag=checkpoint.kind,
+        base_model=system.base_model,
+        licence=system.licence,
+        licence_zh=system.licence_zh,
+        paper="",
+        changed=MERGED if checkpoint.made_by else RENAMED,
+    )
+
+
+CARDS = MappingProxyType({"chat": chat_card, "cpm_bee": cpm_bee_card, "paint": paint_card})
+
+
 def _card(
     checkpoint: Checkpoint,
     num_parameters: int,
@@ -155,10 +188,17 @@ def _card(
     title: str,
     english: str,
     use: str,
+    tag: str = "viscpm",
+    base_model: str | None = None,
+    licence: str = LICENCE,
+    licence_zh: str = LICENCE_ZH,
+    paper: str = PAPER,
+    changed: tuple[str, str] = RENAMED,
 ) -> str:
-    base_model = BASE_MODELS[checkpoint.kind]
+    base_model = base_model or BASE_MODELS[checkpoint.kind]
+    changed, changed_zh = changed
     dtypes = sorted({entry["dtype"] for entry in manifest["tensors"]})
-    front = FRONT_MATTER.format(base_model=base_model, library=library, pipeline_tag=pipeline_tag)
+    front = FRONT_MATTER.format(base_model=base_model, library=library, pipeline_tag=pipeline_tag, tag=tag)
     body = BODY.format(
         title=title,
         english=english,
@@ -171,5 +211,9 @@ def _card(
         tool=manifest["tool"],
         command=manifest["command"],
         rounding=manifest["rounding"],
+        licence=licence,
+        licence_zh=licence_zh,
+        changed=changed,
+        changed_zh=changed_zh,
     )
-    return front + "\n" + body
+    return front + "\n" + body + paper

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from . import key_maps
 from .errors import ConversionError, OriginalCheckpointError
@@ -17,7 +17,7 @@ from .original import CHAT, PAINT, chat_config, checkpoint_kind, key_map_of, loa
 from .source import Location, file_beside, llm_config_file, original_weights, vision_config_file, vocab_file
 from .tensor_files import SafetensorsFolder, TensorSpec
 from .transfer import TensorTransfer
-from .weight_transforms import KeyMatcher
+from .weight_transforms import KeyMatcher, shape_after
 
 
 # Names of weights without the endings, as the two libraries have them.
@@ -45,16 +45,39 @@ class Checkpoint:
 
     location: Location
     kind: str
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     parts: list[Part]
     weight_files: list[Path]
     config: PreTrainedConfig
     """Of the model, for Paint of its text encoder."""
-    vocab: Path
+    vocab: Path | None
+    """`vocab.txt`; None where the vocabulary is of another kind."""
     original_configs: dict[str, Any] = field(default_factory=dict)
     """The original's JSON files by their names, to be given back on the way back."""
     diffusion: Any = None
     """Paint's UNet, VAE and scheduler configurations."""
+
+    @property
+    def command(self) -> list[str]:
+        """What it is converted by, up to the name of the new folder."""
+        return ["viscpm-hf", "convert", self.weight_files[0].name]
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Names, dtypes and shapes of the tensors, of which none is read."""
+        return {name: spec_of(name, tensor) for name, tensor in self.tensors.items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors as `from_pretrained` takes them."""
+        return dict(self.tensors)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The checkpoint's own, if it has one; else the model's."""
+        return None
+
+    def source_name(self, path: Path) -> str:
+        """The name of one of the files of weights."""
+        folder = self.location.folder
+        return path.relative_to(folder).as_posix() if folder in path.parents else path.name
 
 
 @dataclass(frozen=True)
@@ -124,6 +147,10 @@ def open_original(
         OriginalCheckpointError: if it isn't, or its configurations are of another one.
         FileNotFoundError: if a file is missing.
     """
+    if location.is_sibling:
+        from .siblings.checkpoint import open_sibling
+
+        return open_sibling(location)
     vae_file = Path(vae) if vae is not None else None
     weights = original_weights(location, except_for=vae_file)
     tensors = load_state_dict(weights)
@@ -177,36 +204,33 @@ def check_vocabulary(vocab: Path, config: PreTrainedConfig) -> None:
 def plan_conversion(checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_bytes: int) -> ConversionPlan:
     """From the original's names to ours."""
     files: list[FilePlan] = []
-    left = dict(checkpoint.tensors)
+    left = checkpoint.specs()
     for part in checkpoint.parts:
         matcher = KeyMatcher(part.key_map)
         transfers = []
         for name in list(left):
-            if not name.startswith(part.source_prefix):
+            own_name = name.removeprefix(part.source_prefix)
+            if not name.startswith(part.source_prefix) or matcher.dropped_reason(own_name) is not None:
                 continue
-            match = matcher.match(name.removeprefix(part.source_prefix))
-            if match is not None:
-                target, entry = match
-                transfers.append(_transfer(name, left.pop(name), target, entry.operation, dtype))
+            matches = matcher.match_all(own_name)
+            if matches:
+                source = left.pop(name)
+                transfers += [_transfer(source, target, entry.operation, dtype) for target, entry in matches]
         files += _shards(part, transfers, max_shard_bytes)
     dropped, extras = {}, []
-    for name, tensor in left.items():
+    for name, spec in left.items():
         reasons = (KeyMatcher(part.key_map).dropped_reason(name) for part in checkpoint.parts)
         dropped[name] = next((reason for reason in reasons if reason), "unknown")
-        extras.append(TensorTransfer(spec_of(name, tensor), spec_of(name, tensor)))
+        extras.append(TensorTransfer(spec, spec))
     if extras:
         files.append(FilePlan(EXTRAS_NAME, tuple(extras), is_model=False))
     return ConversionPlan(tuple(files), dropped, dtype)
 
 
-def _transfer(
-    name: str, tensor: torch.Tensor, target: str, operation: str, dtype: torch.dtype | None
-) -> TensorTransfer:
-    shape = tuple(tensor.shape)
-    if operation == key_maps.AS_MATRIX and len(shape) == 4:
-        shape = (shape[0], shape[1] * shape[2] * shape[3])
-    new_dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return TensorTransfer(spec_of(name, tensor), TensorSpec(target, new_dtype, shape), operation)
+def _transfer(source: TensorSpec, target: str, operation: str, dtype: torch.dtype | None) -> TensorTransfer:
+    shape = tuple(shape_after(operation, torch.Size(source.shape)))
+    new_dtype = dtype if dtype is not None and source.dtype.is_floating_point else source.dtype
+    return TensorTransfer(source, TensorSpec(target, new_dtype, shape), operation)
 
 
 def _shards(part: Part, transfers: list[TensorTransfer], max_bytes: int) -> list[FilePlan]:
@@ -237,6 +261,10 @@ def open_converted(location: Location) -> Checkpoint:
     Raises:
         ConversionError, OSError: if it is damaged or incomplete.
     """
+    if location.is_sibling:
+        from .siblings.checkpoint import open_converted_sibling
+
+        return open_converted_sibling(location)
     words = file_beside(location, None, ("vocab.txt", "tokenizer/vocab.txt"), "vocabulary")
     if words is None:
         raise FileNotFoundError(f"{location.name} has no vocab.txt.")

@@ -7,7 +7,6 @@ import shlex
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,16 +16,16 @@ from ..version import __version__
 from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
 from .errors import ConversionError
 from .export import save_processor, write_json
-from .model_card import chat_card, cpm_bee_card, paint_card
-from .original import CHAT, CPM_BEE, PAINT
+from .model_card import CARDS, sibling_card
+from .original import PAINT
 from .planning import Checkpoint, open_converted, open_original
 from .source import MANIFEST_NAME, locate
 from .tensor_files import dtype_name, safetensors_header, sha256_of
-from .workspace import Workspace
+from .verify import empty_model
+from .workspace import PARTIAL_SUFFIX, Workspace
 
 
 ROUNDING = "Linear layers of the language model were quantised; their values can't be brought back."
-CARDS = MappingProxyType({CHAT: chat_card, CPM_BEE: cpm_bee_card, PAINT: paint_card})
 
 
 def convert_quantized(
@@ -87,7 +86,8 @@ def convert_quantized(
             del model
             manifest = _manifest(checkpoint, folder, quantization, checksum.result())
         write_json(folder / MANIFEST_NAME, manifest)
-        (folder / "README.md").write_text(CARDS[checkpoint.kind](checkpoint, num_parameters, manifest), "utf-8")
+        card = CARDS.get(checkpoint.kind, sibling_card)
+        (folder / "README.md").write_text(card(checkpoint, num_parameters, manifest), "utf-8")
     except BaseException:
         workspace.discard_unless_begun()
         raise
@@ -108,17 +108,15 @@ def convert_quantized(
 
 
 def _load(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype | None, device: torch.device) -> Any:
-    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
-    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-
     dtype = dtype or _stored_dtype(checkpoint)
-    model_class = VisCPMChatForConditionalGeneration if checkpoint.kind == CHAT else CpmBeeForCausalLM
+    model_class = type(empty_model(checkpoint.config))
     options = {
         "quantization_config": quantization_config(quantization, dtype), "dtype": dtype, "device_map": {"": device},
     }  # fmt: skip
     if checkpoint.location.is_converted:
         return model_class.from_pretrained(checkpoint.location.path, **options)
-    return model_class.from_pretrained(None, config=checkpoint.config, state_dict=checkpoint.tensors, **options)
+    state_dict = checkpoint.state_dict()
+    return model_class.from_pretrained(None, config=checkpoint.config, state_dict=state_dict, **options)
 
 
 def _load_paint(
@@ -161,7 +159,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, quantization: str, sha256: s
     """`conversion.json`, without a way back."""
     source = checkpoint.weight_files[0]
     paths = sorted(folder.rglob("*.safetensors"))
-    words = ["viscpm-hf", "convert", source.name, folder.name, "--quantize", quantization]
+    words = [*checkpoint.command, folder.name.removesuffix(PARTIAL_SUFFIX), "--quantize", quantization]
     return {
         "format": MANIFEST_FORMAT,
         "tool": f"viscpm-hf {__version__}",

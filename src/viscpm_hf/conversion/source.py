@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from ..modeling.configuration_vision_resampler import MiniCPMVConfig, refuse_later_minicpmv
 from .errors import OriginalCheckpointError
 from .original import (
     ORIGINAL_CONFIG_NAMES,
@@ -21,6 +22,7 @@ from .original import (
     VOCAB_NAME,
     is_original_config,
 )
+from .siblings.original import CONFIG_CLASSES, OTHER_FORMATS
 
 
 ORIGINAL_FILE, ORIGINAL_FOLDER = "original file", "original folder"
@@ -47,11 +49,17 @@ class Location:
     path: Path
     layout: str
     kind: str | None = None
-    """What a converted folder's configuration says; of original files only the tensors tell."""
+    """What the configuration says: of converted folders, and of the siblings'. Of VisCPM's original files only the
+    tensors tell."""
 
     @property
     def is_converted(self) -> bool:
         return self.layout in CONVERTED
+
+    @property
+    def is_sibling(self) -> bool:
+        """Whether it is one of VisCPM's siblings."""
+        return self.kind in CONFIG_CLASSES
 
     @property
     def folder(self) -> Path:
@@ -97,6 +105,12 @@ def layout_of(folder: Path) -> tuple[str, str | None]:
     kind = CONVERTED_MODEL_TYPES.get(config.get("model_type"))
     if kind is not None:
         return TRANSFORMERS_FOLDER, kind
+    if (kind := config.get("model_type")) in CONFIG_CLASSES:
+        if "resampler_config" in config:
+            return TRANSFORMERS_FOLDER, kind
+        if kind == MiniCPMVConfig.model_type:
+            refuse_later_minicpmv(config)
+        return ORIGINAL_FOLDER, kind
     if original_files(folder) or is_original_config(config):
         return ORIGINAL_FOLDER, None
     raise OriginalCheckpointError(
@@ -191,6 +205,8 @@ def _download(
             return Path(hf_hub_download(repo_id, file, **where))
         if layout_is_converted(folder):
             return Path(snapshot_download(repo_id, **where))
+        if json_object(folder / "config.json").get("model_type") in CONFIG_CLASSES:
+            return Path(snapshot_download(repo_id, ignore_patterns=OTHER_FORMATS, **where))
         return Path(hf_hub_download(repo_id, _only_original(repo_id, folder, where), **where)).parent
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:  # offline mode's errors are among them
         reason = " ".join(str(error).split()) or type(error).__name__

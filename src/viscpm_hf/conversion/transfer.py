@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .key_maps import FOLD_WIDTH, KEEP
+from .key_maps import FOLD_WIDTH, KEEP, THIRDS, TRANSPOSED, WITHOUT_BATCH
 from .tensor_files import TensorSpec, pieces
 from .weight_transforms import apply_operation, revert_operation
+
+
+# Operations that say which values come where, and are of a whole tensor, not of its pieces.
+REARRANGING = (*THIRDS, WITHOUT_BATCH, TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -38,15 +42,24 @@ class TensorTransfer:
         )
 
 
+def rearranged(tensor: torch.Tensor, transfer: TensorTransfer) -> torch.Tensor:
+    """What of a source tensor becomes the new one, where that is another part or order of its values."""
+    operate = revert_operation if transfer.is_reverted else apply_operation
+    return operate(transfer.operation, tensor) if transfer.operation in REARRANGING else tensor
+
+
 def converted_pieces(
     tensor: torch.Tensor, transfer: TensorTransfer, report: Callable[[int], object] = lambda nbytes: None
 ) -> Iterator[torch.Tensor]:
     """The new tensor, piece by piece; `report` hears of the bytes of each."""
     operate = revert_operation if transfer.is_reverted else apply_operation
+    tensor = rearranged(tensor, transfer)
     for piece in pieces(tensor):
         # As loading does it: to a wider dtype before the operation, to a narrower one after it.
         piece = piece.to(torch.promote_types(transfer.source.dtype, transfer.target.dtype))
-        piece = operate(transfer.operation, piece).to(transfer.target.dtype)
+        if transfer.operation not in REARRANGING:
+            piece = operate(transfer.operation, piece)
+        piece = piece.to(transfer.target.dtype)
         yield piece
         report(piece.numel() * piece.element_size())
 

@@ -12,9 +12,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .errors import ConversionError
-from .original import CHAT, PAINT, load_state_dict
+from .original import CPM_BEE, PAINT, load_state_dict
 from .tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
-from .transfer import TensorTransfer, converted_pieces
+from .transfer import TensorTransfer, converted_pieces, rearranged
 
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def compare(source: torch.Tensor, written: torch.Tensor | None, transfer: Tensor
     ):
         result.is_equal = False
         return result
-    parts = zip(converted_pieces(source, transfer, report), pieces(written), pieces(source), strict=False)
+    before_parts = pieces(rearranged(source, transfer))
+    parts = zip(converted_pieces(source, transfer, report), pieces(written), before_parts, strict=False)
     for expected, actual, before in parts:
         result.is_equal &= torch.equal(_bits(expected), _bits(actual.reshape(expected.shape)))
         result.num_nonfinite_source += _num_nonfinite(before)
@@ -167,10 +168,11 @@ def empty_model(config) -> torch.nn.Module:
     """A model of `config` whose weights take no memory."""
     from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
     from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+    from ..siblings.models import MODEL_CLASSES
 
-    is_chat = config.model_type == "viscpm_chat"
+    classes = {"viscpm_chat": VisCPMChatForConditionalGeneration, **MODEL_CLASSES}
     with torch.device("meta"):
-        return VisCPMChatForConditionalGeneration(config) if is_chat else CpmBeeForCausalLM(config)
+        return classes.get(config.model_type, CpmBeeForCausalLM)(config)
 
 
 def check_transformers_folder(folder: Path) -> torch.nn.Module:
@@ -222,8 +224,9 @@ def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool
         return None
     (dtype,) = stored
     outputs = []
+    state_dict = checkpoint.state_dict()
     for arguments in (
-        {"pretrained_model_name_or_path": None, "config": checkpoint.config, "state_dict": dict(checkpoint.tensors)},
+        {"pretrained_model_name_or_path": None, "config": checkpoint.config, "state_dict": state_dict},
         {"pretrained_model_name_or_path": folder},
     ):
         model = model_class.from_pretrained(**arguments, dtype=dtype).eval()
@@ -243,7 +246,7 @@ def _inputs(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
     config = model.config
     vocab_size = config.get_text_config(decoder=True).vocab_size
     text = torch.randint(vocab_size, (1, RUN_TEXT_TOKENS), generator=generator)
-    if kind != CHAT:
+    if kind == CPM_BEE:
         return {"input_ids": text}
     image = torch.full((1, config.num_query_tokens), config.image_token_id)
     vision = config.vision_config

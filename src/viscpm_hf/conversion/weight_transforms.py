@@ -14,7 +14,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import ConversionOps
 
-from .key_maps import AS_MATRIX, FOLD_WIDTH, KEEP, Entry, KeyMap
+from .key_maps import AS_MATRIX, FOLD_WIDTH, KEEP, THIRDS, TRANSPOSED, WITHOUT_BATCH, Entry, KeyMap
 
 
 # Values that are scaled at a time.
@@ -29,6 +29,12 @@ def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
         return _scaled(tensor, factor_of(operation, tensor.shape))
     if operation == AS_MATRIX:
         return tensor.flatten(1) if tensor.ndim == 4 else tensor
+    if operation in THIRDS:
+        return tensor.tensor_split(3)[THIRDS.index(operation)]
+    if operation == WITHOUT_BATCH:
+        return tensor.squeeze(0)
+    if operation == TRANSPOSED:
+        return tensor.T.contiguous()
     raise ValueError(f"unknown operation {operation!r}")
 
 
@@ -41,13 +47,23 @@ def shape_after(operation: str, shape: torch.Size) -> torch.Size:
     """Shape of an original tensor -> ours."""
     if operation == AS_MATRIX and len(shape) == 4:
         return torch.Size((shape[0], shape[1:].numel()))
+    if operation in THIRDS:
+        return torch.Size((shape[0] // 3, *shape[1:]))
+    if operation == WITHOUT_BATCH and shape[:1] == (1,):
+        return shape[1:]
+    if operation == TRANSPOSED:
+        return shape[::-1]
     return shape
 
 
 def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Our tensor -> the original's."""
-    if operation in (KEEP, AS_MATRIX):
+    """Our tensor -> the original's; of one that was split, the part."""
+    if operation in (KEEP, AS_MATRIX, *THIRDS):
         return tensor
+    if operation == WITHOUT_BATCH:
+        return tensor.unsqueeze(0)
+    if operation == TRANSPOSED:
+        return tensor.T.contiguous()
     if operation == FOLD_WIDTH:
         return _scaled(tensor, tensor.shape[-1] ** 0.5)
     raise ValueError(f"unknown operation {operation!r}")
@@ -124,6 +140,17 @@ class KeyMatcher:
                 return found.expand(target_pattern(entry)), entry
         return None
 
+    def match_all(self, name: str) -> list[tuple[str, Entry]]:
+        """As [`match`], for a name that may be split: every part."""
+        first = self.match(name)
+        if first is None:
+            return []
+        return [
+            (found.expand(target_pattern(entry)), entry)
+            for pattern, entry in self._patterns
+            if entry.source == first[1].source and (found := pattern.fullmatch(name))
+        ]
+
     def match_target(self, name: str) -> tuple[str, Entry] | None:
         """The original name of one of ours, and the entry; the way back of [`match`]."""
         for pattern, entry in self._target_patterns:
@@ -136,7 +163,8 @@ class KeyMatcher:
     def dropped_reason(self, name: str) -> str | None:
         """Why the map leaves a name out; None if it doesn't."""
         for entry in self.key_map.dropped:
-            if name == entry.source or (entry.source.endswith(".") and name.startswith(entry.source)):
+            pattern = name_pattern(entry.source) + (".*" if entry.source.endswith(".") else "")
+            if re.fullmatch(pattern, name):
                 return entry.reason
         return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from ..batch.answering import ChatRequest, answer_batch, encode_request
+from ..batch.answering import ChatRequest
 from ..batch.processing import PaintRows
 from ..batch.rows import InputRow, row_key
 from ..batch.runner import PreparedRow
@@ -77,20 +77,18 @@ class ShapesChatRows:
 
     def prepare(self, row: InputRow) -> PreparedRow:
         question = _question(row.values["type"], row.values["language"], row.values["picture"])
-        escape = self.chat.processor.tokenizer.escape
-        context = "".join(f"User: {escape(asked)}\nAI: {escape(said)}\n" for asked, said in question.turns_before)
+        context = self.chat.context_of(question.turns_before)
         image = draw(make_scene(SPLIT, row.values["picture"]), IMAGE_SIZE)
         request = ChatRequest(image, question.text, context)
-        return PreparedRow(row, (request, question), len(encode_request(self.chat, request)))
+        return PreparedRow(row, (request, question), self.chat.prompt_length(request))
 
     def process(self, batch: Sequence[PreparedRow]) -> list[dict[str, Any] | Exception]:
-        turns = answer_batch(
-            self.chat,
+        turns = self.chat.ask_batch(
             [item.request[0] for item in batch],
             mode=self.mode,
             seed=[self.seed + item.row.index for item in batch],
             return_exceptions=True,
-            generation=self.generation,
+            **self.generation,
         )
         results: list[dict[str, Any] | Exception] = []
         for item, turn in zip(batch, turns, strict=True):

@@ -54,6 +54,8 @@ class RowSampling(LogitsProcessor):
         vocab_size: the number of columns before them.
     """
 
+    comes_last = True
+
     def __init__(self, generators: Sequence[torch.Generator], columns: Sequence[Sequence[int]], vocab_size: int):
         self.generators = list(generators)
         self.columns = [list(row) for row in columns]
@@ -141,7 +143,7 @@ class CpmBeeGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         # The library puts temperature and its like behind the processors that are given.
-        return LogitsProcessorList(sorted(processors, key=lambda processor: isinstance(processor, RowSampling)))
+        return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):

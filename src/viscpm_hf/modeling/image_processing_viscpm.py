@@ -8,6 +8,7 @@ small, so that a large photograph is neither copied nor transposed at full size.
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.image_utils import (
     is_pil_image,
     is_valid_image,
     load_image,
+    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import is_torch_tensor
@@ -174,7 +176,7 @@ class VisCPMImageProcessor(PilBackend):
         """Resizes to `size`, a (C, H, W) array. A PIL image goes straight to an exact height and width."""
         if is_pil_image(image):
             if size.height and size.width:
-                return _to_array(image.resize((size.width, size.height), resample=resample))
+                return _to_array(_resize(image, size.width, size.height, resample))
             image = _to_array(image)
         return super().resize(image, size, resample=resample, **kwargs)
 
@@ -186,6 +188,40 @@ class VisCPMImageProcessor(PilBackend):
         if not do_resize:
             images = [_to_array(image) if is_pil_image(image) else image for image in images]
         return super()._preprocess(images, do_resize=do_resize, **kwargs)
+
+
+def images_in_order(
+    images: Any, wanted: Sequence[int], image_processor: VisCPMImageProcessor, image_token: str
+) -> list[Any]:
+    """All images of a batch in the order of their placeholders.
+
+    Args:
+        images: one image, a list for all texts in order, or a list of lists, one for each text.
+        wanted: each text's number of placeholders.
+        image_token: what a placeholder is called in a message.
+
+    Raises:
+        ValueError: if there are more or fewer of them than placeholders, for the whole batch or a single text.
+    """
+    if images is None:
+        images = []
+    is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
+    if is_nested:
+        given = [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
+        if len(given) != len(wanted):
+            raise ValueError(f"Got {len(wanted)} texts, but images for {len(given)}.")
+        for index, (have, want) in enumerate(zip(given, wanted, strict=True)):
+            if have != want:
+                raise ValueError(f"Text {index} has {want} image placeholders, but {have} images were given for it.")
+        nested = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images if entry is not None]
+        images = [image for entry in nested for image in entry]
+    is_empty = isinstance(images, (list, tuple)) and not images
+    flat = [] if is_empty else make_flat_list_of_images(image_processor.fetch_images(images))
+    if len(flat) != sum(wanted):
+        raise ValueError(
+            f"The text has {sum(wanted)} image placeholders ({image_token}), but {len(flat)} images were given."
+        )
+    return flat
 
 
 def _flatten(images: Any) -> list[Any]:
@@ -271,6 +307,18 @@ def _to_channels_last_array(image: Any, input_data_format: str | ChannelDimensio
                 f"An image array must have 1, 3 or 4 channels, first or last, but has the shape {image.shape}."
             ) from error
     return np.moveaxis(image, 0, -1) if input_data_format == ChannelDimension.FIRST else image
+
+
+def _resize(image: "PIL.Image.Image", width: int, height: int, resample: "PILImageResampling") -> "PIL.Image.Image":
+    """
+    PIL's resize, with the same pixels in every version of it. Its two passes round to 8 bits in between, so their
+    order shows, by a few of 255 levels in a tall image: up to Pillow 12 the horizontal one always comes first, Pillow
+    13 begins with the vertical one if that takes away more than twice as many pixels of a side. The reference's data
+    was made with the latter.
+    """
+    vertical_first = image.height - height > max(0, 2 * (image.width - width))
+    first = (image.width, height) if vertical_first else (width, image.height)
+    return image.resize(first, resample=resample).resize((width, height), resample=resample)
 
 
 def _to_array(image: "PIL.Image.Image") -> np.ndarray:

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument
-from .image_processing_viscpm import VisCPMImageProcessor
+from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 from .tokenization_cpm_bee import MAX_EXTENSION_TOKENS, CpmBeeTokenizer
 
 
@@ -169,7 +169,8 @@ class VisCPMChatProcessor(ProcessorMixin):
             raise ValueError("VisCPMChatProcessor needs at least one text, got an empty list.")
         prompts = [self.parse_prompt(entry) for entry in texts]
         pixel_inputs: Mapping[str, Any] = {}
-        flat_images = self._images_in_order(images, prompts)
+        wanted = [prompt.num_images for prompt in prompts]
+        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN)
         if flat_images:
             pixel_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
 
@@ -271,35 +272,6 @@ class VisCPMChatProcessor(ProcessorMixin):
                 f"Prompt {index} has {len(document):,} tokens, more than the limit of {limit:,}. Shorten the question "
                 "or the conversation before it, or raise the limit (max_length); nothing is cut off silently."
             )
-
-    def _images_in_order(self, images: Any, prompts: Sequence[ChatPrompt]) -> list[Any]:
-        """All images of the batch in the order of their placeholders.
-
-        Raises:
-            ValueError: if there are more or fewer of them than placeholders, for the whole batch or a single text.
-        """
-        wanted = [prompt.num_images for prompt in prompts]
-        if images is None:
-            images = []
-        is_nested = isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images)
-        if is_nested:
-            given = [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
-            if len(given) != len(wanted):
-                raise ValueError(f"Got {len(wanted)} texts, but images for {len(given)}.")
-            for index, (have, want) in enumerate(zip(given, wanted, strict=True)):
-                if have != want:
-                    raise ValueError(
-                        f"Text {index} has {want} image placeholders, but {have} images were given for it."
-                    )
-            nested = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images if entry is not None]
-            images = [image for entry in nested for image in entry]
-        is_empty = isinstance(images, (list, tuple)) and not images
-        flat = [] if is_empty else make_flat_list_of_images(self.image_processor.fetch_images(images))
-        if len(flat) != sum(wanted):
-            raise ValueError(
-                f"The text has {sum(wanted)} image placeholders ({IMAGE_TOKEN}), but {len(flat)} images were given."
-            )
-        return flat
 
     # ------------------------------------------------------------------------------------------------------- decoding
 

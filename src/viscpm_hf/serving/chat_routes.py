@@ -7,12 +7,11 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from .engine import ChatEngine
 from .errors import ModelNotFoundError, error_answer
 from .images import open_image, read_base64, read_image_url
@@ -36,6 +35,10 @@ from .settings import ServerSettings
 from .tickets import Answer, PreparedPrompt, TextPiece
 from .waiting import EventStream, in_thread, unless_gone
 
+
+if TYPE_CHECKING:
+    from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+    from .sibling_engine import SiblingDecoding
 
 DEFAULT_MAX_TOKENS = 512
 REFERENCE_ONLY = ("num_beams", "length_penalty")
@@ -78,14 +81,13 @@ def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -
         """The original's endpoint: its answer, token for token, to a question about a picture."""
         prompt = await in_thread(prepare_turn, engine, body, settings)
         events = EventStream(1)
-        ticket = engine.submit(prompt, ReferenceDecodingConfig(), events)
+        ticket = engine.submit(prompt, engine.reference(), events)
         try:
             (answer,) = await unless_gone(request, events.collect(), settings.timeout)
         finally:
             ticket.cancel()
         log_content(settings, question=body.question, context=body.context, answers=[answer])
-        escape = engine.chat.processor.tokenizer.escape
-        context = f"{body.context}User: {escape(body.question)}\nAI: {escape(answer.text)}\n"
+        context = engine.chat.continue_context(body.context, body.question, answer.text)
         return ViscpmAnswer(answer=answer.text, context=context)
 
     return router
@@ -127,7 +129,7 @@ def prepare_turn(engine: ChatEngine, body: ViscpmRequest, settings: ServerSettin
 
 def decoding_of(
     body: ChatCompletionRequest, engine: ChatEngine, prompt: PreparedPrompt
-) -> SamplingSettings | ReferenceDecodingConfig:
+) -> SamplingSettings | ReferenceDecodingConfig | SiblingDecoding:
     """The decoding that was asked for; an answer is as long as there is room if nothing was said of its length."""
     max_tokens = body.max_completion_tokens or body.max_tokens
     given = {name: getattr(body, name) for name in ("temperature", "repetition_penalty") if getattr(body, name)}
@@ -138,7 +140,7 @@ def decoding_of(
             raise ValueError(f'{name} belongs to mode "{other}".')
     if is_reference:
         given |= {name: getattr(body, name) for name in REFERENCE_ONLY if getattr(body, name) is not None}
-        return ReferenceDecodingConfig(max_new_tokens=max_tokens or DEFAULT_MAX_TOKENS, **given)
+        return engine.reference(max_new_tokens=max_tokens or DEFAULT_MAX_TOKENS, **given)
     room = engine.limits.max_places - prompt.num_tokens
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return SamplingSettings(

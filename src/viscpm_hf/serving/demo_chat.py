@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ import gradio as gr
 import PIL.Image
 import PIL.ImageOps
 
-from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..shapes import draw, make_scene
 from .demo_labels import EXPECTED_ERRORS, Labels, report, status
 from .demo_texts import say
@@ -38,6 +39,14 @@ SAMPLE_SIZE = 224
 SECONDS_BETWEEN_UPDATES = 0.05
 
 
+@dataclass
+class Visit:
+    """What a visitor's events have in common while they run; all else they get as it was at the click."""
+
+    conversation: int = 0
+    """The number of the conversation that is on: it grows when another one begins."""
+
+
 class ChatPage:
     """One page for all visitors: what belongs to a conversation is handed in and out of its methods.
 
@@ -53,7 +62,7 @@ class ChatPage:
 
     def build(self, labels: Labels, language: gr.Radio) -> None:
         """Lays out the page and ties its events."""
-        turns = gr.State([])
+        visit, number, turns = gr.State(Visit()), gr.State(0), gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture = labels.make(
@@ -124,8 +133,8 @@ class ChatPage:
         # One event, so that a visitor has one answer at a time.
         answering = gr.on(
             [question.submit, send.click, self.retry.click],
-            self.answer,
-            [turns, picture, question, mode, length, temperature, top_p, language],
+            self.answer_unless_over,
+            [visit, number, turns, picture, question, mode, length, temperature, top_p, language],
             [turns, conversation, question, state],
             concurrency_limit=None,
             show_progress="hidden",
@@ -143,14 +152,39 @@ class ChatPage:
             (picture.change, "new_conversation"),
         ):
             event(
-                lambda turns, language, key=key: self.begin(turns, language, key),
-                [turns, language],
-                [turns, conversation, state],
+                lambda visit, turns, language, key=key: self.begin(visit, turns, language, key),
+                [visit, turns, language],
+                [number, turns, conversation, state],
                 cancels=[answering],
                 show_progress="hidden",
             )
 
     # ---------------------------------------------------------------------------------------------------------- events
+
+    async def answer_unless_over(
+        self,
+        visit: Visit,
+        number: int,
+        turns: Turns,
+        picture: str | None,
+        question: str,
+        mode: str,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        language: str,
+        event: gr.EventData,
+    ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str]]:
+        """[`answer`], until another conversation begins than the one it was asked for, which has the given number.
+
+        gradio's `cancels` does not reach what has only just been clicked.
+        """
+        given = (turns, picture, question, mode, max_new_tokens, temperature, top_p, language, event)
+        async with aclosing(self.answer(*given)) as updates:
+            async for update in updates:
+                if visit.conversation != number:
+                    return
+                yield update
 
     async def answer(
         self,
@@ -185,7 +219,7 @@ class ChatPage:
         begin, shown = time.perf_counter(), 0.0
         text = ""
         try:
-            decoding = decoding_of(mode, max_new_tokens, temperature, top_p)
+            decoding = decoding_of(self.engine, mode, max_new_tokens, temperature, top_p)
             image = None if picture is None else await in_thread(open_picture, picture)
             prompt = await in_thread(self.engine.prepare.turn, image, question, self.context(turns))
             events = EventStream(1)
@@ -217,9 +251,10 @@ class ChatPage:
         """What there is of the answer stays."""
         return messages(turns), status(say(language, "stopped"))
 
-    def begin(self, turns: Turns, language: str, key: str) -> tuple[Turns, list, str]:
+    def begin(self, visit: Visit, turns: Turns, language: str, key: str) -> tuple[int, Turns, list, str]:
         """A new conversation; `key` says why, if there was one before."""
-        return [], [], status(say(language, key) if turns else "")
+        visit.conversation += 1
+        return visit.conversation, [], [], status(say(language, key) if turns else "")
 
     def choose(self, event: gr.SelectData) -> PIL.Image.Image:
         return self.samples[event.index]
@@ -229,9 +264,8 @@ class ChatPage:
         return [gr.update(visible=mode == "sampling")] * 2
 
     def context(self, turns: Turns) -> str:
-        """The conversation in document syntax, as [`VisCPMChat.ask`] would have handed it on."""
-        escape = self.engine.chat.processor.tokenizer.escape
-        return "".join(f"User: {escape(question)}\nAI: {escape(text)}\n" for question, text in turns if text)
+        """The conversation, as [`VisCPMChat.ask`] would have handed it on."""
+        return self.engine.chat.context_of((question, text) for question, text in turns if text)
 
 
 def messages(turns: Turns) -> list[dict[str, Any]]:
@@ -244,11 +278,10 @@ def messages(turns: Turns) -> list[dict[str, Any]]:
     ]
 
 
-def decoding_of(
-    mode: str, max_new_tokens: int, temperature: float, top_p: float
-) -> SamplingSettings | ReferenceDecodingConfig:
+def decoding_of(engine: ChatEngine, mode: str, max_new_tokens: int, temperature: float, top_p: float) -> Any:
+    """What [`ChatEngine.submit`] takes."""
     if mode == "reference":
-        return ReferenceDecodingConfig(max_new_tokens=int(max_new_tokens))
+        return engine.reference(max_new_tokens=int(max_new_tokens))
     return SamplingSettings(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p)
 
 

@@ -7,15 +7,29 @@ from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
+import torch
 
 from ..pipelines.prompt_safety import UnsafePromptError
 from ..pipelines.safety import UnsafeImageError
 from .demo_texts import say
-from .tickets import EngineBusyError
+from .images import BadImageError
+from .tickets import EngineBusyError, EngineClosedError
 
 
 # What a user can meet; all else is a defect and comes to the log with its traceback.
 EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
+# What the page says of them, the first that fits; their own words, which are English, are the detail.
+ERROR_TEXTS: tuple[tuple[type[Exception], str], ...] = (
+    (EngineBusyError, "busy"),
+    (EngineClosedError, "closed"),
+    (UnsafePromptError, "unsafe_prompt"),
+    (UnsafeImageError, "unsafe_picture"),
+    (BadImageError, "bad_picture"),
+    (torch.OutOfMemoryError, "no_memory"),
+    (MemoryError, "no_memory"),
+    (ValueError, "bad_value"),
+    (Exception, "failed"),
+)
 
 
 class Labels:
@@ -56,13 +70,7 @@ def status(*lines: str, is_error: bool = False) -> str:
 
 def report(error: Exception, language: str) -> str:
     """Tells of an error in one sentence, in a message that goes by itself and (returned) as the status that stays."""
-    if isinstance(error, EngineBusyError):
-        text = say(language, "busy")
-    elif isinstance(error, UnsafePromptError):
-        text = say(language, "unsafe_prompt")
-    elif isinstance(error, UnsafeImageError):
-        text = say(language, "unsafe_picture")
-    else:
-        text = " ".join(str(error).split()) or type(error).__name__
+    key = next(key for kind, key in ERROR_TEXTS if isinstance(error, kind))
+    text = say(language, key, detail=" ".join(str(error).split()) or type(error).__name__)
     gr.Warning(html.escape(text, quote=False))
     return status(text, is_error=True)

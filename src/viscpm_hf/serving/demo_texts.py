@@ -85,6 +85,14 @@ TEXTS: dict[str, tuple[str, str]] = {
         "安全检查未通过这张图片，无法回答。",
         "The picture did not pass the safety check, so nothing is answered about it.",
     ),
+    "closed": ("服务正在关闭，请稍后再试。", "The server is shutting down: please try again later."),
+    "bad_picture": ("这张图片无法使用：{detail}", "{detail}"),
+    "no_memory": (
+        "内存不足，请换小一些的尺寸或长度再试：{detail}",
+        "There is not enough memory for this, try a smaller size or length: {detail}",
+    ),
+    "bad_value": ("输入或设置有误：{detail}", "{detail}"),
+    "failed": ("出错了：{detail}", "{detail}"),
     "empty_prompt": ("请先写下要画什么。", "Please say first what to paint."),
 }
 

@@ -111,11 +111,9 @@ class ChatEngine:
         self.chat = chat
         self.limits = limits or EngineLimits()
         self.statistics = EngineStatistics()
-        self.prepare = PromptPreparer(chat)
         self.image_cache = ImageCache(self.limits.image_cache_bytes)
-        self._encode_images = ImageEncoder(chat.model, self.image_cache)
         self._queue = _Queue()
-        self._batch = ContinuousBatch(chat.model, chat.processor.tokenizer)
+        self._make_parts()
         self._running: dict[Row, _Choice] = {}
         self._max_rows = self.limits.max_rows
         self._pace = _Pace()
@@ -123,7 +121,17 @@ class ChatEngine:
         self._thread = threading.Thread(target=self._run, name="viscpm-hf-engine", daemon=True)
         self._thread.start()
 
+    def _make_parts(self) -> None:
+        """What depends on the model: prompts, pictures, and rows that are decoded together."""
+        self.prepare = PromptPreparer(self.chat)
+        self._encode_images = ImageEncoder(self.chat.model, self.image_cache)
+        self._batch = ContinuousBatch(self.chat.model, self.chat.processor.tokenizer)
+
     # ----------------------------------------------------------------------------------------------------- for callers
+
+    def reference(self, **options) -> ReferenceDecodingConfig:
+        """The original's decoding, with other values where `options` has them."""
+        return ReferenceDecodingConfig(**options)
 
     def submit(
         self,
@@ -140,7 +148,7 @@ class ChatEngine:
             ValueError: if the request is larger than the engine's limits.
         """
         ticket = Ticket(prompt, num_choices, listener)
-        if isinstance(decoding, ReferenceDecodingConfig):
+        if not isinstance(decoding, SamplingSettings):
             if num_choices != 1:
                 raise ValueError("The reference decoding has one answer: ask for n=1, or for sampling.")
             choices = []
@@ -245,7 +253,10 @@ class ChatEngine:
     def _new_choice(self, ticket: Ticket, index: int, settings: SamplingSettings) -> _Choice:
         if settings.seed is not None and index:  # answers of one request shall differ, and yet be repeatable
             settings = dataclasses.replace(settings, seed=(settings.seed + index) % 2**63)
-        return _Choice(ticket, index, Row(ticket.prompt.document.prompt(open_slot=0), Sampler(settings)))
+        return _Choice(ticket, index, self._new_row(ticket.prompt, Sampler(settings)))
+
+    def _new_row(self, prompt: PreparedPrompt, sampler: Sampler) -> Row:
+        return Row(prompt.document.prompt(open_slot=0), sampler)
 
     # --------------------------------------------------------------------------------------------- the engine's thread
 
@@ -357,27 +368,30 @@ class ChatEngine:
 
     def _take(self, choice: _Choice, token: int) -> bool:
         """One token of one answer; True if it was the last."""
-        tokenizer, row = self.chat.processor.tokenizer, choice.row
+        row = choice.row
         settings = row.sampler.settings
-        reason = None
-        if token == tokenizer.eos_token_id:
-            reason = "stop"
-        else:
-            choice.pending += tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings))
-            place = min((at for at in map(choice.pending.find, settings.stop) if at >= 0), default=-1)
-            if place >= 0:
-                choice.pending, reason = choice.pending[:place], "stop"
-            elif len(row.answer) >= settings.max_new_tokens:
-                reason = "length"
+        is_end = token == self.chat.processor.tokenizer.eos_token_id
+        is_full = len(row.answer) >= settings.max_new_tokens
+        choice.pending += self._new_text(row, token, is_last=is_end or is_full)
+        place = min((at for at in map(choice.pending.find, settings.stop) if at >= 0), default=-1)
+        reason = "stop" if is_end else "length" if is_full else None
+        if place >= 0:
+            choice.pending, reason = choice.pending[:place], "stop"
         held = 0 if reason else longest_begun(choice.pending, settings.stop)
         text, choice.pending = choice.pending[: len(choice.pending) - held], choice.pending[-held:] if held else ""
         if text:
             choice.ticket.tell(TextPiece(choice.index, text))
         if reason:
-            num_tokens = len(row.answer) - (token == tokenizer.eos_token_id)
-            choice.ticket.tell(Finished(choice.index, reason, num_tokens))
+            choice.ticket.tell(Finished(choice.index, reason, len(row.answer) - is_end))
             self._pace.finished()
         return reason is not None
+
+    def _new_text(self, row: Row, token: int, is_last: bool) -> str:
+        """What the row's newest token adds to its answer's text."""
+        tokenizer = self.chat.processor.tokenizer
+        if token == tokenizer.eos_token_id:
+            return ""
+        return tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings))
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         self.statistics.failed += 1

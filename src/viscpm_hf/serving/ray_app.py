@@ -18,26 +18,32 @@ from ray.serve import Application
 from .app import create_app
 from .engine import ChatEngine
 from .paint_engine import PaintEngine
-from .settings import ServerSettings
+from .settings import ServerSettings, read_api_key
 from .tickets import EngineLimits
 
 
-CHAT_ARGUMENTS = {"model", "name", "load", "limits", "settings"}
-PAINT_ARGUMENTS = {"model", "name", "load", "settings"}
+PAINT_ARGUMENTS = {"model", "name", "load", "settings", "api_key_file"}
+CHAT_ARGUMENTS = PAINT_ARGUMENTS | {"limits"}
 
 
 class _Replica:
-    """What both have in common: an engine that has to be open, and is closed at the end."""
+    """What both have in common; on its end, the application closes the engine."""
 
     engine: ChatEngine | PaintEngine
 
+    def configure(
+        self, model: str, name: str | None, settings: dict[str, Any] | None, api_key_file: str | None
+    ) -> None:
+        # Ray writes a line for each request; ours would say it again.
+        logging.getLogger("viscpm_hf.serving.access").setLevel(logging.WARNING)
+        self.name = name or model.rstrip("/").rpartition("/")[2]
+        key = {} if api_key_file is None else {"api_key": read_api_key(api_key_file)}
+        self.settings = ServerSettings(**{**(settings or {}), **key})
+
     def check_health(self) -> None:
+        """Ray replaces a replica that raises here."""
         if not self.engine.is_open:
             raise RuntimeError("The engine has ended.")
-
-    def __del__(self):
-        if hasattr(self, "engine"):
-            self.engine.close(drain=True, timeout=30)
 
 
 @serve.deployment
@@ -52,12 +58,11 @@ class ChatDeployment(_Replica):
         load: dict[str, Any] | None = None,
         limits: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
+        api_key_file: str | None = None,
     ):
         from ..chat import VisCPMChat
 
-        configure_logging()
-        self.name = name or model.rstrip("/").rpartition("/")[2]
-        self.settings = ServerSettings(**settings or {})
+        self.configure(model, name, settings, api_key_file)
         self.engine = ChatEngine(VisCPMChat(model, **load or {}), EngineLimits(**limits or {}))
 
     def __serve_build_asgi_app__(self):
@@ -75,12 +80,11 @@ class PaintDeployment(_Replica):
         name: str | None = None,
         load: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
+        api_key_file: str | None = None,
     ):
         from ..paint import VisCPMPaint
 
-        configure_logging()
-        self.name = name or model.rstrip("/").rpartition("/")[2]
-        self.settings = ServerSettings(**settings or {})
+        self.configure(model, name, settings, api_key_file)
         self.engine = PaintEngine(VisCPMPaint(model, **load or {}))
 
     def __serve_build_asgi_app__(self):
@@ -91,8 +95,8 @@ def chat(arguments: dict[str, Any]) -> Application:
     """The Chat application.
 
     Args:
-        arguments: `model`; optionally `name`, `load` (arguments of `VisCPMChat`), `limits` (of `EngineLimits`) and
-            `settings` (of `ServerSettings`).
+        arguments: `model`; optionally `name`, `load` (arguments of `VisCPMChat`), `limits` (of `EngineLimits`),
+            `settings` (of `ServerSettings`) and `api_key_file`, on every machine that has a replica.
 
     Raises:
         ValueError: for other arguments, or without a model.
@@ -115,8 +119,3 @@ def checked(arguments: dict[str, Any], known: set[str]) -> dict[str, Any]:
     if not arguments.get("model"):
         raise ValueError("The application needs args: {model: FOLDER}.")
     return arguments
-
-
-def configure_logging() -> None:
-    """Ray writes a line for each request; ours would say it again."""
-    logging.getLogger("viscpm_hf.serving.access").setLevel(logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,7 @@ class ServerSettings:
     """Limits and permissions of the HTTP API.
 
     Raises:
-        ValueError: for a limit below its least value.
+        ValueError: for a limit below its least value, or an empty key.
     """
 
     api_key: str | None = None
@@ -34,7 +35,14 @@ class ServerSettings:
     """Whether prompts and answers are logged."""
 
     def __post_init__(self):
+        if self.api_key == "":
+            raise ValueError("The API key is empty: give one, or none at all to let everybody in.")
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{entry.name} must be greater than 0, got {value!r}.")
+
+
+def read_api_key(file: str) -> str:
+    """The key that stands in a file."""
+    return Path(file).read_text("utf-8").strip()

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG, AdapterFolder
+from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from .output import check_new_folder, written_whole
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Every linear layer of the language model; the vision tower's have other names.
+# Every linear layer of the language model. Of VisCPM the vision tower's have other names; of the siblings they are
+# called the same, so the language model is named.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIBLING_LORA_TARGETS = rf"language_model\..*\.({'|'.join(LORA_TARGETS)})"
 
 
 def select_weights(
@@ -43,6 +46,8 @@ def select_weights(
         rf"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|self_attn\.[kv]_experts).*\.image\.)"
     )
     image_expert = re.compile(r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)")
+    if isinstance(model.config, VisionResamplerConfig):  # its queries are the resampler's
+        image_expert = re.compile(r"vision_tower\.")
     for name, parameter in model.named_parameters():
         is_frozen = (not train_patches and "patch_embedding" in name) or idle.search(name)
         is_frozen = is_frozen or (freeze_vision and image_expert.search(name))
@@ -58,7 +63,8 @@ def add_adapter(model: VisCPMChatForConditionalGeneration, config: ChatTrainingC
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: Any = config.lora_targets or list(LORA_TARGETS)
+    own = [SIBLING_LORA_TARGETS] if isinstance(model.config, VisionResamplerConfig) else list(LORA_TARGETS)
+    targets: Any = config.lora_targets or own
     if len(targets) == 1 and not targets[0].isidentifier():
         targets = targets[0]
         try:
@@ -120,14 +126,21 @@ def merge_adapter(
     from peft import PeftModel
 
     from ..chat import VisCPMChat
+    from ..siblings.sibling_chat import SiblingChat, is_sibling
 
     adapter, output = Path(adapter), Path(output)
     found = AdapterFolder.find(adapter)
     if found is None:
         raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}, or is a whole model.")
     check_new_folder(output)
-    chat = VisCPMChat(model, llm_config, vision_config_path=vision_config, vocab_path=vocab, device="cpu", dtype=dtype)
-    processor = found.prepare(chat.model, chat.processor)
+    if is_sibling(model):
+        chat = SiblingChat(model, device="cpu", dtype=dtype)
+        processor = chat.processor
+    else:
+        chat = VisCPMChat(
+            model, llm_config, vision_config_path=vision_config, vocab_path=vocab, device="cpu", dtype=dtype
+        )
+        processor = found.prepare(chat.model, chat.processor)
     merged = PeftModel.from_pretrained(chat.model, os.fspath(adapter)).merge_and_unload()
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as folder:

@@ -1,4 +1,4 @@
-"""Fine-tuning VisCPM-Chat with transformers' `Trainer`."""
+"""Fine-tuning VisCPM-Chat, or one of its siblings, with transformers' `Trainer`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG
+from ..embedded import EMBEDDED_NAME
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from .adapters import add_adapter, record_base, select_weights
 from .chat_config import REFERENCE_MIN_IMAGE_SIDE, ChatTrainingConfig
 from .chat_dataset import ChatDataset, Draws, MixtureSampler, SampleLimits, SkippedRows
@@ -150,8 +153,8 @@ def train_chat(
     *,
     train_dataset: Dataset | None = None,
     eval_dataset: Dataset | None = None,
-    model: VisCPMChatForConditionalGeneration | None = None,
-    processor: VisCPMChatProcessor | None = None,
+    model: VisCPMChatForConditionalGeneration | VisionResamplerForConditionalGeneration | None = None,
+    processor: VisCPMChatProcessor | VisionResamplerProcessor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> ChatTrainingResult:
     """Fine-tunes Chat and writes the model, or its adapter, with the processor to `config.output`.
@@ -350,25 +353,32 @@ def default_precision() -> str:
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def load_model(
-    config: ChatTrainingConfig, arguments: TrainingArguments
-) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
-    """The model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
+def load_model(config: ChatTrainingConfig, arguments: TrainingArguments) -> tuple[Any, Any]:
+    """Chat's or a sibling's model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
     from ..chat import VisCPMChat
+    from ..siblings.sibling_chat import SiblingChat, is_sibling
 
     if config.model is None:
         raise ValueError("Say which model to fine-tune: model (--model MODEL).")
     precision = config.weights or ("fp32" if config.mode == "full" else config.precision or default_precision())
     is_quantized = config.mode == "qlora"
-    chat = VisCPMChat(
-        config.model,
-        config.llm_config,
-        vision_config_path=config.vision_config,
-        vocab_path=config.vocab,
-        device=arguments.device if is_quantized else "cpu",
-        dtype=DTYPES[precision],
-        quantization="nf4" if is_quantized else None,
-    )
+    options: dict[str, Any] = {
+        "device": arguments.device if is_quantized else "cpu",
+        "dtype": DTYPES[precision],
+        "quantization": "nf4" if is_quantized else None,
+    }
+    if config.model != EMBEDDED_NAME and is_sibling(config.model):
+        if config.image_size is not None or config.train_patches:
+            raise ValueError(f"image_size and train_patches are for VisCPM-Chat, which {config.model} is not.")
+        chat = SiblingChat(config.model, **options)
+    else:
+        chat = VisCPMChat(
+            config.model,
+            config.llm_config,
+            vision_config_path=config.vision_config,
+            vocab_path=config.vocab,
+            **options,
+        )
     return chat.model, chat.processor
 
 
@@ -376,7 +386,7 @@ def make_trainer(
     config: ChatTrainingConfig,
     arguments: TrainingArguments,
     model: torch.nn.Module,
-    processor: VisCPMChatProcessor,
+    processor: Any,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
     limits: SampleLimits,

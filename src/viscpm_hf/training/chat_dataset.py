@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
-from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from .data_files import DataPart, RowSource
+from .encoding import encoding_of
 from .records import BadRowError, ChatRecord, ChatSample, read_record
 
 
@@ -78,7 +78,7 @@ class ChatDataset(Dataset):
     def __init__(
         self,
         parts: Sequence[DataPart],
-        processor: VisCPMChatProcessor,
+        processor: Any,
         limits: SampleLimits,
         images: Path | None = None,
     ):
@@ -174,9 +174,10 @@ def too_small(size: tuple[int, int], min_side: int) -> str:
     return f"a picture of {size[0]}x{size[1]} pixels is smaller than min_image_side {min_side}"
 
 
-def sample_length(processor: VisCPMChatProcessor, sample: ChatSample) -> int:
+def sample_length(processor: Any, sample: ChatSample) -> int:
     """Tokens of a sample."""
-    return len(processor.encode_prompt(processor.parse_prompt(sample.document()), close_answers=True))
+    encoding = encoding_of(processor)
+    return len(encoding.encode(sample, encoding.picture_sizes(sample)))
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import PIL.Image
-import torch
 from transformers.utils import logging
 
-from ..modeling.document_cpm_bee import IGNORE_INDEX, EncodedDocument
-from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..modeling.document_cpm_bee import IGNORE_INDEX
 from .augmentation import augment
 from .chat_dataset import Draw, SampleLimits, too_small
+from .encoding import encoding_of
 from .records import BadRowError, ChatSample, ImageSource
 
 
 logger = logging.get_logger(__name__)
 
-# A question about a blank picture, for what `needs_image` explains.
-FILLER = {"image": "<image>", "context": "", "question": "", "<ans>": ""}
+# A blank picture, for what `needs_image` explains.
+FILLER_SIZE = (32, 32)
 
 
 class ChatCollator:
@@ -34,11 +32,12 @@ class ChatCollator:
             several processes train together, each has to run the vision tower in every step, or the others wait.
     """
 
-    def __init__(self, processor: VisCPMChatProcessor, limits: SampleLimits, *, needs_image: bool = False):
+    def __init__(self, processor: Any, limits: SampleLimits, *, needs_image: bool = False):
         self.processor, self.limits, self.needs_image = processor, limits, needs_image
+        self.encoding = encoding_of(processor)
 
     def __call__(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        documents: list[EncodedDocument] = []
+        rows: list[Any] = []
         pictures: list[PIL.Image.Image] = []
         for draw in draws:
             for sample in draw.samples:
@@ -47,18 +46,17 @@ class ChatCollator:
                         self._open(image, f"{draw.seed}/{number}" if draw.is_augmented else None)
                         for number, image in enumerate(sample.images)
                     ]
-                    documents.append(self._encode(sample))
+                    rows.append(self._encode(sample, opened))
                     pictures += opened
                 except (ValueError, OSError) as error:
                     message = f"{sample.source}: {error}" if sample.source else str(error)
                     if self.limits.bad_rows == "fail":
                         raise BadRowError(message) from error
                     logger.warning("skipped: %s", message)
-        if not documents or (self.needs_image and not pictures):
-            processor = self.processor
-            documents.append(processor.encode_prompt(processor.parse_prompt(FILLER)))
-            pictures.append(PIL.Image.new("RGB", (32, 32)))
-        return self._batch(documents, pictures)
+        if not rows or (self.needs_image and not pictures):
+            rows.append(self.encoding.filler(FILLER_SIZE))
+            pictures.append(PIL.Image.new("RGB", FILLER_SIZE))
+        return self._batch(rows, pictures)
 
     def _open(self, image: ImageSource, augmentation_seed: str | None) -> PIL.Image.Image:
         processor = self.processor.image_processor
@@ -69,19 +67,14 @@ class ChatCollator:
         picture = processor.process_image(picture, do_convert_rgb=True)
         return picture if augmentation_seed is None else augment(picture, augmentation_seed)
 
-    def _encode(self, sample: ChatSample) -> EncodedDocument:
-        encoded = self.processor.encode_prompt(self.processor.parse_prompt(sample.document()), close_answers=True)
+    def _encode(self, sample: ChatSample, pictures: Sequence[PIL.Image.Image]) -> Any:
+        encoded = self.encoding.encode(sample, [(picture.height, picture.width) for picture in pictures])
         if len(encoded) > self.limits.max_length:
             raise ValueError(f"{len(encoded):,} tokens, more than max_length {self.limits.max_length:,}")
         return encoded
 
-    def _batch(self, documents: list[EncodedDocument], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
-        batch = self.processor.tokenizer.collate(documents, with_labels=True, padding_side="left")
-        batch = {name: torch.from_numpy(np.array(rows, dtype=np.int64)) for name, rows in batch.items()}
-        batch["extension_table"] = batch["extension_table"].reshape(len(documents), -1, 2)
-        del batch["extension_mask"]  # for generation
-        if pictures:
-            batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    def _batch(self, rows: list[Any], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
+        batch = self.encoding.batch(rows, pictures)
         # Position p predicts p + 1: from the one before the first label on.
         columns = (batch["labels"] != IGNORE_INDEX).any(0).nonzero()
         first = int(columns[0]) if len(columns) else batch["labels"].shape[1] - 1

@@ -63,6 +63,8 @@ class ChatSample:
     images: tuple[ImageSource, ...] = ()
     source: str = ""
     """File and line, for messages."""
+    turns_before: tuple[tuple[str, str], ...] = ()
+    """The turns before as question and answer, for models that take no documents."""
 
     def document(self) -> dict[str, str]:
         """The sample as a CPM-Bee document."""
@@ -87,12 +89,14 @@ class ChatRecord:
 
     def __post_init__(self):
         escape, context, samples = CpmBeeTokenizer.escape, "", []
+        before: tuple[tuple[str, str], ...] = ()
         for number, (question, answer) in enumerate(self.turns):
             if answer is None or not answer.strip():
                 if number + 1 < len(self.turns):
                     raise BadRowError(f"{self._where}turn {number + 1} has no answer, but others follow it.")
                 break
-            samples.append(ChatSample(question, answer, context, tuple(self.images), self.source))
+            samples.append(ChatSample(question, answer, context, tuple(self.images), self.source, before))
+            before += ((question, answer),)
             context += f"User: {escape(question)}\nAI: {escape(answer)}\n"
         if not samples:
             raise BadRowError(f"{self._where}no turn has an answer, so there is nothing to learn.")

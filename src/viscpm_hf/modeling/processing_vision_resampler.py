@@ -1,0 +1,295 @@
+"""What the processors of OmniLMM, MiniCPM-V and VisualCLA share.
+
+A chat template writes the prompt with one mark per image; the processor puts the image's placeholders there. The
+templates follow every `<` of a message by a character that no text has (U+FDD0, which Unicode reserves for such uses),
+so that a special token in a message, `<image>` or `</s>`, stays the text that somebody typed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from jinja2 import TemplateError
+from transformers import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+
+from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
+
+
+ESCAPE = "\ufdd0"
+
+# Texts of a message, escaped, and its images; `text_of(message)`, `images_of(message)` in the templates.
+TEMPLATE_MACROS = """\
+{%- macro text_of(message) -%}
+    {%- if message['content'] is string -%}
+        {{- message['content'] | replace('<', '<\\ufdd0') -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'text' -%}{{- part['text'] | replace('<', '<\\ufdd0') -}}
+            {%- elif part['type'] != 'image' -%}
+                {{- raise_exception("The model takes text and images, not " ~ part['type'] ~ ".") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro images_of(message, mark) -%}
+    {%- if message['content'] is not string -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] == 'image' -%}
+                {%- if message['role'] != 'user' -%}
+                    {{- raise_exception("Images belong to the user, not to the " ~ message['role'] ~ ".") -}}
+                {%- endif -%}
+                {{- mark -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- macro check_turns(messages, knows_system) -%}
+    {%- set turns = namespace(last='assistant') -%}
+    {%- for message in messages -%}
+        {%- if message['role'] == 'system' and knows_system and loop.first -%}
+        {%- elif message['role'] not in ('user', 'assistant') -%}
+            {{- raise_exception(
+                "A conversation has messages of the user and the assistant" ~ (", and may begin with the system's"
+                if knows_system else "") ~ "; message " ~ loop.index0 ~ " is the " ~ message['role'] ~ "'s."
+            ) -}}
+        {%- elif message['role'] == turns.last -%}
+            {{- raise_exception(
+                "User and assistant take turns, the user first; message " ~ loop.index0 ~ " is the " ~ turns.last
+                ~ "'s out of turn."
+            ) -}}
+        {%- else -%}
+            {%- set turns.last = message['role'] -%}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+"""
+
+
+class VisionResamplerProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
+
+
+class VisionResamplerProcessor(ProcessorMixin):
+    r"""
+    Makes model inputs of prompts, as the chat template writes them, and images.
+
+    Args:
+        image_processor: prepares images.
+        tokenizer: encodes prompts.
+        chat_template (`str`): Jinja template; the model's own if None.
+        num_query_tokens (`int`): placeholders of one view of an image.
+        max_input_length (`int`): the most tokens of a prompt.
+    """
+
+    valid_processor_kwargs = VisionResamplerProcessorKwargs
+    own_chat_template: ClassVar[str]
+    image_token: ClassVar[str] = "<image>"
+    """The mark of an image in a prompt."""
+    image_tokens: ClassVar[tuple[str, ...]]
+    """Tokens around and between an image's placeholders, and these: no message can contain one."""
+    image_token_id: int
+    """The placeholder's."""
+
+    def __init__(
+        self,
+        image_processor: VisCPMImageProcessor | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        num_query_tokens: int = 64,
+        max_input_length: int = 2048,
+        **kwargs,
+    ):
+        self.num_query_tokens = num_query_tokens
+        self.max_input_length = max_input_length
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or self.own_chat_template)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = ("input_ids", "attention_mask", *self.image_processor.model_input_names, "num_views")
+        return list(dict.fromkeys(names))
+
+    def __call__(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs: Unpack[VisionResamplerProcessorKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images: one image, a list for all texts in order, or a list of lists, one for each text.
+            text: one or several prompts as the chat template writes them.
+            max_length: the most tokens of a prompt, `max_input_length` unless given; longer ones are an error, never
+                cut.
+
+        Returns:
+            `input_ids` and `attention_mask` `(texts, length)`, padded on the left unless asked otherwise; with images
+            also `pixel_values` `(views, 3, height, width)` of all texts one after the other, `num_views` `(texts,)`,
+            and what else the image processor returns of each view.
+
+        Raises:
+            ValueError: if texts and images don't match in number, or a prompt is too long.
+        """
+        if text is None:
+            raise ValueError(f"{type(self).__name__} needs text: a prompt as its chat template writes it.")
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs = merged["text_kwargs"]
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError(f"{type(self).__name__} needs at least one text, got an empty list.")
+        for index, entry in enumerate(texts):
+            if not isinstance(entry, str):
+                raise ValueError(f"A text is a str, but text {index} is of type {type(entry).__name__}.")
+
+        num_images = [entry.count(self.image_token) for entry in texts]
+        flat_images = images_in_order(images, num_images, self.image_processor, self.image_token)
+        data: dict[str, Any] = {}
+        expansions: list[str] = []
+        num_views: list[int] = []
+        if flat_images:
+            # Before any padding is known, arrays will do: tensors are made of everything at the end.
+            features = self.image_processor(flat_images, **{**merged["images_kwargs"], "return_tensors": "np"})
+            expansions, views_of_images = self._expansions(features, len(flat_images))
+            data = dict(features)
+            places = iter(views_of_images)
+            num_views = [sum(next(places) for _ in range(count)) for count in num_images]
+            data["num_views"] = num_views
+
+        rows = []
+        replacements = iter(expansions)
+        for index, entry in enumerate(texts):
+            ids = self.encode(self.expand(entry, [next(replacements) for _ in range(num_images[index])]))
+            self._check(ids, index, num_views[index] if num_views else 0, text_kwargs.get("max_length"))
+            rows.append(ids)
+        padding = text_kwargs.get("padding")
+        encoding = self.tokenizer.pad(
+            {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]},
+            padding=padding,
+            max_length=text_kwargs.get("max_length") if padding == "max_length" else None,
+            padding_side=text_kwargs.get("padding_side"),
+            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
+        )
+        data = {**encoding, **data}
+        if text_kwargs.get("return_mm_token_type_ids", merged.get("return_mm_token_type_ids")):
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])
+        return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def view_text(self) -> str:
+        """The text that stands for one view."""
+        raise NotImplementedError
+
+    def image_text(self, grid: tuple[int, int] = (0, 0)) -> str:
+        """The text that stands for one image; `grid`: rows and columns of its tiles."""
+        return self.view_text()
+
+    def expand(self, text: str, images: Sequence[str]) -> str:
+        """The prompt with the images' texts in place of their marks."""
+        parts = text.split(self.image_token)
+        return parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
+
+    def prompt_text(self, conversation: list[dict[str, Any]], grids: Sequence[tuple[int, int]] = ()) -> str:
+        """The conversation's prompt as the original builds it, for people to read.
+
+        Args:
+            grids: of each image, rows and columns of its tiles; one view each if empty.
+        """
+        text = self.apply_chat_template(conversation, add_generation_prompt=True)
+        count = text.count(self.image_token)
+        texts = [self.image_text(grid) for grid in grids] if grids else [self.image_text()] * count
+        return self.expand(text, texts).replace(ESCAPE, "")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of an expanded prompt, `<s>` first; what messages have of special tokens stays text."""
+        bos = self.tokenizer.bos_token
+        ids = [] if bos is None or text.startswith(bos) else [self.tokenizer.bos_token_id]
+        special = {*self.tokenizer.all_special_tokens, *self.image_tokens}
+        endings = "|".join(re.escape(token[1:]) for token in special if token.startswith("<"))
+        # A cut behind its `<` keeps a typed special token from being seen as one, by whatever vocabulary.
+        for part in re.split(f"(?<=<){ESCAPE}(?={endings})", text):
+            part = part.replace(ESCAPE, "")
+            ids += self.tokenizer(part, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return ids
+
+    def encode_conversation(
+        self, conversation: Sequence[dict[str, Any]], grids: Sequence[tuple[int, int]] = (), num_views: int = 0
+    ) -> list[int]:
+        """Token ids of a conversation whose images are at hand already encoded.
+
+        Args:
+            grids: of each image, rows and columns of its tiles.
+            num_views: of all images together.
+
+        Raises:
+            ValueError: for a conversation out of turn, or a prompt that is too long.
+        """
+        text = self.apply_chat_template(list(conversation), add_generation_prompt=True)
+        ids = self.encode(self.expand(text, [self.image_text(grid) for grid in grids]))
+        self._check(ids, 0, num_views, None)
+        return ids
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of an answer's tokens, to its end."""
+        ids = list(ids)
+        end = self.tokenizer.eos_token_id
+        ids = ids[: ids.index(end)] if end in ids else ids
+        return self._answer_text(ids).strip()
+
+    def _answer_text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def apply_chat_template(self, conversation: Any, *args, **kwargs):
+        """As in transformers; a conversation that the template refuses is a `ValueError`."""
+        if isinstance(conversation, Sequence) and not conversation:
+            raise ValueError("The conversation has no messages.")
+        try:
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+
+    def _expansions(self, features: BatchFeature, num_images: int) -> tuple[list[str], list[int]]:
+        """The texts of the images and their numbers of views; takes out of `features` what only this needs."""
+        return [self.image_text()] * num_images, [1] * num_images
+
+    def _check(self, ids: Sequence[int], index: int, num_views: int, max_length: int | None) -> None:
+        limit = max_length or self.max_input_length
+        if len(ids) > limit:
+            raise ValueError(
+                f"Prompt {index} has {len(ids):,} tokens, more than the limit of {limit:,}. Shorten the question or "
+                "the conversation before it, or raise the limit (max_length); nothing is cut off silently."
+            )
+        found = sum(token == self.image_token_id for token in ids)
+        if found != num_views * self.num_query_tokens:
+            raise ValueError(
+                f"Prompt {index} has {found} placeholders after tokenisation, but its {num_views} views take "
+                f"{num_views * self.num_query_tokens}: the tokenizer is not this model's."
+            )
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs
+    ) -> MultiModalData:
+        """`image_sizes`: (height, width) of each image."""
+        grids = [self.grid_of(size, **kwargs) for size in image_sizes or ()]
+        return MultiModalData(
+            num_image_tokens=[(1 + rows * columns) * self.num_query_tokens for rows, columns in grids],
+            num_image_patches=[1 + rows * columns for rows, columns in grids],
+        )
+
+    def grid_of(self, size: tuple[int, int], **kwargs) -> tuple[int, int]:
+        """Rows and columns of the tiles of an image of (height, width), (0, 0) without tiles."""
+        return (0, 0)
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        """As in transformers, but the saved folder's `auto_map` is not left on this object (loading drops it too)."""
+        files = super().save_pretrained(*args, **kwargs)
+        self.__dict__.pop("auto_map", None)
+        return files
+
+
+__all__ = ["VisionResamplerProcessor"]

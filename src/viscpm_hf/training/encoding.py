@@ -1,0 +1,132 @@
+"""Samples as the models take them: CPM-Bee's documents, or the siblings' conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..modeling.document_cpm_bee import IGNORE_INDEX, EncodedDocument
+from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..modeling.processing_vision_resampler import ESCAPE, VisionResamplerProcessor
+from .records import ChatSample
+
+
+Size = tuple[int, int]
+"""Height and width of a picture."""
+
+
+class DocumentEncoding:
+    """Samples as CPM-Bee's documents, in which a picture has the same length whatever its size."""
+
+    def __init__(self, processor: VisCPMChatProcessor):
+        self.processor = processor
+
+    def encode(self, sample: ChatSample, sizes: Sequence[Size] = ()) -> EncodedDocument:
+        """`len()` of it is its number of tokens."""
+        return self.processor.encode_prompt(self.processor.parse_prompt(sample.document()), close_answers=True)
+
+    def picture_sizes(self, sample: ChatSample) -> list[Size]:
+        """What [`encode`] needs to know of a sample's pictures."""
+        return []
+
+    def filler(self, size: Size) -> EncodedDocument:
+        """A question about a picture, from which nothing is learned."""
+        document = {"image": "<image>", "context": "", "question": "", "<ans>": ""}
+        return self.processor.encode_prompt(self.processor.parse_prompt(document))
+
+    def batch(self, rows: list[EncodedDocument], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
+        """Rows padded on the left, `labels` of all their tokens."""
+        batch = self.processor.tokenizer.collate(rows, with_labels=True, padding_side="left")
+        batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in batch.items()}
+        batch["extension_table"] = batch["extension_table"].reshape(len(rows), -1, 2)
+        del batch["extension_mask"]  # for generation
+        if pictures:
+            batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """A conversation's tokens; those from `prompt_length` on are the answer to learn."""
+
+    ids: list[int]
+    prompt_length: int
+    num_images: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class ConversationEncoding:
+    """Samples as conversations of the siblings' chat templates; the pictures belong to the first question."""
+
+    def __init__(self, processor: VisionResamplerProcessor):
+        self.processor = processor
+
+    def encode(self, sample: ChatSample, sizes: Sequence[Size] = ()) -> EncodedConversation:
+        messages = []
+        for question, answer in (*sample.turns_before, (sample.question, "")):
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages.pop()
+        text = {"type": "text", "text": messages[0]["content"]}
+        messages[0]["content"] = [*({"type": "image"} for _ in sample.images), text]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        images = [self.processor.image_text(self.processor.grid_of(size)) for size in sizes]
+        prompt = self.processor.expand(prompt, images)
+        before = self.processor.encode(prompt)
+        # Together with what is before it, an answer may be cut into other tokens than alone.
+        ids = self.processor.encode(prompt + sample.answer.replace("<", f"<{ESCAPE}"))
+        same = (place for place, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other)
+        prompt_length = next(same, min(len(before), len(ids)))
+        return EncodedConversation([*ids, self.processor.tokenizer.eos_token_id], prompt_length, len(sizes))
+
+    def picture_sizes(self, sample: ChatSample) -> list[Size]:
+        sizes = []
+        for image in sample.images:
+            picture = self.processor.image_processor.fetch_images(image)
+            sizes.append((picture.height, picture.width))
+            if isinstance(image, Path):
+                picture.close()
+        return sizes
+
+    def filler(self, size: Size) -> EncodedConversation:
+        encoded = self.encode(ChatSample("", "", images=(PIL.Image.new("RGB", (1, 1)),)), [size])
+        return EncodedConversation(encoded.ids, len(encoded), encoded.num_images)
+
+    def batch(self, rows: list[EncodedConversation], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
+        """As [`DocumentEncoding.batch`]."""
+        batch: dict[str, Any] = dict(
+            self.processor.tokenizer.pad(
+                {"input_ids": [row.ids for row in rows], "attention_mask": [[1] * len(row) for row in rows]},
+                padding_side="left",
+                return_tensors="pt",
+            )
+        )
+        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        for row, target in zip(rows, labels, strict=True):
+            answer = row.ids[row.prompt_length :]
+            if answer:
+                target[-len(answer) :] = torch.tensor(answer)
+        batch["labels"] = labels
+        if pictures:
+            features = self.processor.image_processor(pictures, return_tensors="pt")
+            features.pop("grids", None)
+            views = features.pop("num_views", torch.ones(len(pictures), dtype=torch.long))
+            parts = views.split([row.num_images for row in rows])
+            batch |= {**features, "num_views": torch.stack([part.sum() for part in parts])}
+        return batch
+
+
+Encoding = DocumentEncoding | ConversationEncoding
+
+
+def encoding_of(processor: VisCPMChatProcessor | VisionResamplerProcessor) -> Encoding:
+    """How samples become what this processor's model takes."""
+    is_sibling = isinstance(processor, VisionResamplerProcessor)
+    return ConversationEncoding(processor) if is_sibling else DocumentEncoding(processor)

@@ -1,0 +1,222 @@
+"""The siblings behind `VisCPMChat`'s interface, and the commands that use it."""
+
+import json
+
+import pytest
+import torch
+from sibling_folders import NAMES, make_system
+from test_image_processing_minicpmv import picture
+from transformers import pipeline
+
+from viscpm_hf import ChatRequest, SiblingChat, UnsafeImageError
+from viscpm_hf.cli.main import main
+from viscpm_hf.modeling.decoding_presets import decoding_presets, default_preset
+from viscpm_hf.siblings.sibling_chat import EncodedImage, is_sibling
+
+
+IMAGE, TALL = picture(90, 60), picture(40, 130, 1)
+SHORT = {"mode": "generate", "max_new_tokens": 6}
+
+
+@pytest.fixture(params=NAMES)
+def chat(request, sibling_chats):
+    return sibling_chats[request.param]
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    IMAGE.save(tmp_path / "image.png")
+    return tmp_path / "image.png"
+
+
+def requests_of(chat):
+    first = chat.ask(TALL, "is the image", **SHORT)
+    return [
+        ChatRequest(IMAGE, "What is it?"),
+        ChatRequest(TALL, "图片里有什么？"),
+        ChatRequest(None, "Hi"),
+        ChatRequest(None, "the </s> question", first.context, first.vision_hidden_states),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SHORT,
+        {"mode": "reference", "max_new_tokens": 5, "seed": 7},
+        {"mode": "generate", "max_new_tokens": 5, "num_beams": 3, "repetition_penalty": 1.3},
+    ],
+    ids=["greedy", "preset", "beams"],
+)
+def test_a_batch_is_its_questions_one_by_one(chat, options):
+    requests = requests_of(chat)
+    together = chat.ask_batch(requests, **options)
+    alone = [chat.ask(r.image, r.question, r.context, r.vision_hidden_states, **options) for r in requests]
+    assert [turn.answer for turn in together] == [turn.answer for turn in alone]
+    assert [turn.context for turn in together] == [turn.context for turn in alone]
+    assert [turn.num_tokens for turn in together] == [turn.num_tokens for turn in alone]
+
+
+def test_streamed_text_is_the_answer(chat):
+    for seed in range(4):
+        pieces = []
+        turn = chat.ask(
+            IMAGE, "What?", max_new_tokens=12, seed=seed, num_beams=1, do_sample=True, on_text=pieces.append
+        )
+        assert "".join(pieces) == turn.answer and all(pieces)
+        assert (
+            turn.answer == chat.ask(IMAGE, "What?", max_new_tokens=12, seed=seed, num_beams=1, do_sample=True).answer
+        )
+    with pytest.raises(ValueError, match="only at the end: on_text needs num_beams=1"):
+        chat.ask(IMAGE, "What?", mode="generate", num_beams=2, on_text=pieces.append)
+
+
+def test_the_next_turn_goes_on(chat):
+    """With what the turn before returned, as with the whole conversation and the picture again."""
+    answer, context, image = chat.chat(IMAGE, "What is <image>?", **SHORT)
+    assert json.loads(context) == [
+        {"role": "user", "content": "What is <image>?"},
+        {"role": "assistant", "content": answer},
+    ]
+    assert context == chat.context_of([("What is <image>?", answer)])
+    following = chat.ask(None, "Where?", context, image, **SHORT)
+    again = chat.ask(IMAGE, "Where?", context, **SHORT)
+    assert (following.answer, following.context) == (again.answer, again.context)
+    conversation = [*json.loads(context), {"role": "user", "content": "Where?"}]
+    conversation[0]["content"] = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is <image>?"}]
+    inputs = chat.processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = chat.model.generate(**inputs, max_new_tokens=6, eos_token_id=2)[0, inputs["input_ids"].shape[1] :]
+    assert chat.processor.answer_text(ids.tolist()) == following.answer
+
+
+def test_greedy_answers_are_the_references(sibling_chats):
+    for name, chat in sibling_chats.items():
+        system = make_system(name)
+        inputs = chat.processor.apply_chat_template(
+            chat.conversation(ChatRequest(None, "What is the image?")), tokenize=True, add_generation_prompt=True
+        )
+        expected = system.greedy(inputs[0], length=6, repetition_penalty=1.3, no_repeat_ngram_size=2)
+        options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+        assert chat.ask(None, "What is the image?", **SHORT, **options).answer == chat.processor.answer_text(expected)
+
+
+def test_presets_are_the_originals(sibling_chats):
+    found = {name: decoding_presets(chat.model.config) for name, chat in sibling_chats.items()}
+    sample = {"do_sample": True}
+    assert found["omnilmm"] == {
+        "sampling": sample
+        | {"max_new_tokens": 1024, "temperature": 0.6, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.1}
+    }
+    assert found["minicpmv-1.0"] == {
+        "beam": {"max_new_tokens": 2048, "num_beams": 3, "repetition_penalty": 1.2},
+        "sampling": sample | {"max_new_tokens": 2048, "temperature": 0.6, "top_k": 100, "top_p": 0.8},
+    }
+    assert found["minicpmv-2.0"] == {
+        "sampling": sample
+        | {"max_new_tokens": 1024, "temperature": 0.7, "top_k": 100, "top_p": 0.8, "repetition_penalty": 1.05},
+        "beam": {"max_new_tokens": 1024, "num_beams": 3, "repetition_penalty": 1.2},
+    }
+    assert default_preset(sibling_chats["visualcla"].model.config) == sample | {
+        "max_new_tokens": 512, "temperature": 0.5, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1,
+        "no_repeat_ngram_size": 15,
+    }  # fmt: skip
+
+
+def test_one_bad_request_does_not_spoil_the_batch(chat):
+    requests = [ChatRequest("nothing.png", "What?"), ChatRequest(IMAGE, "is " * 3000), ChatRequest(IMAGE, "What?")]
+    missing, long, good = chat.ask_batch(requests, return_exceptions=True, **SHORT)
+    assert isinstance(missing, ValueError) and "nothing.png" in str(missing)
+    assert isinstance(long, ValueError) and "more than the limit" in str(long)
+    assert good.answer == chat.ask(IMAGE, "What?", **SHORT).answer
+    with pytest.raises(ValueError, match="nothing.png"):
+        chat.ask_batch(requests, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"mode": "fast"}, "mode is one of reference, generate"),
+        ({"context": "User: hi"}, "context is not what an earlier turn returned"),
+        ({"context": "[1]"}, "a JSON list of messages"),
+        ({"vision_hidden_states": torch.zeros(1)}, "is an EncodedImage"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"question": 3}, "A question is a str, got int"),
+    ],
+)
+def test_bad_arguments(chat, options, match):
+    with pytest.raises(ValueError, match=match):
+        chat.ask(**{"image": None, "question": "Hi", **options})
+
+
+def test_flagged_pictures_are_not_answered(whole_folders):
+    folder = whole_folders["minicpmv-1.0"]
+    chat = SiblingChat(folder, lambda image: image.size == TALL.size, device="cpu", image_safety_policy="refuse")
+    flagged, good = chat.ask_batch([ChatRequest(TALL, "What?"), ChatRequest(IMAGE, "What?")], **SHORT)
+    assert flagged.answer.startswith("抱歉") and flagged.vision_hidden_states is None
+    assert isinstance(good.vision_hidden_states, EncodedImage)
+    chat.image_safety_policy = "raise"
+    with pytest.raises(UnsafeImageError):
+        chat.ask(TALL, "What?", **SHORT)
+
+
+def test_the_pipeline_answers(whole_folders, sibling_chats, image_file):
+    for name, folder in whole_folders.items():
+        answering = pipeline("image-text-to-text", model=str(folder), device="cpu")
+        content = [{"type": "image", "path": str(image_file)}, {"type": "text", "text": "What?"}]
+        (found,) = answering([{"role": "user", "content": content}], max_new_tokens=6, return_tensors=True)
+        chat = sibling_chats[name]
+        turn = chat.ask(IMAGE, "What?", **SHORT)
+        assert chat.processor.answer_text(found["generated_token_ids"][-6:]) == turn.answer
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+
+def test_what_is_a_sibling(whole_folders, golden, tmp_path):
+    assert all(is_sibling(folder) for folder in whole_folders.values())
+    assert not is_sibling(tmp_path) and not is_sibling(golden.weights)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"base_model_name_or_path": str(whole_folders["omnilmm"])}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert is_sibling(adapter)
+
+
+def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
+    for name, folder in whole_folders.items():
+        arguments = ["chat", str(folder), str(image_file), "What?", "Where?", "--device", "cpu", "--json"]
+        assert main([*arguments, "--mode", "generate", "--max-new-tokens", "6"]) == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        chat = sibling_chats[name]
+        first = chat.ask(IMAGE, "What?", **SHORT)
+        second = chat.ask(None, "Where?", first.context, first.vision_hidden_states, **SHORT)
+        assert [line["answer"] for line in lines] == [first.answer, second.answer]
+    assert main([*arguments, "--fast"]) == 1
+    assert "--fast is for VisCPM-Chat" in capsys.readouterr().err
+
+
+def test_the_batch_command(whole_folders, sibling_chats, image_file, tmp_path):
+    rows = [
+        {"id": 1, "image": image_file.name, "question": "What?"},
+        {"id": 2, "question": "Hi"},
+        {
+            "id": 3,
+            "image": image_file.name,
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": "the"},
+                {"from": "human", "value": "Where?"},
+            ],
+        },
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = sibling_chats["minicpmv-2.0"]
+    arguments = ["batch", str(whole_folders["minicpmv-2.0"]), str(source), str(target), "--device", "cpu"]
+    assert main([*arguments, "--mode", "generate", "--max-new-tokens", "6"]) == 0
+    found = [json.loads(line)["answer"] for line in target.read_text().splitlines()]
+    context = chat.context_of([("What?", "the")])
+    asked = [(IMAGE, "What?", ""), (None, "Hi", ""), (IMAGE, "Where?", context)]
+    assert found == [chat.ask(*request, **SHORT).answer for request in asked]
