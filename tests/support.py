@@ -9,18 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from viscpm_hf import VisCPMChat
-from viscpm_hf.embedded import FOLDER as EMBEDDED_FOLDER
 
 
 GOLDEN = Path(__file__).parent / "golden"
-needs_tiny_chat = pytest.mark.skipif(
-    not (EMBEDDED_FOLDER / "chat").is_dir(), reason="the chat half of viscpm-tiny is not trained yet: make tiny-chat"
-)
 CHAT_CASES = ("chat_a", "chat_b")
 
 # The GitHub spelling of the language model's sizes -> the Hub's.

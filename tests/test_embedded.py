@@ -4,14 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from support import needs_tiny_chat
 
 import viscpm_hf
 from viscpm_hf import embedded
 from viscpm_hf.embedded import EMBEDDED_NAME, resolve_model, tiny
 
 
-@needs_tiny_chat
 def test_the_name_stands_for_the_folders():
     assert viscpm_hf.tiny is tiny
     assert Path(tiny("chat"), "config.json").is_file()

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from plain_drawings import FIGURES, PAINTS, SPOTS, drawings
-from support import needs_tiny_chat
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from viscpm_hf import VisCPMChat, VisCPMChatForConditionalGeneration, convert, tiny
@@ -14,8 +13,6 @@ from viscpm_hf.batch.answering import ChatRequest
 from viscpm_hf.evaluation.shapes import CHAT_PARTS, ShapesChatRows, chat_rows, summarize
 from viscpm_hf.shapes import LANGUAGES, QUESTION_TYPES, draw, make_scene
 
-
-pytestmark = needs_tiny_chat
 
 # The committed results have 500 pictures per type and language; a few are enough to see that nothing broke.
 COUNT = 24

@@ -7,7 +7,8 @@
 - `english`: both together, on pictures with English questions. The language model is frozen.
 - `chinese`: the same with a little Chinese.
 - `both`: `text` and `vision` together again, on questions in both languages. The vision tower is frozen.
-- `polish`: the same, also late in conversations, while everything trains: the model that ships.
+- `polish`: the same, also late in conversations, while everything trains.
+- `finish`: the same with more of what is still wrong; the tower is frozen again. This is the model that ships.
 
 After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
 is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
@@ -87,6 +88,14 @@ STAGES = (
     Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 1e-3, freeze_llm=True),
     Stage("both", "text", BOTH, 5000, 3e-3, freeze_vision=True),
     Stage("polish", "both", functools.partial(picture_lesson, details=0.1, talked=0.4), 2000, 2e-3),
+    Stage(
+        "finish",
+        "polish",
+        functools.partial(picture_lesson, details=0.1, talked=0.3, hard={"position": 5, "follow_up": 3}),
+        2500,
+        3e-3,
+        freeze_vision=True,
+    ),
 )
 
 

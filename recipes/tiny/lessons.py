@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import texts
@@ -67,6 +67,7 @@ def picture_lesson(
     pictures: int = 32,
     questions: int = 2,
     talked: float = 0.0,
+    hard: Mapping[str, float] | None = None,
 ) -> list[ChatSample]:
     """Questions about pictures of the training split, in one lesson all with short answers or all with long ones.
 
@@ -74,6 +75,7 @@ def picture_lesson(
         languages, weights: which languages, and how often each.
         details: share of the lessons that ask for shapes with their places.
         pictures, questions: number of pictures, and of the questions about each.
+        hard: how many times as often as the others some types are asked for.
         talked: share of the questions that come after one to four others, which have nothing to do with them.
     """
     asks_details = rng.random() < details
@@ -86,11 +88,11 @@ def picture_lesson(
         asked = 0
         while asked < (1 if asks_details else questions):
             (language,) = rng.choices(languages, weights)
-            sample = (
-                texts.detail(in_their_order(scene), language, rng)
-                if asks_details
-                else question(scene, language, types, rng)
-            )
+            if asks_details:
+                sample = texts.detail(in_their_order(scene), language, rng)
+            else:
+                (type,) = rng.choices(types, [(hard or {}).get(name, 1) for name in types])
+                sample = question(scene, language, type, rng)
             if sample is not None:
                 before = talk(scene, language, rng) if rng.random() < talked else ""
                 samples.append(replace(sample, images=(picture,), context=before + sample.context))
@@ -102,8 +104,8 @@ def in_their_order(scene: Scene) -> Scene:
     return replace(scene, shapes=in_order(scene.shapes))
 
 
-def question(scene: Scene, language: str, types: tuple[str, ...], rng: random.Random) -> ChatSample | None:
-    made = make_question(scene, rng.choice(types), language, rng)
+def question(scene: Scene, language: str, type: str, rng: random.Random) -> ChatSample | None:
+    made = make_question(scene, type, language, rng)
     return made and ChatSample(made.text, made.answer, texts.turns_as_context(made.turns_before))
 
 

@@ -7,7 +7,6 @@
 2. `vae`: the VAE, by `picture_vae.py`.
 3. `start`: a whole pipeline: the language model of `chat.py`'s first stage, that VAE, a new projection and UNet.
 4. `trained`: UNet and projection, by one call of `viscpm_hf.training.train_paint`; the language model stays frozen.
-5. `polished`: the same again from there, at a lower rate.
 
 A finished stage is not done again, and an interrupted training goes on.
 """
@@ -61,6 +60,7 @@ SIZE = 64
 SIZES, OFFSET, JITTER = (0.4, 0.52), 0.2, 0.03
 STAR_SIZES = (0.47, 0.53)  # the smallest area; guidance makes it smaller still
 BACKGROUNDS = (255, 245, 235)
+BEFORE, AFTER = ("", "", "", "(", "“", "：", ","), ("", "", "", ".", "。", "!", "！", "”", ")")
 NUM_PICTURES, NUM_VALIDATION = 12000, 400
 
 VAE_STEPS = 3500
@@ -86,7 +86,7 @@ TRAINING = {
     "mode": "full",
     "train_projection": True,
     "learning_rate": 1.5e-3,
-    "max_steps": 4000,
+    "max_steps": 4500,
     "batch_size": 64,
     "eval_batch_size": 100,
     "encode_batch_size": 64,
@@ -103,7 +103,6 @@ TRAINING = {
     "bad_rows": "fail",
     "resume": True,
 }
-POLISHING = {"learning_rate": 7e-4, "max_steps": 1500}
 
 
 def outline(kind: str) -> list[tuple[float, float]]:
@@ -147,7 +146,13 @@ def write_data(folder: Path) -> None:
             name = f"{split}/{index:05d}.png"
             draw(make_paint_scene(kind, colour, place or frozenset(), rng), SIZE).save(folder / name)
             texts = [word_prompt(kind, colour, place, language, rng).text for language in LANGUAGES]
-            rows += [{"image": name, "caption": text} for text in texts if text not in judged]
+            # What stands around a prompt changes every word of it in the language model's eyes: colours are to be
+            # known wherever they stand.
+            rows += [
+                {"image": name, "caption": rng.choice(BEFORE) + text + rng.choice(AFTER)}
+                for text in texts
+                if text not in judged
+            ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, "utf-8")
 
@@ -221,22 +226,21 @@ def main() -> None:
             make()
             seconds[name] = round(time.process_time() - begin)
 
-    data, vae, start, trained, polished = (work / name for name in ("data", "vae", "start", "trained", "polished"))
+    data, vae, start, trained = (work / name for name in ("data", "vae", "start", "trained"))
     stage("data", data / "validation.jsonl", lambda: write_data(data))
     stage("vae", vae / "log.json", lambda: write_vae(vae))
     stage("start", start / "model_index.json", lambda: write_start(start, vae, arguments.language_model))
-
-    def train(model: Path, output: Path, seed: int, **options) -> None:
-        files = {"data": [str(data / "train.jsonl")], "eval_data": [str(data / "validation.jsonl")]}
-        config = PaintTrainingConfig(
-            output=str(output), model=str(model), seed=seed, **files, **{**TRAINING, **options}
-        )
-        stage(output.name, output / "model_index.json", lambda: train_paint(config))
-
-    train(start, trained, SEED)
-    train(trained, polished, SEED + 1, **POLISHING)
+    config = PaintTrainingConfig(
+        output=str(trained),
+        model=str(start),
+        data=[str(data / "train.jsonl")],
+        eval_data=[str(data / "validation.jsonl")],
+        seed=SEED,
+        **TRAINING,
+    )
+    stage("trained", trained / "model_index.json", lambda: train_paint(config))
     if arguments.output is not None:
-        save(polished, vae, arguments.output, seconds)
+        save(trained, vae, arguments.output, seconds)
 
 
 def save(trained: Path, vae: Path, output: Path, seconds: dict[str, int]) -> None:
@@ -253,8 +257,7 @@ def save(trained: Path, vae: Path, output: Path, seconds: dict[str, int]) -> Non
         "cpu_seconds": seconds,
         "right": evaluate(pipeline, results / "paint.png"),
         "vae": json.loads((vae / "log.json").read_text("utf-8")),
-        "training": json.loads((trained.parent / "trained" / "training.json").read_text("utf-8"))["result"]["log"],
-        "polishing": json.loads((trained / "training.json").read_text("utf-8"))["result"]["log"],
+        "training": json.loads((trained / "training.json").read_text("utf-8"))["result"]["log"],
     }
     (results / "paint.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 

@@ -1,12 +1,10 @@
 """`viscpm-hf demo`: the embedded model at work in a terminal."""
 
 import PIL.Image
-from support import needs_tiny_chat
 
 from viscpm_hf.cli import main
 
 
-@needs_tiny_chat
 def test_the_demo_answers_and_paints(capsys, tmp_path):
     assert main(["demo", "--terminal", "--output", str(tmp_path / "new")]) == 0
     output = capsys.readouterr().out

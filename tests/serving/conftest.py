@@ -1,17 +1,15 @@
-"""The demo page's tests need gradio (the extra `demo`) and selenium, and the browser's test a trained model."""
+"""The demo page's tests need gradio (the extra `demo`), those in a browser selenium too."""
 
 from importlib.util import find_spec
 
 import pytest
 from ray_support import ray_cluster, write_models
 
-from viscpm_hf.embedded import FOLDER
-
 
 collect_ignore = []
 if find_spec("gradio") is None:
     collect_ignore += ["test_demo.py"]
-if find_spec("gradio") is None or find_spec("selenium") is None or not (FOLDER / "chat").is_dir():
+if find_spec("gradio") is None or find_spec("selenium") is None:
     collect_ignore += ["test_demo_browser.py"]
 
 

@@ -28,8 +28,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="file, folder, cached Hub id, viscpm-tiny; openbmb/VisCPM-Chat and openbmb/VisCPM-Paint need not be here "
-        "/ 模型",
+        help="file, folder, cached Hub id, viscpm-tiny; of openbmb/VisCPM-Chat and other released ids the sizes are "
+        "known / 模型",
     )
     parser.add_argument("--gpu", metavar="SIZE", help="8GB, a GPU's name (4090), or none; else as found / 显存")
     parser.add_argument("--ram", metavar="SIZE", help="16GB; else what is free now / 内存")
@@ -48,25 +48,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..memory import Machine, Work, memory_plan
+    from ..memory import Machine, memory_plan
     from ..placement import size_text
 
     names = {**CHAT_WORK, **PAINT_WORK, "batch": "batch"}
     given = {name: getattr(arguments, option) for option, name in names.items()}
-    work = Work(**{name: value for name, value in given.items() if value is not None})
+    work = {name: value for name, value in given.items() if value is not None}
     machine = Machine.detect(arguments.gpu, arguments.ram)
     plan = memory_plan(arguments.model, machine=machine, work=work, kind=arguments.kind)
     other = PAINT_WORK if plan.kind == "chat" else CHAT_WORK
     wrong = [f"--{option.replace('_', '-')}" for option in other if getattr(arguments, option) is not None]
     if wrong:
-        raise ValueError(
-            f"{', '.join(wrong)} means nothing to {plan.model}, which is VisCPM-{plan.kind.capitalize()}."
-        )
+        raise ValueError(f"{', '.join(wrong)} means nothing to {plan.model}, which is {plan.title}.")
     if arguments.json:
         print(json.dumps(as_dict(plan), ensure_ascii=False))
         return 0
     parameters = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in plan.parameters.items())
-    print(f"{plan.model}: VisCPM-{plan.kind.capitalize()}, {parameters}")
+    print(f"{plan.model}: {plan.title}, {parameters}")
     print(f"{describe_work(plan)}\n{machine.describe()}\n")
     print(table(plan))
     print("\nSizes in powers of ten. Speeds are estimates: " + "; ".join(machine.notes) + ".")

@@ -98,10 +98,9 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
     """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments."""
     from ..chat import VisCPMChat
-    from ..embedded import EMBEDDED_NAME
     from ..siblings.sibling_chat import SiblingChat, is_sibling
 
-    if arguments.model != EMBEDDED_NAME and is_sibling(arguments.model):
+    if is_sibling(arguments.model):
         others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
         given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]
         if given:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,6 +82,8 @@ class MemoryPlan:
     rows: list[MemoryRow]
     best: MemoryRow | None
     """The row to choose on this machine; None if nothing fits."""
+    title: str
+    """The system's name."""
 
     @property
     def advice(self) -> str:
@@ -101,16 +103,17 @@ def memory_plan(
     model: str | os.PathLike,
     *,
     machine: Machine | None = None,
-    work: Work | None = None,
+    work: Work | Mapping[str, int] | None = None,
     kind: str | None = None,
 ) -> MemoryPlan:
     """What a model needs, in every precision and place.
 
     Args:
-        model: a file, folder, cached Hub id, `"viscpm-tiny"`, or `"openbmb/VisCPM-Chat"` and `"openbmb/VisCPM-Paint"`
-            without having them.
+        model: a file, folder, cached Hub id, `"viscpm-tiny"`, or a released checkpoint's id without having it
+            (`sizes.RELEASED`).
         machine: where it is to run; this one if None.
-        work: what is to be computed; one answer, or one image, as the original does it if None.
+        work: what is to be computed; what a mapping of [`Work`]'s fields lacks is as the original does it: one answer,
+            or one image.
         kind: `"chat"` or `"paint"`, of `"viscpm-tiny"`.
 
     Raises:
@@ -118,10 +121,11 @@ def memory_plan(
     """
     sizes = model_sizes(model, kind)
     machine = machine or Machine.detect()
-    work = work or Work()
+    if not isinstance(work, Work):
+        work = Work.of(sizes, **(work or {}))
     work.check(sizes)
     rows = [row for precision in (FP32, HALF, INT8, NF4) for row in _rows(sizes, machine, work, precision)]
-    return MemoryPlan(sizes.name, sizes.kind, sizes.parameters, machine, work, rows, _best(rows))
+    return MemoryPlan(sizes.name, sizes.kind, sizes.parameters, machine, work, rows, _best(rows), sizes.title)
 
 
 def _best(rows: list[MemoryRow]) -> MemoryRow | None:
@@ -159,7 +163,7 @@ class _Precision:
 
 
 def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Precision:
-    half = torch.float16 if on_gpu else torch.bfloat16
+    half = torch.float16 if on_gpu and not sizes.is_sibling else torch.bfloat16
     dtype = torch.float32 if name == FP32 else half
     quantization = QUANTIZATIONS.get(name)
     # On a CPU UNet and VAE stay as they are stored.
@@ -176,7 +180,7 @@ def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Preci
 def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterator[MemoryRow]:
     on_gpu, on_cpu = (_precision(sizes, work, name, is_gpu) for is_gpu in (True, False))
     yield _row(sizes, machine, work, on_gpu, GPU, gpu=on_gpu.total)
-    plan = _streaming(on_gpu, machine)
+    plan = None if sizes.is_sibling else _streaming(on_gpu, machine)
     if plan is not None:
         yield _row(
             sizes, machine, work, on_gpu, GPU_STREAMED, gpu=on_gpu.outside_layers + plan.device_bytes,
@@ -268,7 +272,8 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
         # Unpacked before every product: written and read once more.
         read += 2 * precision.dtype.itemsize * 2 * layers
     step = read / bandwidth
-    fast = step if row.placement == GPU and precision.name in (FP32, HALF) else None
+    has_fast = not sizes.is_sibling and row.placement == GPU and precision.name in (FP32, HALF)
+    fast = step if has_fast else None
     if on_gpu:
         step = max(step, launches)
     if row.placement == GPU_STREAMED:
@@ -294,7 +299,7 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
 
 def _command(sizes: ModelSizes, work: Work, precision: _Precision, placement: str, budget: int) -> str:
     words = ["viscpm-hf", "chat", sizes.name, "IMAGE"]
-    layers = "model.language_model.layers"
+    layers = "language_model.model.layers" if sizes.is_sibling else "model.language_model.layers"
     if sizes.kind != CHAT:
         words, layers = ["viscpm-hf", "paint", sizes.name, "PROMPT", "-o", "out.png"], "model.layers"
     words += ["--dtype", str(precision.dtype).removeprefix("torch.")]

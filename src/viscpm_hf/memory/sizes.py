@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +15,47 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..conversion.inspect import original_config
 from ..conversion.original import CHAT, CPM_BEE, PAINT, checkpoint_kind, load_state_dict
 from ..conversion.paint import empty_part, empty_parts
+from ..conversion.siblings.systems import system_of
 from ..conversion.source import HUB_ID, Location, json_object, locate, original_weights
+from ..conversion.verify import empty_model
 from ..embedded import EMBEDDED_NAME, resolve_model
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from ..modeling.configuration_vision_resampler import (
+    MiniCPMVConfig,
+    OmniLMMConfig,
+    VisionResamplerConfig,
+    VisualCLAConfig,
+)
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..pipelines.loading_viscpm_paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
 from ..quantization import kept_modules
 
 
 # The released checkpoints, whose sizes are known without having them.
-RELEASED = {"openbmb/VisCPM-Chat": CHAT, "openbmb/VisCPM-Paint": PAINT}
+RELEASED: dict[str, Callable[[], PreTrainedConfig]] = {
+    "openbmb/VisCPM-Chat": VisCPMChatConfig,
+    "openbmb/VisCPM-Paint": VisCPMPaintTextEncoderConfig,
+    "openbmb/OmniLMM-12B": OmniLMMConfig,
+    "openbmb/MiniCPM-V": partial(MiniCPMVConfig, resampler_config={"key_positions": "interpolated"}),
+    "openbmb/MiniCPM-V-2": MiniCPMVConfig,
+    "ziqingyang/visualcla-7b-v0.1": VisualCLAConfig,
+}
 
 # Of a 4-bit weight of bitsandbytes: values that share a scale, scales that share a scale of theirs.
 BLOCK, NESTED_BLOCK = 64, 256
 # Tables of the 16 values of 4-bit codes and the 256 ones of the scales' codes, and the scales' mean, all fp32.
 TABLE_BYTES = 4 * (16 + 256 + 1)
 
-PARTS = ("layers", "embedding", "vision tower", "projection", "UNet", "VAE")
+PARTS = ("layers", "embedding", "vision tower", "resampler", "projection", "UNet", "VAE")
 
 
 def quantized_bytes(rows: int, columns: int, quantization: str) -> int:
@@ -58,10 +75,20 @@ class ModelSizes:
     name: str
     kind: str
     """`"chat"` or `"paint"`."""
-    model: VisCPMChatForConditionalGeneration | VisCPMPaintTextEncoder
+    model: VisCPMChatForConditionalGeneration | VisionResamplerForConditionalGeneration | VisCPMPaintTextEncoder
     """On the meta device; of Paint the text encoder."""
     unet: nn.Module | None = None
     vae: nn.Module | None = None
+
+    @property
+    def is_sibling(self) -> bool:
+        """Whether it is one of VisCPM's siblings."""
+        return isinstance(self.model.config, VisionResamplerConfig)
+
+    @property
+    def title(self) -> str:
+        """The system's name."""
+        return system_of(self.model.config).name if self.is_sibling else f"VisCPM-{self.kind.capitalize()}"
 
     @property
     def text_config(self) -> Any:
@@ -69,12 +96,20 @@ class ModelSizes:
 
     @cached_property
     def language_model(self) -> nn.Module:
+        if self.is_sibling:
+            return self.model.language_model.model
         return self.model.model.language_model if self.kind == CHAT else self.model.model
 
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters by part."""
-        return {part: size // 4 for part, size in self.weights(torch.float32).items()}
+        found: Counter[str] = Counter()
+        tied = set(getattr(self.model, "all_tied_weights_keys", ()))
+        for name, tensor in self.model.state_dict().items():
+            found[_part(name)] += tensor.numel() if name not in tied else 0
+        for part, model in (("UNet", self.unet), ("VAE", self.vae)):
+            found[part] = sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
+        return {part: found[part] for part in PARTS if found[part]}
 
     def weights(
         self, dtype: torch.dtype, quantization: str | None = None, diffusion_dtype: torch.dtype | None = None
@@ -130,6 +165,8 @@ def _is_linear(module: nn.Module) -> bool:
 def _part(name: str) -> str:
     if "vision_tower." in name:
         return "vision tower"
+    if name.startswith("resampler."):
+        return "resampler"
     if "multi_modal_projector." in name or name.startswith("projection."):
         return "projection"
     return "layers" if ".layers." in f".{name}" else "embedding"
@@ -153,14 +190,17 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
     name = os.fspath(source)
     path = _cached(name) if not os.path.exists(name) else name
     if path is None:
-        sizes = _released(name, RELEASED[name])
+        sizes = _released(name)
     else:
         if name == EMBEDDED_NAME:
             path = resolve_model(name, kind or CHAT)
         location = locate(path, with_weights=False)
-        sizes = _converted(name, location) if location.is_converted else _original(name, location)
+        if location.is_sibling:
+            sizes = _chat(name, AutoConfig.from_pretrained(location.path))
+        else:
+            sizes = _converted(name, location) if location.is_converted else _original(name, location)
     if kind not in (None, sizes.kind):
-        raise ValueError(f"{name} is VisCPM-{sizes.kind.capitalize()}, not VisCPM-{kind.capitalize()}.")
+        raise ValueError(f"{name} is {sizes.title}, not VisCPM-{kind.capitalize()}.")
     return sizes
 
 
@@ -182,15 +222,15 @@ def _cached(name: str) -> str | None:
 
 
 @lru_cache(maxsize=2)
-def _released(name: str, kind: str) -> ModelSizes:
-    if kind == CHAT:
-        return _chat(name, VisCPMChatConfig())
-    return _paint(name, VisCPMPaintTextEncoderConfig(), {}, {})
+def _released(name: str) -> ModelSizes:
+    config = RELEASED[name]()
+    if isinstance(config, VisCPMPaintTextEncoderConfig):
+        return _paint(name, config, {}, {})
+    return _chat(name, config)
 
 
-def _chat(name: str, config: VisCPMChatConfig) -> ModelSizes:
-    with torch.device("meta"):
-        return ModelSizes(name, CHAT, VisCPMChatForConditionalGeneration(config).eval())
+def _chat(name: str, config: VisCPMChatConfig | VisionResamplerConfig) -> ModelSizes:
+    return ModelSizes(name, CHAT, empty_model(config).eval())
 
 
 def _paint(name: str, config: VisCPMPaintTextEncoderConfig, unet: dict, vae: dict) -> ModelSizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..conversion.original import CHAT
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
+from ..modeling.decoding_presets import default_preset, system_name
 from .activations import peak_bytes
 from .sizes import ModelSizes
 
@@ -24,6 +26,9 @@ PAINT_PROMPT_LENGTH = 64
 # That bitsandbytes' CPU kernels need for each value of a weight while they use it; measured with 0.50.
 UNPACKED_BYTES_ON_CPU = {"8bit": 10, "4bit": 4}
 VAE_SCALE = 8
+# Of the siblings: pixels of a view's sides where the tower takes any, the most views of an image that is cut into
+# tiles (nine and the overview), and tokens of a prompt beside its image's.
+VIEW_SIDE, MOST_VIEWS, TEXT_LENGTH = 448, 10, 100
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,17 @@ class Work:
     candidates: int = 4
     """Images drawn for each prompt."""
 
+    @classmethod
+    def of(cls, sizes: ModelSizes, **given: int) -> Work:
+        """Work as a model's original does it, but for what is given."""
+        if not sizes.is_sibling:
+            return cls(**given)
+        config = sizes.model.config
+        preset = default_preset(config)
+        prompt_length = num_views(sizes) * config.num_query_tokens + TEXT_LENGTH
+        usual = {"length": preset["max_new_tokens"], "beams": preset.get("num_beams", 1)}
+        return cls(**{"prompt_length": prompt_length, **usual, **given})
+
     def check(self, sizes: ModelSizes) -> None:
         """Raises `ValueError` for numbers that make no sense."""
         for name in ("prompt_length", "length", "beams", "batch", "steps", "candidates"):
@@ -58,6 +74,13 @@ class Work:
     def options(self, sizes: ModelSizes) -> list[str]:
         """What differs from the commands' defaults, as their options."""
         given = []
+        if sizes.is_sibling:
+            usual = Work.of(sizes)
+            if self.beams != usual.beams:
+                given += ["--num-beams", str(self.beams)]
+            if self.length != usual.length:
+                given += ["--max-new-tokens", str(self.length)]
+            return given
         if sizes.kind == CHAT:
             defaults = ReferenceDecodingConfig()
             if self.beams == 1:
@@ -71,6 +94,11 @@ class Work:
             if getattr(self, name) != default:
                 given += [f"--{name}", str(getattr(self, name))]
         return given
+
+
+def num_views(sizes: ModelSizes) -> int:
+    """The most views of one image of a sibling."""
+    return MOST_VIEWS if system_name(sizes.model.config) == "minicpmv-2.0" else 1
 
 
 @dataclass(frozen=True)
@@ -139,6 +167,11 @@ def cache_places(prompt_length: int, new_places: int, step: int) -> int:
 def kv_bytes(sizes: ModelSizes, work: Work, dtype: torch.dtype) -> int:
     """Keys and values of all layers at the end of the longest answer."""
     config = sizes.text_config
+    if sizes.is_sibling:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        places = min(work.prompt_length + work.length, getattr(config, "sliding_window", None) or sys.maxsize)
+        places *= work.batch * work.beams
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * places * dtype.itemsize
     if work.beams == 1:
         # The answer's `<s>` is read with the prompt, and the last token isn't read any more.
         places = cache_places(work.prompt_length + 1, work.length - 1, 1)
@@ -161,15 +194,26 @@ def _in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
 
 
 def _encode_images(sizes: ModelSizes, dtype: torch.dtype, rows: int) -> Callable[[], Any]:
+    if sizes.is_sibling:
+        config = sizes.model.config
+        side = VIEW_SIDE if config.interpolate_pos_encoding else config.vision_config.image_size
+        views = rows * max(1, num_views(sizes) - 1)  # tiles of one size together, the overview apart
+        return partial(_in(dtype, sizes.model).get_image_features, _empty(views, 3, side, side, dtype=dtype))
     tower = _in(dtype, sizes.model.model.vision_tower)
     side = tower.config.image_size
     return partial(tower, _empty(rows, 3, side, side, dtype=dtype))
 
 
 def _read_prompt(sizes: ModelSizes, dtype: torch.dtype, rows: int, length: int) -> Callable[[], Any]:
+    embeddings = _empty(rows, length, sizes.text_config.hidden_size, dtype=dtype)
+    if sizes.is_sibling:
+        # A finished mask: making one looks at values. Plain causal attention needs none in the end.
+        mask = _empty(rows, 1, length, length, dtype=torch.bool)
+        language_model = _in(dtype, sizes.language_model)
+        return partial(language_model, inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
     return partial(
         _in(dtype, sizes.language_model),
-        inputs_embeds=_empty(rows, length, sizes.text_config.hidden_size, dtype=dtype),
+        inputs_embeds=embeddings,
         attention_mask=_empty(rows, length),
         token_type_ids=_empty(rows, length),
         segment_ids=_empty(rows, length),

@@ -55,14 +55,14 @@ class _Choice:
 
 
 @dataclass(eq=False)
-class _Search:
+class Search:
     """A request for the reference decoding."""
 
     ticket: Ticket
     decoding: ReferenceDecodingConfig
 
 
-class _SearchAbandonedError(Exception):
+class SearchAbandonedError(Exception):
     """Nobody waits for the search any more."""
 
 
@@ -88,7 +88,7 @@ class _Queue:
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     choices: deque[_Choice] = field(default_factory=deque)
-    searches: deque[_Search] = field(default_factory=deque)
+    searches: deque[Search] = field(default_factory=deque)
     is_open: bool = True
     drain: bool = True
 
@@ -171,7 +171,7 @@ class ChatEngine:
             if choices:
                 self._queue.choices.extend(choices)
             else:
-                self._queue.searches.append(_Search(ticket, decoding))
+                self._queue.searches.append(Search(ticket, decoding))
             self._queue.changed.notify_all()
         return ticket
 
@@ -410,9 +410,9 @@ class ChatEngine:
 
     # ------------------------------------------------------------------------------------------ the reference decoding
 
-    def _next_search(self) -> list[_Search]:
+    def _next_search(self) -> list[Search]:
         """The searches at the head of the queue that go together."""
-        group: list[_Search] = []
+        group: list[Search] = []
         places = 0
         with self._queue.changed:
             searches = self._queue.searches
@@ -432,11 +432,11 @@ class ChatEngine:
                 group.append(searches.popleft())
         return group
 
-    def _search(self, group: list[_Search]) -> None:
+    def _search(self, group: list[Search]) -> None:
         self._num_searching = len(group)
         try:
             self._search_together(group)
-        except _SearchAbandonedError:
+        except SearchAbandonedError:
             for entry in group:
                 if not self._queue.is_open:
                     self._fail(entry.ticket, EngineClosedError("The server is shutting down."))
@@ -450,7 +450,7 @@ class ChatEngine:
         finally:
             self._num_searching = 0
 
-    def _search_together(self, group: list[_Search]) -> None:
+    def _search_together(self, group: list[Search]) -> None:
         tokenizer = self.chat.processor.tokenizer
         documents = [entry.ticket.prompt.document for entry in group]
         inputs = tokenizer.collate([document.prompt() for document in documents], return_tensors="pt")
@@ -467,7 +467,7 @@ class ChatEngine:
             self.statistics.steps += 1
             self.statistics.rows_in_steps += len(group)
             if self._queue.drain is False or all(entry.ticket.is_cancelled for entry in group):
-                raise _SearchAbandonedError
+                raise SearchAbandonedError
             self._turn()
 
         segments = [[document.answer_slots[0].segment_id] for document in documents]

@@ -49,7 +49,7 @@ class _Replica:
 @serve.deployment
 @serve.ingress()
 class ChatDeployment(_Replica):
-    """VisCPM-Chat; see [`chat`]."""
+    """VisCPM-Chat or a sibling; see [`chat`]."""
 
     def __init__(
         self,
@@ -61,9 +61,12 @@ class ChatDeployment(_Replica):
         api_key_file: str | None = None,
     ):
         from ..chat import VisCPMChat
+        from ..siblings.sibling_chat import SiblingChat, is_sibling
+        from .sibling_engine import open_engine
 
         self.configure(model, name, settings, api_key_file)
-        self.engine = ChatEngine(VisCPMChat(model, **load or {}), EngineLimits(**limits or {}))
+        chat_class = SiblingChat if is_sibling(model) else VisCPMChat
+        self.engine = open_engine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
 
     def __serve_build_asgi_app__(self):
         return create_app(self.engine, chat_name=self.name, settings=self.settings)
@@ -95,8 +98,8 @@ def chat(arguments: dict[str, Any]) -> Application:
     """The Chat application.
 
     Args:
-        arguments: `model`; optionally `name`, `load` (arguments of `VisCPMChat`), `limits` (of `EngineLimits`),
-            `settings` (of `ServerSettings`) and `api_key_file`, on every machine that has a replica.
+        arguments: `model`; optionally `name`, `load` (arguments of `VisCPMChat` or `SiblingChat`), `limits` (of
+            `EngineLimits`), `settings` (of `ServerSettings`) and `api_key_file`, on every machine that has a replica.
 
     Raises:
         ValueError: for other arguments, or without a model.

@@ -14,7 +14,7 @@ from ..chat import VisCPMChat
 from ..modeling.decoding_presets import default_preset
 from ..pipelines.safety import UnsafeImageError
 from ..siblings.sibling_chat import AnswerText, SiblingChat, encode_images, model_inputs
-from .engine import ChatEngine, _Search, _SearchAbandonedError
+from .engine import ChatEngine, Search, SearchAbandonedError
 from .image_cache import ImageCache, image_key
 from .sampling import Sampler
 from .sibling_batch import SiblingBatch, SiblingRow
@@ -135,7 +135,7 @@ class SiblingEngine(ChatEngine):
     def _new_text(self, row: SiblingRow, token: int, is_last: bool) -> str:
         return row.text.new_text(row.answer, is_last)
 
-    def _search_together(self, group: list[_Search]) -> None:
+    def _search_together(self, group: list[Search]) -> None:
         prompts = [entry.ticket.prompt for entry in group]
         model, processor = self.chat.model, self.chat.processor
         inputs = model_inputs(model, processor, [prompt.ids for prompt in prompts], self._encode_images(prompts))
@@ -144,7 +144,7 @@ class SiblingEngine(ChatEngine):
             self.statistics.steps += 1
             self.statistics.rows_in_steps += len(group)
             if self._queue.drain is False or all(entry.ticket.is_cancelled for entry in group):
-                raise _SearchAbandonedError
+                raise SearchAbandonedError
             self._turn()
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -29,6 +29,7 @@ from ..chat import (
 )
 from ..conversion.original import OriginalCheckpointError, find_repository_file, read_json
 from ..conversion.siblings.original import CONFIG_CLASSES
+from ..embedded import EMBEDDED_NAME
 from ..loading import LoadOptions
 from ..modeling.decoding_presets import default_preset
 from ..modeling.generation_cpm_bee import RowSampling
@@ -378,7 +379,7 @@ def is_sibling(model_path: str | os.PathLike) -> bool:
     adapter = AdapterFolder.find(model_path)
     if adapter is not None:
         return adapter.base is not None and is_sibling(adapter.base)
-    if os.path.isfile(model_path):
+    if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
         return False
     file = find_repository_file(model_path, "config.json")
     return file is not None and read_json(file, "The configuration").get("model_type") in CONFIG_CLASSES

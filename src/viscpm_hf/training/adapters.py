@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..adapters import ADAPTER_CONFIG, AdapterFolder
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from .output import check_new_folder, written_whole
 
 
@@ -32,22 +33,29 @@ SIBLING_LORA_TARGETS = rf"language_model\..*\.({'|'.join(LORA_TARGETS)})"
 
 
 def select_weights(
-    model: VisCPMChatForConditionalGeneration, *, freeze_vision: bool, freeze_llm: bool, train_patches: bool = False
+    model: VisCPMChatForConditionalGeneration | VisionResamplerForConditionalGeneration,
+    *,
+    freeze_vision: bool,
+    freeze_llm: bool,
+    train_patches: bool = False,
 ) -> None:
     """Says what full fine-tuning trains: everything but the patch embedding, and what is frozen.
 
     `freeze_vision` is the reference's `tune_vision` off: the image experts with their positions; the queries and
-    their experts, and the projector, go on training. `train_patches`: the patch embedding trains too.
+    their experts, and the projector, go on training. Of the siblings it is the whole tower. `train_patches`: the
+    patch embedding trains too.
     """
-    last = len(model.model.vision_tower.layers) - 1
-    # Of the last layer only the queries leave the tower, so these never get a gradient. Processes that train together
-    # would wait for one.
-    idle = re.compile(
-        rf"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|self_attn\.[kv]_experts).*\.image\.)"
-    )
-    image_expert = re.compile(r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)")
-    if isinstance(model.config, VisionResamplerConfig):  # its queries are the resampler's
-        image_expert = re.compile(r"vision_tower\.")
+    if isinstance(model.config, VisionResamplerConfig):  # all tokens leave the tower, and the resampler has queries
+        idle, image_expert = re.compile("$^"), re.compile(r"vision_tower\.")
+    else:
+        last = len(model.model.vision_tower.layers) - 1
+        # Of the last layer only the queries leave the tower, so these never get a gradient. Processes that train
+        # together would wait for one.
+        idle = re.compile(
+            rf"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|self_attn\.[kv]_experts)"
+            r".*\.image\.)"
+        )
+        image_expert = re.compile(r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)")
     for name, parameter in model.named_parameters():
         is_frozen = (not train_patches and "patch_embedding" in name) or idle.search(name)
         is_frozen = is_frozen or (freeze_vision and image_expert.search(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...modeling.configuration_vision_resampler import VisionResamplerConfig
+from ...modeling.decoding_presets import system_name
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ _GENERAL = (
     "General Model License: free for research; commercial use after registering with the authors; name the source",
     "通用模型许可协议：研究免费；商用须向作者登记；须注明来源",
 )
+# By `system_name` of their configurations.
 SYSTEMS = {
     "omnilmm": System(
         "OmniLMM-12B",
@@ -62,8 +64,4 @@ SYSTEMS = {
 
 
 def system_of(config: VisionResamplerConfig) -> System:
-    """The system that a configuration is of. Of MiniCPM-V, 2.0 computes its keys' positions and 1.0 doesn't."""
-    if config.model_type != "minicpmv":
-        return SYSTEMS[config.model_type]
-    is_second = config.resampler_config.key_positions == "computed"
-    return SYSTEMS["minicpmv-2.0" if is_second else "minicpmv-1.0"]
+    return SYSTEMS[system_name(config)]
