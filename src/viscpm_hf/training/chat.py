@@ -202,6 +202,8 @@ def train_chat(
     elif processor is None:
         raise ValueError("A model in memory comes with its processor.")
     if config.image_size is not None:
+        if isinstance(model, VisionResamplerForConditionalGeneration):
+            raise ValueError("image_size is for VisCPM-Chat alone: the siblings' processors know the sizes of views.")
         model.model.vision_tower.set_image_size(config.image_size)
         processor.image_processor.size = {"height": config.image_size, "width": config.image_size}
     min_side = config.min_image_side
@@ -368,8 +370,6 @@ def load_model(config: ChatTrainingConfig, arguments: TrainingArguments) -> tupl
         "quantization": "nf4" if is_quantized else None,
     }
     if config.model != EMBEDDED_NAME and is_sibling(config.model):
-        if config.image_size is not None or config.train_patches:
-            raise ValueError(f"image_size and train_patches are for VisCPM-Chat, which {config.model} is not.")
         chat = SiblingChat(config.model, **options)
     else:
         chat = VisCPMChat(
