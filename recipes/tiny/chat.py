@@ -8,7 +8,8 @@
 - `chinese`: the same with a little Chinese.
 - `both`: `text` and `vision` together again, on questions in both languages. The vision tower is frozen.
 - `polish`: the same, also late in conversations, while everything trains.
-- `finish`: the same with more of what is still wrong; the tower is frozen again. This is the model that ships.
+- `finish`: the same with more of what is still wrong; the tower is frozen again.
+- `settle`: everything once more, at a low rate. This is the model that ships.
 
 After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
 is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
@@ -95,6 +96,15 @@ STAGES = (
         2500,
         3e-3,
         freeze_vision=True,
+    ),
+    Stage(
+        "settle",
+        "finish",
+        functools.partial(
+            picture_lesson, details=0.05, talked=0.1, hard={"position": 4, "follow_up": 1.5, "description": 1.5}
+        ),
+        1000,
+        1.5e-3,
     ),
 )
 

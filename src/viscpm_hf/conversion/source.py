@@ -37,7 +37,16 @@ PAINT_MODEL_TYPE = "viscpm_paint_text_encoder"
 # `owner/name`, as the Hub allows them, and a file within.
 HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(/(?P<file>[^/]+\.(bin|pt|pth)))?")
 # What a conversion needs of a repository besides the weights.
-SMALL_FILES = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "vae/*", "scheduler/*", "text-security-checker/*", "*/config.json")
+SMALL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "tokenizer.model",
+    "vae/*",
+    "scheduler/*",
+    "text-security-checker/*",
+    "*/config.json",
+)
 
 
 @dataclass(frozen=True)
