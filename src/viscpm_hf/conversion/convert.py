@@ -53,10 +53,10 @@ MAX_LEAD_BYTES = 2**30
 WAITING_SECONDS = 0.005
 
 ROUNDING = {
-    "exact": "Every value can be brought back exactly (convert --to original).",
-    "one rounding": "Folded tensors were rounded once to {dtype}. Brought back (convert --to original), a value "
+    "exact": "No value was changed: every one can be brought back exactly.",
+    "one rounding": "Folded tensors were rounded once to {dtype}. Brought back, a value "
     "differs from the source by one rounding to {dtype} at most.",
-    "narrowed": "Values were rounded once from {source} to {dtype}; what is brought back (convert --to original) is "
+    "narrowed": "Values were rounded once from {source} to {dtype}; what is brought back is "
     "within one rounding to {dtype}.",
 }
 
