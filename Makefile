@@ -41,7 +41,7 @@ demo: $(READY) ## Ask the embedded viscpm-tiny about a picture in both languages
 TINY := OMP_NUM_THREADS=1 $(PY) recipes/tiny
 EMBEDDED := src/viscpm_hf/tiny_models
 
-tiny: $(READY) ## Train viscpm-tiny from nothing and put it into the package: 2 CPU cores, less than an hour
+tiny: $(READY) ## Train viscpm-tiny from nothing and put it into the package: 2 CPU cores, about an hour
 	$(MAKE) -j 2 tiny-text tiny-vision
 	$(MAKE) -j 2 tiny-chat tiny-paint
 
