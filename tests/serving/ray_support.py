@@ -20,7 +20,7 @@ from viscpm_hf import VisCPMPaintPipeline
 
 NUM_CPUS = 2
 STORE_BYTES = 80 * 2**20
-PATIENCE = 120
+PATIENCE = 300
 UNCHECKED = {"add_ranker": False, "image_safety_checker": False, "prompt_safety_checker": False, "device": "cpu"}
 
 
