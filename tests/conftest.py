@@ -1,6 +1,7 @@
 """Fixtures on the golden checkpoints. Loaded models are shared: a test that changes one loads its own."""
 
 import os
+import signal
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it: no test may look at the network
@@ -10,6 +11,11 @@ import torch
 from support import CHAT_CASES, Golden
 
 from viscpm_hf import CpmBeeTokenizer, VisCPMChat, VisCPMChatForConditionalGeneration, VisCPMChatProcessor
+
+
+# A run in the background is started with SIGINT ignored, and what is tested answers it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", params=CHAT_CASES)
