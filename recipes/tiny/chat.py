@@ -75,7 +75,6 @@ class Stage:
 
 VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 4000, 64, 4e-3
 
-BOTH = functools.partial(picture_lesson, details=0.15)
 STAGES = (
     Stage("text", None, text_lesson, 5000, 4e-3, warmup=100),
     Stage(
@@ -87,7 +86,7 @@ STAGES = (
         freeze_llm=True,
     ),
     Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 1e-3, freeze_llm=True),
-    Stage("both", "text", BOTH, 5000, 3e-3, freeze_vision=True),
+    Stage("both", "text", functools.partial(picture_lesson, details=0.15), 5000, 3e-3, freeze_vision=True),
     Stage("polish", "both", functools.partial(picture_lesson, details=0.1, talked=0.4), 2000, 2e-3),
     Stage(
         "finish",

@@ -132,10 +132,7 @@ class VisCPMChat:
         offload_folder: str | os.PathLike | None = None,
         fast: bool = False,
     ):
-        if image_safety_policy not in SAFETY_POLICIES:
-            raise ValueError(
-                f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {image_safety_policy!r}."
-            )
+        check_safety_policy(image_safety_policy)
         self.options = LoadOptions.checked(
             device=device,
             dtype=dtype,
@@ -148,11 +145,7 @@ class VisCPMChat:
         )
         self.device = self.options.device
         self.image_safety_policy = image_safety_policy
-        if image_safety_checker is True:
-            image_safety_checker = DEFAULT_SAFETY_CHECKER
-        if isinstance(image_safety_checker, (str, os.PathLike)):
-            image_safety_checker = ImageSafetyChecker.from_pretrained(image_safety_checker, self.device)
-        self.image_safety_checker = image_safety_checker or None
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
 
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
@@ -462,6 +455,22 @@ def open_picture(image: Any, image_processor: VisCPMImageProcessor) -> PIL.Image
     if not isinstance(picture, PIL.Image.Image):
         raise ValueError(f"An image is a path or a PIL image, got {type(image).__name__}.")
     return picture
+
+
+def check_safety_policy(policy: str) -> None:
+    if policy not in SAFETY_POLICIES:
+        raise ValueError(f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {policy!r}.")
+
+
+def open_safety_checker(
+    source: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool], device: torch.device
+) -> Callable[[PIL.Image.Image], bool] | None:
+    """`image -> flagged or not` of what the argument `image_safety_checker` takes; None for no check."""
+    if source is True:
+        source = DEFAULT_SAFETY_CHECKER
+    if isinstance(source, (str, os.PathLike)):
+        return ImageSafetyChecker.from_pretrained(source, device)
+    return source or None
 
 
 def check_generation(generation: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import GENERATION_OPTIONS, generation_options, positive
+from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
 from .model_options import add_model_options, load_chat, load_paint
 
 
@@ -56,12 +56,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     chat = parser.add_argument_group("Chat / 对话")
     chat.add_argument("--images", metavar="DIR", help="where the rows' pictures are (beside INPUT) / 图片目录")
     chat.add_argument("--mode", choices=("reference", "generate"), help="decoding (reference) / 解码方式")
-    chat.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
-    chat.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
-    chat.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
-    chat.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
-    chat.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
-    chat.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+    add_decoding_options(chat)
     paint = parser.add_argument_group("Paint / 绘画")
     paint.add_argument("--images-out", metavar="DIR", help="where to write the images / 图片输出目录")
     paint.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")

@@ -38,6 +38,16 @@ def positive(kind: type) -> Any:
     return parse
 
 
+def add_decoding_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The options that [`generation_options`] reads, `--mode` and `--seed` aside."""
+    parser.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
+    parser.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
+    parser.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
+    parser.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
+    parser.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
+    parser.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "chat",
@@ -54,12 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="reference: the original's beam search (default for given questions); generate: transformers' own, which "
         "streams (default for the interactive prompt) / 解码方式",
     )
-    parser.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
-    parser.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
-    parser.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
-    parser.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
-    parser.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
-    parser.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+    add_decoding_options(parser)
     parser.add_argument("--seed", type=int, help="makes sampling repeatable / 随机种子")
     parser.add_argument("--json", action="store_true", help="one JSON object a turn / 每轮输出一个 JSON 对象")
     add_model_options(parser)

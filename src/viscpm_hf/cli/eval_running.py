@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import GENERATION_OPTIONS, generation_options, positive
+from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
 from .model_options import load_paint
 
 
@@ -43,12 +43,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 def add_chat_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Chat / 对话")
     group.add_argument("--mode", choices=("reference", "generate"), help="decoding (reference) / 解码方式")
-    group.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
-    group.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
-    group.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
-    group.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
-    group.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")
-    group.add_argument("--length-penalty", type=float, help="of beam search, reference: 3 / 长度惩罚")
+    add_decoding_options(group)
 
 
 def add_paint_options(parser: argparse.ArgumentParser) -> None:

@@ -21,10 +21,11 @@ from ..adapters import AdapterFolder
 from ..chat import (
     MODES,
     REFUSAL,
-    SAFETY_POLICIES,
     ChatTurn,
     check_generation,
+    check_safety_policy,
     open_picture,
+    open_safety_checker,
     seeded,
 )
 from ..conversion.original import OriginalCheckpointError, find_repository_file, read_json
@@ -34,7 +35,7 @@ from ..loading import LoadOptions
 from ..modeling.decoding_presets import default_preset
 from ..modeling.generation_cpm_bee import RowSampling
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
-from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
+from ..pipelines.safety import UnsafeImageError
 
 
 if TYPE_CHECKING:
@@ -102,10 +103,7 @@ class SiblingChat:
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
     ):
-        if image_safety_policy not in SAFETY_POLICIES:
-            raise ValueError(
-                f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {image_safety_policy!r}."
-            )
+        check_safety_policy(image_safety_policy)
         self.options = LoadOptions.checked(
             device=device,
             dtype=dtype,
@@ -117,11 +115,7 @@ class SiblingChat:
         )
         self.device = self.options.device
         self.image_safety_policy = image_safety_policy
-        if image_safety_checker is True:
-            image_safety_checker = DEFAULT_SAFETY_CHECKER
-        if isinstance(image_safety_checker, (str, os.PathLike)):
-            image_safety_checker = ImageSafetyChecker.from_pretrained(image_safety_checker, self.device)
-        self.image_safety_checker = image_safety_checker or None
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
 
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:

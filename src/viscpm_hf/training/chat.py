@@ -22,7 +22,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG
-from ..embedded import EMBEDDED_NAME
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
@@ -369,7 +368,7 @@ def load_model(config: ChatTrainingConfig, arguments: TrainingArguments) -> tupl
         "dtype": DTYPES[precision],
         "quantization": "nf4" if is_quantized else None,
     }
-    if config.model != EMBEDDED_NAME and is_sibling(config.model):
+    if is_sibling(config.model):
         chat = SiblingChat(config.model, **options)
     else:
         chat = VisCPMChat(

@@ -45,12 +45,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas))
         if not self.parts:
             raise ValueError("The model has no weights to train: all are frozen.")
+        # The groups are the parts' own, so that what a scheduler writes into them reaches the parts.
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share_groups()
-
-    def _share_groups(self) -> None:
-        """What a scheduler writes into the groups reaches the parts."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None) -> torch.Tensor | None:
@@ -68,7 +64,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self._share_groups()
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def muon_factory(arguments: TrainingArguments) -> tuple[Callable, dict[str, Any]]:
