@@ -17,7 +17,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint test lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
+.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -42,17 +42,19 @@ TINY := OMP_NUM_THREADS=1 $(PY) recipes/tiny
 EMBEDDED := src/viscpm_hf/tiny_models
 
 tiny: $(READY) ## Train viscpm-tiny from nothing and put it into the package: 2 CPU cores, about an hour
-	$(MAKE) -j 2 tiny-text tiny-vision
-	$(MAKE) -j 2 tiny-chat tiny-paint
+	$(MAKE) -j 2 tiny-chat tiny-paint tiny-pivot
 
 tiny-text tiny-vision: tiny-%:
 	$(TINY)/chat.py --stage $*
 
-tiny-chat:
+tiny-chat: tiny-text tiny-vision
 	$(TINY)/chat.py --output $(EMBEDDED)/chat
 
-tiny-paint:
+tiny-paint: tiny-text
 	$(TINY)/paint.py --output $(EMBEDDED)/paint
+
+tiny-pivot: tiny-text tiny-vision
+	$(TINY)/chat.py --pivot
 
 test: $(READY) browser ## Run the tests, those of the demo page in a browser included
 	$(call RUN_TESTS,$(VENV))

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw
 
 
 SIDE = 224
@@ -58,6 +59,39 @@ def draw_figure(figure: str, paint: str, centre: tuple[int, int], radius: int) -
             spikes.append((x + reach * math.sin(turn), y - reach * math.cos(turn)))
         pen.polygon(spikes, fill=colour)
     return image
+
+
+def likest_drawing(image: Image.Image) -> tuple[str, str, str]:
+    """Figure, paint and spot of the plain drawing that a picture of one shape is most like.
+
+    The shape is what differs from the picture's corner; its outline is compared with every figure's in one box.
+    """
+    pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE)), dtype=float)
+    covered = np.abs(pixels - pixels[2, 2]).max(-1) > 60
+    x, y = _middle(covered)
+    mean = pixels[covered].mean(0)
+    paint = min(PAINTS, key=lambda name: float(np.abs(mean - ImageColor.getrgb(PAINTS[name][0])).sum()))
+    figure = max(FIGURES, key=lambda name: _likeness(covered, _covered_by(name)))
+    spot = min(SPOTS, key=lambda name: (x - SPOTS[name][0]) ** 2 + (y - SPOTS[name][1]) ** 2)
+    return figure, paint, spot
+
+
+def _covered_by(figure: str) -> np.ndarray:
+    return np.asarray(draw_figure(figure, "black", (SIDE // 2, SIDE // 2), 60).convert("L")) < 128
+
+
+def _middle(covered: np.ndarray) -> tuple[float, float]:
+    rows, columns = (np.flatnonzero(covered.any(axis)) for axis in (1, 0))
+    return (columns[0] + columns[-1]) / 2, (rows[0] + rows[-1]) / 2
+
+
+def _likeness(first: np.ndarray, second: np.ndarray) -> float:
+    boxes = []
+    for covered in (first, second):
+        rows, columns = (np.flatnonzero(covered.any(axis)) for axis in (1, 0))
+        box = Image.fromarray(covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        boxes.append(np.asarray(box.resize((64, 64))))
+    return float((boxes[0] & boxes[1]).sum() / (boxes[0] | boxes[1]).sum())
 
 
 def drawings() -> Iterator[Drawing]:

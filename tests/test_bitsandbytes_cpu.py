@@ -1,11 +1,13 @@
 """Our quantisation on the CPU against bitsandbytes' own."""
 
+import copy
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from viscpm_hf import bitsandbytes_cpu
-from viscpm_hf.bitsandbytes_cpu import quantize, quantize_blocks, quantize_rows
+from viscpm_hf.bitsandbytes_cpu import pack, quantize, quantize_blocks, quantize_rows
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32])
@@ -44,6 +46,24 @@ def test_blocks(weight, quant_type):
     ours, theirs = bnb.dequantize_4bit(packed, state).float(), bnb.dequantize_4bit(expected, state).float()
     before = weight.float()
     assert ((ours - before) ** 2).mean() <= ((theirs - before) ** 2).mean() * 1.001
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_packing_is_bitsandbytes_own(quant_type, double_quant):
+    weight = torch.randn(96, 192)
+    codes, state = bnb.quantize_4bit(weight, quant_type=quant_type, blocksize=64, compress_statistics=double_quant)
+    packed, packed_state = pack(codes, state)
+    assert state.nested == double_quant and not hasattr(state, "packing_format_for_cpu")  # untouched
+    before = codes.clone()
+    expected, expected_state = bnb._convert_weight_packed_for_cpu(codes, copy.copy(state))
+    assert torch.equal(packed, expected) and torch.equal(codes, before)
+    assert torch.equal(packed_state.absmax, expected_state.absmax)
+    fields = ("dtype", "nested", "shape", "blocksize", "quant_type", "packing_format_for_cpu", "original_dtype")
+    for name in (*fields, "original_nested", "original_qshape"):
+        assert getattr(packed_state, name) == getattr(expected_state, name), name
+    back, _ = bnb._convert_weight_packed_for_cpu_inverse(packed, packed_state)
+    assert torch.equal(back, codes)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

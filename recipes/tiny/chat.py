@@ -1,19 +1,22 @@
 """Trains `viscpm-tiny` Chat from nothing, in stages, and measures what VisCPM claims of them.
 
     python recipes/tiny/chat.py --work build/tiny/chat --output src/viscpm_hf/tiny_models/chat
+    python recipes/tiny/chat.py --work build/tiny/chat --pivot
 
 - `text`: the language model alone, on texts in both languages.
 - `vision`: the vision tower alone, without any language.
-- `english`: both together, on pictures with English questions. The language model is frozen.
-- `chinese`: the same with a little Chinese.
-- `both`: `text` and `vision` together again, on questions in both languages. The vision tower is frozen.
+- `both`: `text` and `vision` together, on questions about pictures in both languages. The vision tower is frozen.
 - `polish`: the same, also late in conversations, while everything trains.
 - `finish`: the same with more of what is still wrong; the tower is frozen again.
 - `settle`: everything once more, at a low rate. This is the model that ships.
 
-After `english` and `chinese` the test pictures are asked about in both languages: what VisCPM calls pivoting. A stage
-is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A finished
-stage is not done again, and one that was cut off is gone on with.
+What VisCPM calls pivoting is measured beside that, with `--pivot`:
+
+- `english`: `text` and `vision` together, on pictures with English questions. The language model is frozen.
+- `chinese`: the same with a little Chinese.
+
+A stage is a call of `viscpm_hf.training.train_chat` (`vision` has no language to chat in, and a loop of its own). A
+finished stage is not done again, and one that was cut off is gone on with.
 """
 
 from __future__ import annotations
@@ -77,6 +80,31 @@ VISION_STEPS, VISION_BATCH_SIZE, VISION_LEARNING_RATE = 4000, 64, 4e-3
 
 STAGES = (
     Stage("text", None, text_lesson, 5000, 4e-3, warmup=100),
+    Stage("both", "text", functools.partial(picture_lesson, details=0.15), 5000, 3e-3, freeze_vision=True),
+    Stage("polish", "both", functools.partial(picture_lesson, details=0.1, talked=0.4), 2000, 2e-3),
+    Stage(
+        "finish",
+        "polish",
+        functools.partial(
+            picture_lesson, details=0.1, talked=0.3, hard={"position": 4, "follow_up": 2.5, "description": 2.5}
+        ),
+        2800,
+        3e-3,
+        freeze_vision=True,
+    ),
+    Stage(
+        "settle",
+        "finish",
+        functools.partial(
+            picture_lesson, details=0.05, talked=0.1, hard={"position": 4, "follow_up": 2, "description": 2.5}
+        ),
+        1500,
+        1.5e-3,
+    ),
+)
+
+PIVOT = (
+    STAGES[0],
     Stage(
         "english",
         "text",
@@ -86,25 +114,6 @@ STAGES = (
         freeze_llm=True,
     ),
     Stage("chinese", "english", functools.partial(picture_lesson, weights=(0.9, 0.1)), 80, 1e-3, freeze_llm=True),
-    Stage("both", "text", functools.partial(picture_lesson, details=0.15), 5000, 3e-3, freeze_vision=True),
-    Stage("polish", "both", functools.partial(picture_lesson, details=0.1, talked=0.4), 2000, 2e-3),
-    Stage(
-        "finish",
-        "polish",
-        functools.partial(picture_lesson, details=0.1, talked=0.3, hard={"position": 5, "follow_up": 3}),
-        2500,
-        3e-3,
-        freeze_vision=True,
-    ),
-    Stage(
-        "settle",
-        "finish",
-        functools.partial(
-            picture_lesson, details=0.05, talked=0.1, hard={"position": 4, "follow_up": 1.5, "description": 1.5}
-        ),
-        1000,
-        1.5e-3,
-    ),
 )
 
 
@@ -246,6 +255,7 @@ def train_stage(stage: Stage, work: Path) -> dict:
         batch_size=1,  # a lesson is a batch
         warmup=stage.warmup,
         precision="bf16",
+        workers=1,  # on the other core, whenever that is free
         log_steps=50,
         save_steps=200,
         save_total_limit=1,
@@ -300,29 +310,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/tiny/chat"), help="folder of the stages")
     parser.add_argument("--output", type=Path, help="where the trained model goes, in fp16")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "chat.json")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the logs")
     parser.add_argument("--count", type=int, default=500, help="test pictures per language and type of question")
-    parser.add_argument("--pivot-count", type=int, default=200, help="the same after the stages before the last")
-    names = ["vision", *(stage.name for stage in STAGES)]
-    parser.add_argument("--stage", choices=names, help="train this stage, and end")
+    parser.add_argument("--pivot-count", type=int, default=200, help="the same for --pivot")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--stage", choices=["vision", *(stage.name for stage in STAGES)], help="up to this one only")
+    which.add_argument("--pivot", action="store_true", help="the stages that measure pivoting, instead of the others")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
+    reports = [] if arguments.stage == "text" else [train_vision(arguments.work)]
     if arguments.stage == "vision":
-        train_vision(arguments.work)
         return
-    if arguments.stage is not None:
-        train_stage(next(stage for stage in STAGES if stage.name == arguments.stage), arguments.work)
-        return
-    reports = [train_vision(arguments.work)]
-    for stage in STAGES:
+    for stage in PIVOT if arguments.pivot else STAGES:
         reports.append(train_stage(stage, arguments.work))
-        if stage.name in ("english", "chinese", STAGES[-1].name):
-            count = arguments.count if stage is STAGES[-1] else arguments.pivot_count
-            reports[-1]["answers"] = evaluate(arguments.work / stage.name, count)
-    if arguments.output is not None:
+        if stage.name == arguments.stage:
+            return
+        if stage is STAGES[-1]:
+            reports[-1]["answers"] = evaluate(arguments.work / stage.name, arguments.count)
+        elif stage in PIVOT[1:]:
+            reports[-1]["answers"] = evaluate(arguments.work / stage.name, arguments.pivot_count)
+    if arguments.output is not None and not arguments.pivot:
         save(arguments.work / STAGES[-1].name, arguments.output)
-    write_json(arguments.results, {"seed": SEED, "torch": torch.__version__, "stages": reports})
+    results = arguments.results / ("pivot.json" if arguments.pivot else "chat.json")
+    write_json(results, {"seed": SEED, "torch": torch.__version__, "stages": reports})
 
 
 if __name__ == "__main__":

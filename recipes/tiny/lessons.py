@@ -69,17 +69,21 @@ def picture_lesson(
     talked: float = 0.0,
     hard: Mapping[str, float] | None = None,
 ) -> list[ChatSample]:
-    """Questions about pictures of the training split, in one lesson all with short answers or all with long ones.
+    """Questions about pictures of the training split. In one lesson all have short answers or all have long ones, and
+    all come late in conversations or none does.
 
     Args:
         languages, weights: which languages, and how often each.
         details: share of the lessons that ask for shapes with their places.
         pictures, questions: number of pictures, and of the questions about each.
+        talked: share of the lessons whose questions come after one to four others, which have nothing to do with them.
         hard: how many times as often as the others some types are asked for.
-        talked: share of the questions that come after one to four others, which have nothing to do with them.
     """
-    asks_details = rng.random() < details
-    types = LONG_TYPES if rng.random() < len(LONG_TYPES) / len(QUESTION_TYPES) else SHORT_TYPES
+    frequencies = dict.fromkeys(QUESTION_TYPES, 1.0) | dict(hard or {})
+    asks_details, talks = rng.random() < details, rng.random() < talked
+    (types,) = rng.choices(
+        (SHORT_TYPES, LONG_TYPES), [sum(frequencies[name] for name in kind) for kind in (SHORT_TYPES, LONG_TYPES)]
+    )
     samples: list[ChatSample] = []
     for _ in range(pictures):
         while layout_split(scene := random_scene(rng)) != "train":
@@ -91,10 +95,10 @@ def picture_lesson(
             if asks_details:
                 sample = texts.detail(in_their_order(scene), language, rng)
             else:
-                (type,) = rng.choices(types, [(hard or {}).get(name, 1) for name in types])
+                (type,) = rng.choices(types, [frequencies[name] for name in types])
                 sample = question(scene, language, type, rng)
             if sample is not None:
-                before = talk(scene, language, rng) if rng.random() < talked else ""
+                before = talk(scene, language, rng) if talks else ""
                 samples.append(replace(sample, images=(picture,), context=before + sample.context))
                 asked += 1
     return samples

@@ -1,4 +1,4 @@
-"""Draws `docs/pivot.svg` from the results of `chat.py`: Chinese and English answers before and after a little Chinese.
+"""Draws `docs/pivot.svg` from the results of `chat.py --pivot`: answers before and after a little Chinese.
 
 python recipes/tiny/plot.py
 """
@@ -53,7 +53,7 @@ def draw_plot(answers: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    report = json.loads((Path(__file__).parent / "results" / "chat.json").read_text("utf-8"))
+    report = json.loads((Path(__file__).parent / "results" / "pivot.json").read_text("utf-8"))
     answers = {stage["stage"]: stage["answers"] for stage in report["stages"] if "answers" in stage}
     (ROOT / "docs" / "pivot.svg").write_text(draw_plot(answers), "utf-8")
 

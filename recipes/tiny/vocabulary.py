@@ -5,6 +5,7 @@ Everything else is written with the characters, and a character that is not here
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def make_vocabulary() -> list[str]:
 
 
 def write_vocabulary(path: Path) -> int:
-    """Writes `vocab.txt`; returns the number of tokens."""
+    """Writes `vocab.txt`, which another stage may be reading; returns the number of tokens."""
     tokens = make_vocabulary()
-    path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    whole = path.with_suffix(f".{os.getpid()}")
+    whole.write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    whole.replace(path)
     return len(tokens)

@@ -215,7 +215,7 @@ def _model_of(loaded: Any) -> PreTrainedModel:
 
 def _prepared(loaded: Any) -> Any:
     """What `from_pretrained` returns, ready to be run and saved."""
-    keep_quant_states(_model_of(loaded))
+    pack_on_cpu(_model_of(loaded))
     logging.getLogger(CASTING_LOGGER).addFilter(_is_no_cast_warning)
     return loaded
 
@@ -367,31 +367,47 @@ def _mapped_folder(name_or_path: str | os.PathLike | None) -> dict[str, torch.Te
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
-def keep_quant_states(model: nn.Module) -> nn.Module:
-    """Lets a model in 4 bits be saved after it has run on a CPU.
+def pack_on_cpu(model: nn.Module) -> nn.Module:
+    """Lets a model in 4 bits run on a CPU in little memory, and be saved afterwards.
 
-    On CPUs with AVX-512 bf16, bitsandbytes' first forward packs a layer's weights anew and rounds their scales to
-    bf16, and its way back, at saving, doesn't restore the scales (0.50). So the scales are kept (they are 1/128 of
-    the weights), and put back.
+    On CPUs with AVX-512 bf16, bitsandbytes' first forward packs a layer's weights anew, with gigabytes of gaps in the
+    memory of a large model, and rounds their scales to bf16, which its way back, at saving, doesn't restore (0.50). So
+    the packing is ours, and the scales are kept (they are 1/128 of the weights) and put back.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and getattr(module.weight, "quant_state", None):
-            state = module.weight.quant_state
-            if not getattr(state, "packing_format_for_cpu", False):
-                module.register_state_dict_pre_hook(_RestoredState(copy.copy(state)))
+            if not _is_packed(module):
+                packing = _Packing(module.weight.quant_state)
+                module.register_forward_pre_hook(packing.pack)
+                module.register_state_dict_pre_hook(packing.unpack)
     return model
 
 
-class _RestoredState:
-    """A hook of a `Linear4bit` that undoes the packing before its weights are taken."""
+def _is_packed(module: nn.Module) -> bool:
+    return getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+
+class _Packing:
+    """Hooks of a `Linear4bit`: packed for its first forward, unpacked before its weights are taken."""
 
     def __init__(self, state: Any):
-        self.state = state
+        self.state = copy.copy(state)
 
-    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    def pack(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        (hidden_states,) = inputs
+        if hidden_states.device.type == "cpu" and not (
+            module.training or hidden_states.requires_grad or _is_packed(module)
+        ):
+            from .bitsandbytes_cpu import pack
 
-        weight = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            weight = module.weight
+            weight.data, weight.quant_state = pack(weight.data, self.state)
+            module.quant_state = weight.quant_state
+
+    def unpack(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if _is_packed(module):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            weight = module.weight
             weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
             weight.quant_state = module.quant_state = copy.copy(self.state)
