@@ -58,6 +58,7 @@ def url(cluster, ray_models):
         "model": str(ray_models / "chat-a"),
         "load": {"device": "cpu"},
         "api_key_file": str(ray_models / "key"),
+        "other_names": ["paint-a"],
     }
     paint["args"] |= {"model": str(ray_models / "paint-a"), "name": "paint-a"}
     for application in (chat, paint):  # three replicas of two CPUs
@@ -116,7 +117,7 @@ def test_pictures_are_the_painters(client, url, painter):
         model="paint-a", prompt="一只猫", size="16x16", response_format="url", extra_body={"steps": 2, "seed": 3}
     )
     assert PIL.Image.open(BytesIO(httpx.get(linked.data[0].url).content)).tobytes() == expected[0].tobytes()
-    assert httpx.get(f"{url}/v1/images/v1/models").json()["data"][0]["id"] == "paint-a"
+    assert [model.id for model in client.models.list()] == ["chat-a", "paint-a"]
 
 
 def test_what_is_asked_together_is_decoded_together(client, url, chat):

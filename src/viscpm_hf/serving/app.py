@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -48,6 +48,7 @@ def create_app(
     paint_name: str = "VisCPM-Paint",
     settings: ServerSettings | None = None,
     images_prefix: str = "/v1/images",
+    other_names: Sequence[str] = (),
 ) -> FastAPI:
     """The HTTP API of one or both engines; it closes them when it ends.
 
@@ -56,6 +57,7 @@ def create_app(
         chat_name, paint_name: what they are called in requests.
         settings: limits and permissions.
         images_prefix: where Paint's routes begin; "" if the whole application is mounted there.
+        other_names: models that other applications serve at the same address, for `/v1/models`.
 
     Raises:
         ValueError: without an engine.
@@ -91,6 +93,7 @@ def create_app(
     if paint is not None:
         app.include_router(paint_router(paint, paint_name, settings), prefix=images_prefix)
         names.append(paint_name)
+    names += other_names
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models():

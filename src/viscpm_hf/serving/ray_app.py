@@ -10,6 +10,7 @@ Each replica batches its requests as `viscpm-hf serve` does.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
@@ -23,7 +24,7 @@ from .tickets import EngineLimits
 
 
 PAINT_ARGUMENTS = {"model", "name", "load", "settings", "api_key_file"}
-CHAT_ARGUMENTS = PAINT_ARGUMENTS | {"limits"}
+CHAT_ARGUMENTS = PAINT_ARGUMENTS | {"limits", "other_names"}
 
 
 class _Replica:
@@ -59,6 +60,7 @@ class ChatDeployment(_Replica):
         limits: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         api_key_file: str | None = None,
+        other_names: Sequence[str] = (),
     ):
         from ..chat import VisCPMChat
         from ..siblings.sibling_chat import SiblingChat, is_sibling
@@ -67,9 +69,10 @@ class ChatDeployment(_Replica):
         self.configure(model, name, settings, api_key_file)
         chat_class = SiblingChat if is_sibling(model) else VisCPMChat
         self.engine = open_engine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
+        self.other_names = other_names
 
     def __serve_build_asgi_app__(self):
-        return create_app(self.engine, chat_name=self.name, settings=self.settings)
+        return create_app(self.engine, chat_name=self.name, settings=self.settings, other_names=self.other_names)
 
 
 @serve.deployment
@@ -99,7 +102,8 @@ def chat(arguments: dict[str, Any]) -> Application:
 
     Args:
         arguments: `model`; optionally `name`, `load` (arguments of `VisCPMChat` or `SiblingChat`), `limits` (of
-            `EngineLimits`), `settings` (of `ServerSettings`) and `api_key_file`, on every machine that has a replica.
+            `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of other applications, for
+            `/v1/models`) and `api_key_file`, on every machine that has a replica.
 
     Raises:
         ValueError: for other arguments, or without a model.
@@ -108,7 +112,7 @@ def chat(arguments: dict[str, Any]) -> Application:
 
 
 def paint(arguments: dict[str, Any]) -> Application:
-    """The Paint application, to be routed to `/v1/images`; arguments as of [`chat`], without limits.
+    """The Paint application, to be routed to `/v1/images`; arguments as of [`chat`] but `limits` and `other_names`.
 
     With several replicas, pictures can't be asked for as `url`: another replica may be asked for the file.
     """
