@@ -40,12 +40,18 @@ def test_blocks(weight, quant_type):
     absmax = quantize_blocks(weight, packed, quant_type)
     expected, state = bnb.quantize_4bit(weight, quant_type=quant_type, blocksize=64)
     assert torch.equal(absmax, state.absmax)
-    filled = absmax.repeat_interleave(32) > 0
-    assert (packed[filled] != expected[filled]).float().mean() < 1e-3
+    filled = absmax.repeat_interleave(64) > 0
+    codes, expected_codes = (_values_of_codes(it, quant_type)[filled] for it in (packed, expected))
+    assert (codes != expected_codes).float().mean() < 1e-3
     state.absmax = absmax
     ours, theirs = bnb.dequantize_4bit(packed, state).float(), bnb.dequantize_4bit(expected, state).float()
     before = weight.float()
     assert ((ours - before) ** 2).mean() <= ((theirs - before) ** 2).mean() * 1.001
+
+
+def _values_of_codes(packed, quant_type):
+    codes = torch.stack([packed >> 4, packed & 15], -1).flatten()
+    return bnb.get_4bit_type(quant_type, device="cpu")[codes.int()]
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -10,6 +10,7 @@ it into the order of the CPU's kernels.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,12 +22,12 @@ from .conversion.transfer import one_torch_thread
 
 
 # Values that are worked on at a time.
-PIECE_VALUES = 2**17
+PIECE_VALUES = 2**16
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
-# Scaled values are compared as 16-bit integers.
-STEPS = 32767
-TINY = 1e-38
+# Scaled values from 0 to 1 fall into so many cells, which have one 4-bit code each.
+CELLS = 32767
+TINY = 1e-30
 # Rows that bitsandbytes' kernels work on together.
 PACKED_ROWS = 32
 
@@ -134,39 +135,36 @@ def quantize_blocks(weight: torch.Tensor, packed: torch.Tensor, quant_type: str)
     """`(rows, columns)` -> two 4-bit codes a byte in `packed (rows * columns / 2, 1)`; returns the absolute maxima of
     blocks of 64.
 
-    NF4 differs from bitsandbytes' own only where a value is within 1/32767 of the middle between two codes.
+    A code differs from bitsandbytes' own only where a value is in one cell with the middle between two; of FP4's
+    zeros the first is taken.
     """
-    if quant_type != "nf4":
-        codes, state = bnb.quantize_4bit(weight.contiguous(), quant_type=quant_type, blocksize=BLOCK_SIZE)
-        packed.copy_(codes)
-        return state.absmax
     absmax = torch.empty(weight.numel() // BLOCK_SIZE)
     rows = _rows_of_a_piece(weight)
     size = rows * weight.shape[1]
-    codes = bnb.get_4bit_type("nf4", device="cpu")
-    borders = ((codes[:-1] + codes[1:]) / 2 * STEPS).floor().int().tolist()
+    code_of_cell = _code_of_cell(quant_type)
     wide = torch.empty(size // BLOCK_SIZE, BLOCK_SIZE)
-    scaled, step, code = (torch.empty(size, dtype=torch.int16) for _ in range(3))
+    cells, code = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.uint8)
     for source, target, scale in zip(
         weight.split(rows), packed.view(-1).split(size // 2), absmax.split(size // BLOCK_SIZE), strict=True
     ):
         if source.numel() < size:  # the last one
             size = source.numel()
-            wide, scaled, step, code = wide[: size // BLOCK_SIZE], scaled[:size], step[:size], code[:size]
+            wide, cells, code = wide[: size // BLOCK_SIZE], cells[:size], code[:size]
         wide.copy_(source.reshape(-1, BLOCK_SIZE))
         torch.amax(wide.abs(), 1, out=scale)
-        scaled.copy_(wide.mul_((STEPS / scale.clamp(min=TINY)).unsqueeze(1)).view(-1))
-        # A value's code is the number of borders below it: 0 or 1 of each, on top of numbers whose sum is known.
-        code.fill_(_as_int16(-sum(borders)))
-        for border in borders:
-            code.add_(torch.clamp(scaled, border, border + 1, out=step))
-        pairs = code.to(torch.uint8).view(torch.int16)  # the first of two values is the low byte
+        cells.copy_(wide.mul_((CELLS / scale.clamp(min=TINY)).unsqueeze(1)).add_(CELLS).view(-1))
+        torch.index_select(code_of_cell, 0, cells, out=code)
+        pairs = code.view(torch.int16)  # the first of two values is the low byte
         target.copy_((pairs << 4) | (pairs >> 8))
     return absmax
 
 
-def _as_int16(number: int) -> int:
-    return (number + 2**15) % 2**16 - 2**15
+@functools.cache
+def _code_of_cell(quant_type: str) -> torch.Tensor:
+    """The code that is nearest to the values in each of `2 * CELLS + 1` cells from -1 to 1."""
+    middles = (torch.arange(2 * CELLS + 1) + 0.5) / CELLS - 1
+    values = bnb.get_4bit_type(quant_type, device="cpu")
+    return (middles.unsqueeze(1) - values).abs().argmin(1).to(torch.uint8)
 
 
 def _quant_state(
