@@ -96,7 +96,7 @@ STAGES = (
         "settle",
         "finish",
         functools.partial(
-            picture_lesson, details=0.05, talked=0.1, hard={"position": 4, "follow_up": 2, "description": 2.5}
+            picture_lesson, details=0.05, talked=0.1, hard={"position": 3, "follow_up": 3.5, "description": 2.5}
         ),
         1500,
         1.5e-3,

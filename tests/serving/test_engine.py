@@ -242,6 +242,81 @@ def test_a_full_queue_refuses_and_a_closed_engine_too(golden, chat):
         engine.submit(prompt, settings, Recorder())
 
 
+def test_what_nobody_waits_for_fills_no_queue(chat):
+    engine = ChatEngine(chat, EngineLimits(max_rows=1, max_waiting=3))
+    try:
+        prompt = engine.prepare.turn(None, "long?")
+        settings, _ = long_answer(engine, prompt)
+        for _ in range(12):
+            engine.submit(prompt, settings, Recorder()).cancel()
+        last = Recorder()
+        engine.submit(prompt, replace(settings, max_new_tokens=2), last)
+        assert last.over.wait(60) and isinstance(last.events[-1], Finished)
+    finally:
+        engine.close(drain=False)
+
+
+def test_both_kinds_of_decoding_share_the_limits(chat):
+    limits = EngineLimits(max_rows=5, max_places=400)
+    engine = ChatEngine(chat, limits)
+    seen = []
+    try:
+        prompt = engine.prepare.turn(None, "hm?")
+        settings = SamplingSettings(max_new_tokens=30, temperature=3.0)
+
+        def watch(module, arguments, kwargs):  # called from the engine's thread
+            batch, search = engine._share_of_batch(), engine._searching
+            seen.append((batch.rows + search.rows, batch.places + search.places, batch.rows and search.rows))
+
+        handle = chat.model.language_model().register_forward_pre_hook(watch, with_kwargs=True)
+        recorders = [Recorder() for _ in range(18)]
+        for index, recorder in enumerate(recorders):
+            decoding = replace(settings, seed=index) if index % 3 else ReferenceDecodingConfig(max_new_tokens=20)
+            engine.submit(prompt, decoding, recorder)
+        assert all(recorder.over.wait(60) for recorder in recorders)
+        assert all(isinstance(recorder.events[-1], Finished) for recorder in recorders)
+        handle.remove()
+        assert max(rows for rows, _, _ in seen) <= limits.max_rows
+        assert max(places for _, places, _ in seen) <= limits.max_places
+        assert any(both for _, _, both in seen)
+    finally:
+        engine.close(drain=False)
+
+
+def test_rows_that_can_not_be_kept_come_in_anew(golden, own_chat, monkeypatch):
+    expected = [own_chat.ask(image, text, mode="generate", max_new_tokens=12).answer for image, text in turns(golden)]
+    engine = ChatEngine(own_chat)
+    keep, calls = engine._batch.keep, []
+
+    def keep_sometimes(rows):
+        calls.append(len(rows))
+        if len(calls) in (2, 5):
+            raise MemoryError
+        keep(rows)
+
+    monkeypatch.setattr(engine._batch, "keep", keep_sometimes)
+    try:
+        recorders = [Recorder() for _ in expected]
+        for (image, text), recorder in zip(turns(golden), recorders, strict=True):
+            engine.submit(engine.prepare.turn(image, text), SamplingSettings(max_new_tokens=12), recorder)
+        for recorder, text in zip(recorders, expected, strict=True):
+            assert recorder.over.wait(60)
+            assert recorder.text == text
+        assert len(calls) >= 5
+    finally:
+        engine.close(drain=False)
+
+
+def test_pictures_of_equal_numbers_in_different_palettes_are_different(engine):
+    numbers = PIL.Image.new("P", (32, 32), 1)
+    keys = set()
+    for palette in ([0, 0, 0, 255, 0, 0], [0, 0, 0, 0, 0, 255]):
+        picture = numbers.copy()
+        picture.putpalette(palette)
+        keys.add(engine.prepare.turn(picture, "what colour?").images[0].key)
+    assert len(keys) == 2
+
+
 def test_closing_answers_what_is_at_hand(golden, chat):
     engine = ChatEngine(chat)
     recorders = [Recorder() for _ in range(20)]

@@ -180,6 +180,9 @@ def test_a_key_is_asked_of_everyone(folders, image):
             with pytest.raises(openai.AuthenticationError):
                 server.client(api_key=wrong).chat.completions.create(**asked)
         assert httpx.get(f"{server.url}/metrics").status_code == 401
+        with httpx.Client() as client:  # on one connection: what is refused is read to its end
+            for _ in range(2):
+                assert client.post(f"{server.url}/viscpm", content=bytes(3_000_000)).status_code == 401
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert any("谁？" in line for line in server.lines)
         assert not any(image[40:80] in line or "geheim" in line for line in server.lines)

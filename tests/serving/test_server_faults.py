@@ -41,7 +41,13 @@ def folder(tmp_path_factory):
 
 class Redirector(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        if self.path == "/picture":
+        if self.path == "/drip":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # until the server has had enough
+                while not self.server.is_over.wait(0.1):
+                    self.wfile.write(b"x")
+        elif self.path == "/picture":
             self.send_response(200)
             self.end_headers()
             self.wfile.write(GOLDEN.image(0).read_bytes())
@@ -57,8 +63,10 @@ class Redirector(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def other_host():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirector) as host:
+        host.is_over = threading.Event()
         threading.Thread(target=host.serve_forever, daemon=True).start()
         yield host.server_address[1]
+        host.is_over.set()
         host.shutdown()
 
 
@@ -210,6 +218,37 @@ def test_a_picture_from_an_allowed_host_but_not_where_it_redirects_to(server, ot
     response = post(server, messages=about(f"http://127.0.0.1:{other_host}/redirect"))
     assert response.status_code == 400
     assert "answered 302" in response.json()["error"]["message"]
+
+
+def test_a_host_that_sends_without_end_is_given_up(server, other_host):
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        slow = [pool.submit(post, server, messages=about(f"http://127.0.0.1:{other_host}/drip")) for _ in range(6)]
+        assert post(server).status_code == 200  # meanwhile
+        assert not any(future.done() for future in slow)
+        for future in slow:
+            assert future.result().status_code == 400
+            assert "within 10 s" in future.result().json()["error"]["message"]
+    response = post(server, messages=about(f"http://127.0.0.1:{other_host}/\x01"))
+    assert response.status_code == 400 and "InvalidURL" in response.text
+
+
+def test_a_conversation_without_end(server):
+    part = {"type": "text", "text": "x" * 60_000}
+    response = post(server, messages=[{"role": "user", "content": [part] * 5}])
+    assert response.status_code == 400
+    assert "262,144 characters" in response.json()["error"]["message"]
+
+
+def test_what_anybody_may_ask_takes_nothing_from_others(server):
+    head = b"POST /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{"
+    connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(600)]
+    for connection in connections:
+        connection.sendall(head)
+    assert post(server).status_code == 200
+    for connection in connections:
+        connection.settimeout(30)
+        with connection:
+            assert b" 413 " in connection.recv(4096)
 
 
 def test_clients_that_never_finish_what_they_say(server):

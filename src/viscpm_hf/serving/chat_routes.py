@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -14,9 +15,11 @@ from fastapi.responses import StreamingResponse
 
 from .engine import ChatEngine
 from .errors import ModelNotFoundError, error_answer
-from .images import open_image, read_base64, read_image_url
+from .images import fetch, is_remote, open_image, read_base64, read_image_url
+from .preparing import Picture
 from .sampling import SamplingSettings
 from .schemas import (
+    MAX_TEXT,
     AnswerMessage,
     ChatCompletion,
     ChatCompletionChunk,
@@ -33,7 +36,7 @@ from .schemas import (
 )
 from .settings import ServerSettings
 from .tickets import Answer, PreparedPrompt, TextPiece
-from .waiting import EventStream, in_thread, unless_gone
+from .waiting import FETCHING, EventStream, in_thread, unless_gone
 
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from .sibling_engine import SiblingDecoding
 
 DEFAULT_MAX_TOKENS = 512
+# All texts of a conversation together.
+MAX_CONVERSATION = 4 * MAX_TEXT
 REFERENCE_ONLY = ("num_beams", "length_penalty")
 GENERATE_ONLY = ("top_p", "stop", "seed")
 
@@ -50,12 +55,18 @@ content_log = logging.getLogger("viscpm_hf.serving.content")
 def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -> APIRouter:
     router = APIRouter(tags=["chat"])
 
+    async def prepared(body: ChatCompletionRequest) -> PreparedPrompt:
+        remote: dict[str, bytes] = {}
+        if settings.remote_image_hosts:
+            remote = await in_thread(fetch_pictures, body, settings, limiter=FETCHING)
+        return await in_thread(prepare_messages, engine, body, settings, remote)
+
     @router.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatCompletionRequest, request: Request):
         """An answer to a conversation, whole or (`stream`) piece by piece as server-sent events."""
         if body.model != model_name:
             raise ModelNotFoundError(body.model, model_name)
-        prompt = await in_thread(prepare_messages, engine, body, settings)
+        prompt = await unless_gone(request, prepared(body), settings.timeout)
         decoding = decoding_of(body, engine, prompt)
         events = EventStream(body.n or 1)
         ticket = engine.submit(prompt, decoding, events, body.n or 1)
@@ -79,7 +90,7 @@ def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -
     @router.post("/viscpm", response_model=ViscpmAnswer)
     async def viscpm(body: ViscpmRequest, request: Request):
         """The original's endpoint: its answer, token for token, to a question about a picture."""
-        prompt = await in_thread(prepare_turn, engine, body, settings)
+        prompt = await unless_gone(request, in_thread(prepare_turn, engine, body, settings), settings.timeout)
         events = EventStream(1)
         ticket = engine.submit(prompt, engine.reference(), events)
         try:
@@ -96,12 +107,26 @@ def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -
 # ------------------------------------------------------------------------------------------------------- preparing
 
 
-def prepare_messages(engine: ChatEngine, body: ChatCompletionRequest, settings: ServerSettings) -> PreparedPrompt:
-    """The messages as the processor's chat template takes them, and their pictures opened."""
+def fetch_pictures(body: ChatCompletionRequest, settings: ServerSettings) -> dict[str, bytes]:
+    """The files of pictures on other hosts by their addresses; as many as are allowed."""
+    parts = (part for message in body.messages if not isinstance(message.content, str) for part in message.content)
+    urls = [part.image_url.url for part in parts if isinstance(part, ImagePart) and is_remote(part.image_url.url)]
+    return {url: fetch(url, settings.remote_image_hosts) for url in urls[: settings.max_images]}
+
+
+def prepare_messages(
+    engine: ChatEngine, body: ChatCompletionRequest, settings: ServerSettings, remote: Mapping[str, bytes]
+) -> PreparedPrompt:
+    """The messages as the processor's chat template takes them, and their pictures; see [`fetch_pictures`]."""
     messages: list[dict[str, Any]] = []
-    images = []
+    images: list[Picture] = []
+    num_characters = 0
     for message in body.messages:
         role = "system" if message.role == "developer" else message.role
+        texts = [message.content] if isinstance(message.content, str) else message.content
+        num_characters += sum(len(part if isinstance(part, str) else getattr(part, "text", "")) for part in texts)
+        if num_characters > MAX_CONVERSATION:
+            raise ValueError(f"The conversation has more than {MAX_CONVERSATION:,} characters: shorten it.")
         if isinstance(message.content, str):
             messages.append({"role": role, "content": message.content})
             continue
@@ -114,7 +139,7 @@ def prepare_messages(engine: ChatEngine, body: ChatCompletionRequest, settings: 
                 raise ValueError(f"Pictures come in user messages, not in those of the {role}.")
             if len(images) == settings.max_images:
                 raise ValueError(f"The conversation has more than {settings.max_images} pictures.")
-            images.append(read_image_url(part.image_url.url, settings))
+            images.append(functools.partial(read_image_url, part.image_url.url, settings, remote))
             content.append({"type": "image"})
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] != "user":

@@ -287,7 +287,11 @@ def decoding_of(engine: ChatEngine, mode: str, max_new_tokens: int, temperature:
 
 def open_picture(path: str) -> PIL.Image.Image:
     """The picture as browsers show it: turned as the camera was held."""
-    return PIL.ImageOps.exif_transpose(open_image(Path(path).read_bytes(), MAX_IMAGE_PIXELS))
+    image = open_image(Path(path).read_bytes(), MAX_IMAGE_PIXELS)
+    try:
+        return PIL.ImageOps.exif_transpose(image)
+    except Exception:  # PIL raises whatever damaged EXIF data makes it stumble over; the picture itself is whole
+        return image
 
 
 def summary(end: Finished, seconds: float, language: str) -> str:

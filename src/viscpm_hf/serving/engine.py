@@ -3,7 +3,8 @@
 Requests are prepared (tokenised, images decoded) by whoever submits them and wait in a bounded queue. The engine's
 thread takes them into a [`ContinuousBatch`] as soon as there is room, between two steps of those already running.
 Questions to be answered by the reference decoding are searched in groups of the same parameters; between two steps of
-a search the continuous batch makes one of its own, so neither waits for the other to end.
+a search the continuous batch makes one of its own, so neither waits for the other to end as long as there is room for
+both.
 """
 
 from __future__ import annotations
@@ -61,6 +62,22 @@ class Search:
     ticket: Ticket
     decoding: ReferenceDecodingConfig
 
+    @property
+    def num_places(self) -> int:
+        """Places of the cache that it may come to take."""
+        return self.ticket.prompt.num_tokens + self.decoding.num_beams * (self.decoding.last_step + 1)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a group of answers takes of the engine's limits."""
+
+    rows: int = 0
+    places: int = 0
+
+    def fits_beside(self, other: _Share, max_rows: int, max_places: int) -> bool:
+        return self.rows + other.rows <= max_rows and self.places + other.places <= max_places
+
 
 class SearchAbandonedError(Exception):
     """Nobody waits for the search any more."""
@@ -95,6 +112,11 @@ class _Queue:
     def __len__(self) -> int:
         return len(self.choices) + len(self.searches)
 
+    def forget_cancelled(self) -> None:
+        """For when there is no room: what nobody waits for takes none."""
+        self.choices = deque(choice for choice in self.choices if not choice.ticket.is_cancelled)
+        self.searches = deque(search for search in self.searches if not search.ticket.is_cancelled)
+
 
 class ChatEngine:
     """Answers questions to a [`VisCPMChat`] of many callers together.
@@ -117,7 +139,10 @@ class ChatEngine:
         self._running: dict[Row, _Choice] = {}
         self._max_rows = self.limits.max_rows
         self._pace = _Pace()
+        self._searching = _Share()
         self._num_searching = 0
+        self._search_waits = False
+        """There is a search for which the batch leaves no room."""
         self._thread = threading.Thread(target=self._run, name="viscpm-hf-engine", daemon=True)
         self._thread.start()
 
@@ -152,13 +177,15 @@ class ChatEngine:
             if num_choices != 1:
                 raise ValueError("The reference decoding has one answer: ask for n=1, or for sampling.")
             choices = []
-            self._check_size(prompt.num_tokens + decoding.num_beams * (decoding.last_step + 1), "prompt and beams")
+            self._check_size(Search(ticket, decoding).num_places, "prompt and beams")
         else:
             self._check_size(prompt.num_tokens + decoding.max_new_tokens, "prompt and answer")
             choices = [self._new_choice(ticket, index, decoding) for index in range(num_choices)]
         with self._queue.changed:
             if not self._queue.is_open:
                 raise EngineClosedError("The server is shutting down.")
+            if len(self._queue) + num_choices > self.limits.max_waiting:
+                self._queue.forget_cancelled()
             if len(self._queue) + num_choices > self.limits.max_waiting:
                 self.statistics.rejected += 1
                 waiting = len(self._queue)
@@ -294,13 +321,33 @@ class ChatEngine:
 
     def _leave(self) -> None:
         """Rows whose caller is gone leave."""
-        self._batch.keep([row for row in self._batch.rows if not self._running[row].ticket.is_cancelled])
-        self._running = {row: self._running[row] for row in self._batch.rows}
+        self._keep([row for row in self._batch.rows if not self._running[row].ticket.is_cancelled])
+
+    def _keep(self, rows: list[Row]) -> None:
+        """All others leave. That takes memory for a moment; where there is none, those who stay come in anew."""
+        choices = [self._running[row] for row in rows]
+        is_kept = True
+        try:
+            self._batch.keep(rows)
+        except Exception as error:
+            logger.warning("%d rows could not be kept (%s); each comes in alone", len(rows), error)
+            is_kept = False
+        self._running = dict(zip(rows, choices, strict=True))
+        if not is_kept:
+            self._batch.clear()
+            self._running.clear()
+            for choice in choices:
+                self._join_alone(choice)
+
+    def _share_of_batch(self, more: Sequence[_Choice] = ()) -> _Share:
+        rows = [*self._batch.rows, *(choice.row for choice in more)]
+        return _Share(len(rows), len(rows) * max((row.max_length for row in rows), default=0))
 
     def _admit(self) -> None:
         """Takes in what waits, as far as there is room."""
         coming: list[_Choice] = []
-        longest = max((row.max_length for row in self._batch.rows), default=0)
+        if self._search_waits:
+            return
         with self._queue.changed:
             waiting = self._queue.choices
             while waiting:
@@ -308,9 +355,9 @@ class ChatEngine:
                 if choice.ticket.is_cancelled or choice.ticket.is_over:
                     waiting.popleft()
                     continue
-                num_rows = len(self._batch.rows) + len(coming) + 1
-                longest = max(longest, choice.row.max_length)
-                if num_rows > self._max_rows or (num_rows > 1 and num_rows * longest > self.limits.max_places):
+                share = self._share_of_batch([*coming, choice])
+                is_alone = share.rows == 1 and not self._searching.rows
+                if not is_alone and not share.fits_beside(self._searching, self._max_rows, self.limits.max_places):
                     break
                 coming.append(waiting.popleft())
         if not coming:
@@ -319,7 +366,10 @@ class ChatEngine:
             self._join(coming)
         except Exception as error:
             logger.debug("joining %d rows failed (%s); each tries alone", len(coming), error)
-            for choice in coming:
+        else:
+            return
+        for choice in coming:  # not within `except`, where the error would keep alive what they had allocated
+            if choice.row not in self._running:
                 self._join_alone(choice)
 
     def _join(self, choices: list[_Choice]) -> None:
@@ -339,13 +389,17 @@ class ChatEngine:
     def _guarded_step(self) -> None:
         """A step of the batch; if it fails, every row tries it alone, so that only the guilty one is lost."""
         choices = [self._running[row] for row in self._batch.rows]
+        tokens: list[int] = []
+        is_out_of_memory = False
         try:
             tokens = self._batch.step()
         except Exception as error:
             logger.warning("a step of %d rows failed (%s); each goes on alone", len(choices), error)
+            is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not tokens:  # and not within `except`, where the error would keep alive what the step had allocated
             self._batch.clear()
             self._running.clear()
-            if isinstance(error, torch.OutOfMemoryError | MemoryError) and len(choices) > 1:
+            if is_out_of_memory and len(choices) > 1:
                 # Fewer at a time from now on; the others wait with what they have.
                 self._max_rows = max(1, len(choices) // 2)
                 with self._queue.changed:
@@ -363,8 +417,7 @@ class ChatEngine:
         self.statistics.answer_tokens += len(tokens)
         finished = {choice.row for choice, token in zip(choices, tokens, strict=True) if self._take(choice, token)}
         if finished:
-            self._batch.keep([row for row in self._batch.rows if row not in finished])
-            self._running = {row: self._running[row] for row in self._batch.rows}
+            self._keep([row for row in self._batch.rows if row not in finished])
 
     def _take(self, choice: _Choice, token: int) -> bool:
         """One token of one answer; True if it was the last."""
@@ -411,9 +464,13 @@ class ChatEngine:
     # ------------------------------------------------------------------------------------------ the reference decoding
 
     def _next_search(self) -> list[Search]:
-        """The searches at the head of the queue that go together."""
+        """The searches at the head of the queue that go together, as far as there is room beside the batch.
+
+        One that finds none waits until the batch has ended, which nobody joins until then.
+        """
         group: list[Search] = []
-        places = 0
+        batch = self._share_of_batch()
+        self._search_waits = False
         with self._queue.changed:
             searches = self._queue.searches
             while searches:
@@ -423,17 +480,17 @@ class ChatEngine:
                     continue
                 if group and entry.decoding != group[0].decoding:
                     break
-                own = entry.ticket.prompt.num_tokens + entry.decoding.num_beams * (entry.decoding.last_step + 1)
-                places = max(places, own)
-                num_rows = len(group) + 1
-                num_beams = num_rows * entry.decoding.num_beams
-                if group and (num_beams > self._max_rows or num_rows * places > self.limits.max_places):
+                share = _share_of_searches([*group, entry])
+                is_alone = not group and not batch.rows
+                if not is_alone and not share.fits_beside(batch, self._max_rows, self.limits.max_places):
+                    self._search_waits = not group
                     break
                 group.append(searches.popleft())
         return group
 
     def _search(self, group: list[Search]) -> None:
-        self._num_searching = len(group)
+        self._num_searching, self._searching = len(group), _share_of_searches(group)
+        is_to_be_split = False
         try:
             self._search_together(group)
         except SearchAbandonedError:
@@ -441,14 +498,15 @@ class ChatEngine:
                 if not self._queue.is_open:
                     self._fail(entry.ticket, EngineClosedError("The server is shutting down."))
         except Exception as error:
-            if len(group) == 1:
+            is_to_be_split = len(group) > 1
+            if is_to_be_split:
+                logger.warning("a search of %d rows failed (%s); each goes on alone", len(group), error)
+            else:
                 self._fail(group[0].ticket, error)
-                return
-            logger.warning("a search of %d rows failed (%s); each goes on alone", len(group), error)
+        if is_to_be_split:  # not within `except`, where the error would keep alive what the search had allocated
             for entry in group:
                 self._search([entry])
-        finally:
-            self._num_searching = 0
+        self._num_searching, self._searching = 0, _Share()
 
     def _search_together(self, group: list[Search]) -> None:
         tokenizer = self.chat.processor.tokenizer
@@ -479,6 +537,13 @@ class ChatEngine:
             entry.ticket.tell(TextPiece(0, tokenizer.unescape(tokenizer.decode(ids, extension_table=own))))
             entry.ticket.tell(Finished(0, "length" if is_cut else "stop", len(ids)))
             self._pace.finished()
+
+
+def _share_of_searches(group: Sequence[Search]) -> _Share:
+    return _Share(
+        sum(entry.decoding.num_beams for entry in group),
+        len(group) * max(entry.num_places for entry in group),
+    )
 
 
 def longest_begun(text: str, stops: Sequence[str]) -> int:

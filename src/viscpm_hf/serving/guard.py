@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
 from .metrics import Metrics
 from .settings import ServerSettings
@@ -17,6 +18,7 @@ from .settings import ServerSettings
 access_log = logging.getLogger("viscpm_hf.serving.access")
 
 OPEN_PATHS = ("/health", "/openapi.json", "/docs")
+MAX_OPEN_PATHS = 64
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict:
@@ -37,6 +39,7 @@ class Guard:
         self.settings = settings
         self.metrics = metrics
         self.num_open = 0
+        self.num_open_paths = 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -53,11 +56,9 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 
-        self.num_open += 1
         try:
             await self._check(scope, headers, receive, send_and_note)
         finally:
-            self.num_open -= 1
             seconds = time.perf_counter() - begin
             self.metrics.note_request(scope["method"], scope["path"], status, seconds)
             access_log.info(
@@ -75,20 +76,56 @@ class Guard:
 
     async def _check(self, scope, headers, receive, send):
         settings = self.settings
-        is_open_path = scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPEN_PATHS)
-        if settings.api_key is not None and not is_open_path and not self._has_key(headers):
-            body = error_body("The API key is missing or wrong.", "authentication_error", "invalid_api_key")
-            await _respond(send, 401, body, [(b"www-authenticate", b"Bearer")])
+        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPEN_PATHS):
+            await self._answer_openly(scope, headers, receive, send)
             return
-        if self.num_open > settings.max_open_requests and not is_open_path:
+        if settings.api_key is not None and not self._has_key(headers):
+            body = error_body("The API key is missing or wrong.", "authentication_error", "invalid_api_key")
+            await self._refuse(401, body, [(b"www-authenticate", b"Bearer")], headers, receive, send)
+            return
+        if self.num_open >= settings.max_open_requests:
             body = error_body(
-                f"{self.num_open - 1} requests are open already, the limit is {settings.max_open_requests}: try again "
+                f"{self.num_open} requests are open already, the limit is {settings.max_open_requests}: try again "
                 "later.",
                 "rate_limit_error",
                 "rate_limit_exceeded",
             )
-            await _respond(send, 429, body, [(b"retry-after", b"1")])
+            await self._refuse(429, body, [(b"retry-after", b"1")], headers, receive, send)
             return
+        self.num_open += 1
+        try:
+            await self._hand_on(scope, headers, receive, send)
+        finally:
+            self.num_open -= 1
+
+    async def _answer_openly(self, scope, headers, receive, send):
+        """What anybody may ask: it has no body, takes no one else's place, and doesn't wait for slow readers."""
+        if headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers:
+            error = error_body("Nothing is sent with this request.", "invalid_request_error")
+            await _respond(send, 413, error, [(b"connection", b"close")])
+            return
+        if self.num_open_paths >= MAX_OPEN_PATHS:
+            error = error_body("Too many ask for this at once: try again later.", "rate_limit_error")
+            await _respond(send, 429, error, [(b"retry-after", b"1")])
+            return
+        self.num_open_paths += 1
+        try:
+            # What isn't answered whole by then is cut off by the server.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.app(scope, receive, send), self.settings.client_timeout)
+        finally:
+            self.num_open_paths -= 1
+
+    async def _refuse(self, status, body, more_headers, headers, receive, send):
+        """The connection goes on only if what the client still sends has come to its end."""
+        try:
+            await asyncio.wait_for(self._skip_body(headers, receive), self.settings.client_timeout)
+        except (_TooLargeError, TimeoutError):
+            more_headers = [*more_headers, (b"connection", b"close")]
+        await _respond(send, status, body, more_headers)
+
+    async def _hand_on(self, scope, headers, receive, send):
+        settings = self.settings
         try:
             body = await asyncio.wait_for(self._read_body(headers, receive), settings.client_timeout)
         except _TooLargeError:
@@ -123,19 +160,33 @@ class Guard:
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.settings.api_key.encode())
 
     async def _read_body(self, headers: dict[bytes, bytes], receive) -> bytes | None:
+        body = bytearray()
+        async for part in self._parts_of_body(headers, receive):
+            if part is None:
+                return None
+            body += part
+        return bytes(body)
+
+    async def _skip_body(self, headers: dict[bytes, bytes], receive) -> None:
+        async for _ in self._parts_of_body(headers, receive):
+            pass
+
+    async def _parts_of_body(self, headers: dict[bytes, bytes], receive) -> AsyncIterator[bytes | None]:
+        """Parts as they come; None if the client is gone."""
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared[:18]) > self.settings.max_body_bytes:
             raise _TooLargeError
-        body = bytearray()
-        while True:
+        size, more = 0, True
+        while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self.settings.max_body_bytes:
+                yield None
+                return
+            part, more = message.get("body", b""), message.get("more_body")
+            size += len(part)
+            if size > self.settings.max_body_bytes:
                 raise _TooLargeError
-            if not message.get("more_body"):
-                return bytes(body)
+            yield part
 
 
 async def _respond(send, status: int, body: dict, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import PIL.Image
 import torch
 
 
-def image_key(image: PIL.Image.Image) -> str:
-    """The same for pictures of the same pixels."""
-    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-    digest.update(image.tobytes())
+def image_key(size: Sequence[int], pixels: bytes) -> str:
+    """The same for pictures that look the same to the model.
+
+    Args:
+        size, pixels: of what the model is given, not of the file, whose pixels may be numbers of a palette.
+    """
+    digest = hashlib.sha256(repr(tuple(size)).encode())
+    digest.update(pixels)
     return digest.hexdigest()
 
 

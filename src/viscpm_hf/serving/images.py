@@ -6,6 +6,8 @@ import base64
 import binascii
 import ipaddress
 import socket
+import time
+from collections.abc import Mapping
 from io import BytesIO
 from urllib.parse import SplitResult, urlsplit
 
@@ -24,17 +26,24 @@ class BadImageError(ValueError):
     """A picture that can't be used; the message says why."""
 
 
-def read_image_url(url: str, settings: ServerSettings) -> PIL.Image.Image:
+def is_remote(url: str) -> bool:
+    return url.partition(":")[0].lower() in ("http", "https")
+
+
+def read_image_url(url: str, settings: ServerSettings, remote: Mapping[str, bytes] | None = None) -> PIL.Image.Image:
     """The picture of an `image_url`.
+
+    Args:
+        remote: what was [`fetch`]ed already, by its address.
 
     Raises:
         BadImageError: if it is none, too large, or somewhere that may not be looked at.
     """
-    scheme = url.partition(":")[0].lower()
-    if scheme == "data":
+    if url[:5].lower() == "data:":
         return open_image(read_data_uri(url), settings.max_image_pixels)
-    if scheme in ("http", "https"):
-        return open_image(fetch(url, settings.remote_image_hosts), settings.max_image_pixels)
+    if is_remote(url):
+        data = (remote or {}).get(url) or fetch(url, settings.remote_image_hosts)
+        return open_image(data, settings.max_image_pixels)
     raise BadImageError(
         "An image_url is a data URI (data:image/png;base64,...)"
         + (" or an http(s) address" if settings.remote_image_hosts else "")
@@ -107,25 +116,28 @@ def fetch(url: str, allowed_hosts: tuple[str, ...]) -> bytes:
     if not {host, f"{host}:{port}"} & {entry.lower() for entry in allowed_hosts}:
         raise BadImageError(f"Pictures may not be fetched from {host}:{port}; allowed: {', '.join(allowed_hosts)}.")
     address = _checked_address(host, port)
+    deadline = time.monotonic() + REMOTE_TIMEOUT_SECONDS
     try:
         with (
             httpx.Client(timeout=REMOTE_TIMEOUT_SECONDS, follow_redirects=False, trust_env=False) as client,
             client.stream(
                 "GET",
                 _at_address(parts, address, port),
-                headers={"Host": parts.netloc},
+                headers={"Host": parts.netloc, "Accept-Encoding": "identity"},
                 extensions={"sni_hostname": host},
             ) as response,
         ):
             if response.status_code != 200:
                 raise BadImageError(f"The host answered {response.status_code} instead of the picture.")
             data = bytearray()
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():  # as it comes: nothing that unpacks to more than was sent
                 data += chunk
                 if len(data) > MAX_REMOTE_BYTES:
                     raise BadImageError(f"The picture has more than {MAX_REMOTE_BYTES:,} bytes.")
+                if time.monotonic() > deadline:
+                    raise BadImageError(f"The picture did not come from {host} within {REMOTE_TIMEOUT_SECONDS:g} s.")
             return bytes(data)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise BadImageError(f"The picture could not be fetched from {host}: {type(error).__name__}.") from error
 
 

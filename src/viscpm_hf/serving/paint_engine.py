@@ -82,6 +82,8 @@ class PaintEngine:
             if not self._is_open:
                 raise EngineClosedError("The server is shutting down.")
             if len(self._waiting) >= self.max_waiting:
+                self._forget_cancelled()
+            if len(self._waiting) >= self.max_waiting:
                 raise EngineBusyError(
                     f"{len(self._waiting)} prompts are waiting already, the limit is {self.max_waiting}: try again "
                     "later.",
@@ -90,6 +92,13 @@ class PaintEngine:
             self._waiting.append(drawing)
             self._changed.notify_all()
         return drawing
+
+    def _forget_cancelled(self) -> None:
+        """For when there is no room: what nobody waits for takes none."""
+        for drawing in self._waiting:
+            if drawing.is_cancelled:
+                drawing.result.cancel()
+        self._waiting = deque(drawing for drawing in self._waiting if not drawing.is_cancelled)
 
     def close(self, drain: bool = True, timeout: float | None = None) -> bool:
         """Ends, after the requests at hand or at once; returns whether all were drawn."""
@@ -154,6 +163,7 @@ class PaintEngine:
         return group
 
     def _draw(self, group: list[Drawing]) -> None:
+        results: list[PaintResult | Exception] = []
         try:
             results = self._draw_together(group)
         except Exception as error:
@@ -161,6 +171,7 @@ class PaintEngine:
                 group[0].result.set_exception(error)
                 return
             logger.info("%d prompts could not be drawn together (%s); each goes on alone", len(group), error)
+        if not results:  # not within `except`, where the error would keep alive what the attempt had allocated
             for drawing in group:
                 self._draw([drawing])
             return

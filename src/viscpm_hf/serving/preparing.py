@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import PIL.Image
@@ -17,16 +17,22 @@ from .image_cache import ImageCache, image_key
 from .tickets import PreparedImage, PreparedPrompt
 
 
+# A picture, or what opens it: of several large ones only one is in memory at a time then.
+Picture = PIL.Image.Image | Callable[[], PIL.Image.Image]
+
+
+def opened(picture: Picture) -> PIL.Image.Image:
+    return picture() if callable(picture) else picture
+
+
 class PromptPreparer:
     """Checks, tokenises and resizes; needs no model and may run in any thread."""
 
     def __init__(self, chat: VisCPMChat):
         self.chat = chat
 
-    def messages(
-        self, messages: Sequence[Mapping[str, Any]], images: Sequence[PIL.Image.Image] = ()
-    ) -> PreparedPrompt:
-        """A conversation as the chat template takes it, its pictures in order.
+    def messages(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Picture] = ()) -> PreparedPrompt:
+        """A conversation as the chat template takes it, its pictures in order: one after the other is opened.
 
         Raises:
             ValueError: for a conversation without a question, an unusable picture, or a prompt that is too long.
@@ -48,16 +54,18 @@ class PromptPreparer:
         images = [] if image is None else [image]
         return self._prepare(ChatPrompt(document, len(images)), images)
 
-    def _prepare(self, prompt: ChatPrompt, images: Sequence[PIL.Image.Image]) -> PreparedPrompt:
+    def _prepare(self, prompt: ChatPrompt, images: Sequence[Picture]) -> PreparedPrompt:
         processor, checker = self.chat.processor, self.chat.image_safety_checker
         document = processor.encode_prompt(prompt)
         processor.check_length(document)
         prepared = []
         for image in images:
+            image = opened(image)
             if checker is not None and checker(image):
                 raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
             pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-            prepared.append(PreparedImage(pixel_values, image_key(image)))
+            key = image_key(pixel_values.shape, pixel_values.numpy().tobytes())
+            prepared.append(PreparedImage(pixel_values, key))
         return PreparedPrompt(document, tuple(prepared))
 
 

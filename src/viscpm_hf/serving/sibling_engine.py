@@ -16,6 +16,7 @@ from ..pipelines.safety import UnsafeImageError
 from ..siblings.sibling_chat import AnswerText, SiblingChat, encode_images, model_inputs
 from .engine import ChatEngine, Search, SearchAbandonedError
 from .image_cache import ImageCache, image_key
+from .preparing import Picture, opened
 from .sampling import Sampler
 from .sibling_batch import SiblingBatch, SiblingRow
 from .tickets import EngineLimits, Finished, TextPiece
@@ -62,7 +63,7 @@ class SiblingPreparer:
     def __init__(self, chat: SiblingChat):
         self.chat = chat
 
-    def messages(self, messages: Sequence[Mapping[str, Any]], images: Sequence[PIL.Image.Image] = ()) -> SiblingPrompt:
+    def messages(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Picture] = ()) -> SiblingPrompt:
         """A conversation as the chat template takes it, its pictures in order.
 
         Raises:
@@ -77,13 +78,14 @@ class SiblingPreparer:
             raise ValueError(f"The messages have {count} pictures, but {len(images)} were given.")
         grids, num_views, prepared = [], 0, []
         for image in images:
+            image = opened(image)
             if checker is not None and checker(image):
                 raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
             picture = processor.image_processor.process_image(image, do_convert_rgb=True)
             rows, columns = processor.grid_of((picture.height, picture.width))
             grids.append((rows, columns))
             num_views += 1 + rows * columns
-            prepared.append(SiblingImage(picture, image_key(picture)))
+            prepared.append(SiblingImage(picture, image_key(picture.size, picture.tobytes())))
         return SiblingPrompt(processor.encode_conversation(conversation, grids, num_views), tuple(prepared))
 
     def turn(self, image: PIL.Image.Image | None, question: str, context: str = "") -> SiblingPrompt:

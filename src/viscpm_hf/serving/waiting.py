@@ -15,16 +15,18 @@ from .tickets import Answer, Event, Failed, Finished, TextPiece
 T = TypeVar("T")
 
 # Pictures are decoded here; more at once would need the memory of as many large ones.
-_preparing = anyio.CapacityLimiter(4)
+PREPARING = anyio.CapacityLimiter(4)
+# Slow hosts hold up only those who want something of hosts.
+FETCHING = anyio.CapacityLimiter(8)
 
 
 class ClientGoneError(Exception):
     """Nobody reads the answer any more."""
 
 
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+async def in_thread(function: Callable[..., T], *arguments: Any, limiter: anyio.CapacityLimiter = PREPARING) -> T:
     """Runs work that takes its time where it doesn't hold up other requests."""
-    return await anyio.to_thread.run_sync(function, *arguments, limiter=_preparing)
+    return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
 
 
 async def unless_gone(request: Request, result: asyncio.Future | Any, timeout: float) -> Any:
