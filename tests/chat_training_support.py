@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from support import Golden
 
 from viscpm_hf.training import ChatTrainingConfig
@@ -42,6 +44,13 @@ def write_rows(path: Path, rows: Sequence[Any]) -> str:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) if path.suffix == ".jsonl" else "[" + ",\n".join(lines) + "]", "utf-8")
     return str(path)
+
+
+def half_a_picture() -> bytes:
+    """A JPEG that breaks off: it opens, and fails when it is decoded."""
+    file = io.BytesIO()
+    PIL.Image.effect_noise((96, 96), 100).save(file, "JPEG")
+    return file.getvalue()[: file.tell() // 2]
 
 
 def run_config(golden: Golden, data: str | list[str], output: Path, **options: Any) -> ChatTrainingConfig:

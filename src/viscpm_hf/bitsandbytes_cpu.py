@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -22,7 +23,7 @@ from .conversion.transfer import one_torch_thread
 
 
 # Values that are worked on at a time.
-PIECE_VALUES = 2**16
+PIECE_VALUES = 2**18
 BLOCK_SIZE = 64
 NESTED_BLOCK_SIZE = 256
 # Scaled values from 0 to 1 fall into so many cells, which have one 4-bit code each.
@@ -54,9 +55,10 @@ def quantize(
     """
 
     def empty(weight: torch.Tensor) -> torch.Tensor:
+        # numpy asks for huge pages, of which making and reading so much memory takes far less time.
         if bits == 8:
-            return torch.empty(weight.shape, dtype=torch.int8)
-        return torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
+            return torch.from_numpy(np.empty(weight.shape, dtype=np.int8))
+        return torch.from_numpy(np.empty((weight.numel() // 2, 1), dtype=np.uint8))
 
     def quantize_one(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
         weight, factor = weights[name]
@@ -73,8 +75,8 @@ def quantize(
     # Allocated in this thread: what is freed in another's arena, as by a first forward, isn't used again by this one.
     targets = [empty(weights[name][0]) for name in names]
     quantized: dict[str, torch.Tensor] = {}
-    # A weight a thread; one more than there are cores, for the one that waits for the disk.
-    with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool, one_torch_thread():
+    # A weight a thread; more than there are cores, for those that wait for the disk.
+    with ThreadPoolExecutor(torch.get_num_threads() + 3) as pool, one_torch_thread():
         parts = pool.map(quantize_one, names, targets)
         for part in tqdm(parts, total=len(names), desc="quantising", disable=None):
             quantized |= part
@@ -142,16 +144,17 @@ def quantize_blocks(weight: torch.Tensor, packed: torch.Tensor, quant_type: str)
     rows = _rows_of_a_piece(weight)
     size = rows * weight.shape[1]
     code_of_cell = _code_of_cell(quant_type)
-    wide = torch.empty(size // BLOCK_SIZE, BLOCK_SIZE)
-    cells, code = torch.empty(size, dtype=torch.int32), torch.empty(size, dtype=torch.uint8)
+    wide, absolute = torch.empty(size // BLOCK_SIZE, BLOCK_SIZE), torch.empty(size // BLOCK_SIZE, BLOCK_SIZE)
+    code = torch.empty(size, dtype=torch.uint8)
     for source, target, scale in zip(
         weight.split(rows), packed.view(-1).split(size // 2), absmax.split(size // BLOCK_SIZE), strict=True
     ):
         if source.numel() < size:  # the last one
             size = source.numel()
-            wide, cells, code = wide[: size // BLOCK_SIZE], cells[:size], code[:size]
+            wide, absolute, code = wide[: size // BLOCK_SIZE], absolute[: size // BLOCK_SIZE], code[:size]
         wide.copy_(source.reshape(-1, BLOCK_SIZE))
-        torch.amax(wide.abs(), 1, out=scale)
+        torch.amax(torch.abs(wide, out=absolute), 1, out=scale)
+        cells = absolute.view(torch.int32).view(-1)
         cells.copy_(wide.mul_((CELLS / scale.clamp(min=TINY)).unsqueeze(1)).add_(CELLS).view(-1))
         torch.index_select(code_of_cell, 0, cells, out=code)
         pairs = code.view(torch.int16)  # the first of two values is the low byte

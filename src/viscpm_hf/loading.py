@@ -29,8 +29,8 @@ class LoadOptions:
     """Where a model is put, and in which precision."""
 
     device: torch.device
-    dtype: torch.dtype | None = None
-    """As stored, or what suits the device, if None."""
+    dtype: torch.dtype | str | None = None
+    """As stored, or what suits the device, if None; as stored in any case if "auto"."""
     quantization: str | None = None
     """A name of `quantization.QUANTIZATIONS`."""
     quantize_all: bool = False
@@ -77,7 +77,7 @@ class LoadOptions:
                 raise ValueError(f"{BUDGET_VARIABLE} streams layers, which excludes {name}: unset it, or drop {name}.")
         return cls(
             device=main,
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,
@@ -93,7 +93,7 @@ class LoadOptions:
 
     def choose_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The dtype for a checkpoint that is stored in `stored`."""
-        return self.dtype or default_dtype(self.device, stored)
+        return stored if self.dtype == "auto" else self.dtype or default_dtype(self.device, stored)
 
     def from_pretrained_arguments(
         self, dtype: torch.dtype | str, stored_quantization: Mapping[str, Any] | None = None

@@ -125,7 +125,34 @@ def test_other_files_are_not_touched(tmp_path):
     with pytest.raises(ValueError, match="mode was 'reference' and is 'generate'"):
         results.check_settings({"mode": "generate", "seed": None})
     results.discard()
-    assert not results.output.exists() and not results.parts.exists()
+    assert not results.output.exists() and not results.settings.exists()
+
+
+def test_a_finished_output_keeps_its_settings(tmp_path):
+    source, results = write_lines(tmp_path / "in.jsonl", {"id": 1}), Results(tmp_path / "out.jsonl")
+    results.check_settings({"model": "a"})
+    with results.writer(0) as part:
+        part.write([{"id": 1, "answer": "x"}])
+    results.join(read_rows(source))
+    assert results.output.exists() and not results.parts.exists()
+    with pytest.raises(ValueError, match="begun with other settings: model was 'a' and is 'b'"):
+        results.check_settings({"model": "b"})
+    results.discard()
+    results.check_settings({"model": "b"})
+
+
+def test_of_errors_the_last_one_counts(tmp_path):
+    """It knows what the attempts before it have used."""
+    source, results = write_lines(tmp_path / "in.jsonl", {"id": 1}), Results(tmp_path / "out.jsonl")
+    for error in ("first", "second"):
+        with results.writer(0) as part:
+            part.write([{"id": 1, "error": error}])
+    results.join(read_rows(source))
+    assert json.loads(results.output.read_text("utf-8"))["error"] == "second"
+    with results.writer(0) as part:
+        part.write([{"id": 1, "error": "third"}])
+    results.join(read_rows(source))
+    assert json.loads(results.output.read_text("utf-8"))["error"] == "third"
 
 
 def test_processes_share_the_rows(tmp_path):

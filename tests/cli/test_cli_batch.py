@@ -69,10 +69,14 @@ def test_a_run_and_the_same_again(tmp_path, capsys):
     rows = read(output)
     assert [row["id"] for row in rows] == ["q0", "broken", None, "x", *(f"q{index}" for index in range(1, 9))]
     assert rows[2]["line"] == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png", "in.jsonl", "out.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "broken.png", "in.jsonl", "out.jsonl", "out.jsonl.settings.json",
+    ]  # fmt: skip
     before = output.read_bytes()
     assert main(arguments) == 0
     assert output.read_bytes() == before
+    assert main([*arguments, "--mode", "generate"]) == 1
+    assert "begun with other settings: mode was 'reference'" in capsys.readouterr().err
     # Mended, the row gets its answer; the others keep theirs.
     PIL.Image.open(GOLDEN_A.image(0)).save(tmp_path / "broken.png")
     assert main([*arguments, "--retry-errors"]) == 0

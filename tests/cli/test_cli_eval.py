@@ -109,10 +109,19 @@ def test_finished_answers_need_no_model_and_belong_to_their_settings(capsys, tmp
     monkeypatch.setattr("viscpm_hf.cli.eval_bench.load_chat", None)
     assert run(capsys, "llava-bench", *bench, answers, *SHORT)[0] == 0
     assert answers.read_bytes() == before
-    status, _, err = run(capsys, "llava-bench", *bench, answers, *SHORT, "--num-beams", "1")
-    assert status == 1
-    assert "of another model or other settings" in err and "--overwrite" in err
-    assert answers.read_bytes() == before
+    shutil.copytree(GOLDEN_A.folder, tmp_path / "elsewhere")
+    others = [
+        (bench, ("--num-beams", "1"), "num_beams was None and is 1"),
+        ([str(Golden("chat_b").weights), *bench[1:]], (), "model was "),
+        (bench, ("--images", tmp_path / "elsewhere"), "images was "),
+        (bench, ("--vision-config", GOLDEN_A.folder / "expected.json"), "vision_config was None and is "),
+    ]
+    for command, options, message in others:
+        report = ("--report", tmp_path / "other.json")  # without the one of the finished run to compare with
+        status, _, err = run(capsys, "llava-bench", *command, answers, *SHORT, *report, *options)
+        assert status == 1
+        assert message in err and "--overwrite" in err
+        assert answers.read_bytes() == before and not report[1].exists()
 
 
 def test_a_bad_picture_costs_one_answer_and_is_tried_again(capsys, tmp_path):
@@ -285,6 +294,12 @@ def test_an_endpoint_that_says_no_usage_counts_as_the_most(capsys, judged):
     assert len(server.requests) == 2
 
 
+def test_a_reply_that_can_not_be_read_counts_as_the_most(capsys, judged):
+    with JudgeServer(lambda request, number: Reply(body=b"{}")) as server:
+        assert judge(capsys, server, judged, "--max-tokens", "3000")[0] == 1
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -303,6 +318,19 @@ def test_an_endpoint_that_refuses_ends_the_run(capsys, tmp_path, judged, reply, 
         assert judge(capsys, server, judged)[0] == 0
     answered = [number_of(request) for request in server.requests]
     assert [answered.count(number) for number in range(6)][:2] == [1, 1]
+
+
+def test_what_a_refusing_endpoint_was_asked_counts_for_all_runs(capsys, tmp_path, judged):
+    with JudgeServer(lambda request, number: failure(429, "quota", retry_after_ms="1")) as server:
+        for asked in (2, 4, 5):
+            assert judge(capsys, server, judged, "--max-retries", "1", "--max-requests", "5")[0] == 1
+            assert len(server.requests) == asked
+        status, out, err = judge(capsys, server, judged, "--max-requests", "5")
+        assert status == 1 and "budget of 5 requests is spent" in err and "0 of 6 judged, 1 errors; 5 requests" in out
+        assert len(server.requests) == 5
+        server.reply = lambda request, number: Reply()
+        status, out, _ = judge(capsys, server, judged)
+    assert status == 0 and "6 of 6 judged, 0 errors; 11 requests, 660 tokens" in out
 
 
 def test_no_endpoint(capsys, judged):
@@ -333,8 +361,8 @@ def test_judgements_belong_to_their_files(capsys, tmp_path, judged):
     with JudgeServer() as server:
         assert judge(capsys, server, judged)[0] == 0
         write(tmp_path / "rules.json", {**RULES, "system": "Be strict."})
-        status, _, err = judge(capsys, server, judged)
-        assert status == 1 and "other files" in err
+        status, _, err = judge(capsys, server, judged, "--report", tmp_path / "other.json")
+        assert status == 1 and "begun with other settings: rules was " in err
         assert len(server.requests) == 6
         assert judge(capsys, server, judged, "--overwrite")[0] == 0
         assert len(server.requests) == 12

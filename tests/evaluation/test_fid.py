@@ -20,6 +20,7 @@ from viscpm_hf.evaluation.fid import (
     read_captions,
     vision_features,
 )
+from viscpm_hf.evaluation.report import fingerprint
 
 
 MODEL = str(PAINT / "pytorch_model.bin")
@@ -181,6 +182,7 @@ def test_fid_and_clip_score(capsys, tmp_path, captions, clip, real):
     report = json.loads((images / "images.report.json").read_text("utf-8"))
     assert report["counts"] == {"rows": 4, "errors": 0, "flagged": 0, "real": 5}
     assert report["settings"]["rank"] is False and report["settings"]["steps"] == 2
+    assert report["results"]["real"] == fingerprint(real) and report["results"]["resamples"] == 3
     for group, count in (("en", 2), ("zh", 2), ("all", 4)):
         figures = report["results"][group]
         assert figures["images"] == figures["fid"]["count"] == figures["clip_score"]["count"] == count
@@ -193,8 +195,9 @@ def test_fid_and_clip_score(capsys, tmp_path, captions, clip, real):
     assert len(before) == 4
     assert run(capsys, *command, "--clip", clip)[0] == 0
     assert {path.name: path.stat().st_mtime_ns for path in images.glob("*.png")} == before
-    status, _, err = run(capsys, *command, "--clip", clip, "--seed", "1")
-    assert status == 1 and "other settings" in err
+    for name, value in (("seed", "1"), ("vae", "elsewhere"), ("ranker", clip)):
+        status, _, err = run(capsys, *command, "--clip", clip, f"--{name}", value)
+        assert status == 1 and f"other settings: {name} was " in err
 
 
 def test_two_processes_paint_what_one_paints(capsys, tmp_path, captions, clip):

@@ -13,8 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from viscpm_hf import SiblingChat
 from viscpm_hf.cli import main
-from viscpm_hf.training.chat_dataset import Draw, SampleLimits, sample_length
+from viscpm_hf.training.adapters import merge_adapter
+from viscpm_hf.training.chat_dataset import ChatDataset, Draw, SampleLimits, sample_length
 from viscpm_hf.training.collator import ChatCollator
+from viscpm_hf.training.data_files import DataPart
 from viscpm_hf.training.records import read_record
 
 
@@ -91,6 +93,23 @@ def test_a_batch_without_a_picture_gets_a_blank_one(whole_folders, pictures):
     assert batch["num_views"].tolist() == [0, 1] and (batch["labels"][1] == -100).all()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_in_tables_are_measured(whole_folders, pictures, name):
+    """As those in files: how long a sample is depends on its picture's size."""
+    import datasets
+
+    names = ("wide", "small")
+    rows = [{"image": {"bytes": (pictures / f"{n}.png").read_bytes(), "path": None}, "caption": "红色"} for n in names]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(pictures / "rows.parquet")
+    data = write_rows(pictures / "rows.json", [{"image": f"{n}.png", "caption": "红色"} for n in names])
+    processor = AutoProcessor.from_pretrained(whole_folders[name])
+    table, files = (
+        ChatDataset([DataPart.open(path)], processor, LIMITS) for path in (str(pictures / "rows.parquet"), data)
+    )
+    assert table.skipped.total == 0 and list(table.lengths) == list(files.lengths)
+
+
 def train(model: Path, pictures: Path, output: Path, *options: str) -> dict:
     data = write_rows(pictures / "rows.json", [conversation(f"{n}.png", *TURNS) for n in ("wide", "small")])
     arguments = ["--model", str(model), "--data", data, "--output", str(output), "--no-tensorboard"]
@@ -115,6 +134,12 @@ def test_adapter_learns_answers_and_merges(whole_folders, pictures, tmp_path):
     assert main(["train", "merge", *merge]) == 0
     whole = SiblingChat(tmp_path / "whole", device="cpu")
     assert whole.ask(**question).answer == trained.ask(**question).answer
+    half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    before.processor.save_pretrained(tmp_path / "half")
+    merge_adapter(tmp_path / "half", tmp_path / "adapter", tmp_path / "half-merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "half-merged", dtype="auto")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float16}
 
 
 def test_full_fine_tuning_freezes_what_it_is_told(whole_folders, pictures, tmp_path):

@@ -1,11 +1,12 @@
 """Which samples are trained, what is said of the others, and in which order they are drawn."""
 
+import io
 from collections import Counter
 from pathlib import Path
 
 import PIL.Image
 import pytest
-from chat_training_support import colour_rows, conversation, write_rows
+from chat_training_support import colour_rows, conversation, half_a_picture, write_rows
 
 from viscpm_hf.training.chat_dataset import (
     MAX_REPORTED_ROWS,
@@ -101,6 +102,37 @@ def test_small_pictures_are_skipped_and_counted(golden, processor, tmp_path):
     dataset = dataset_of(processor, path, min_side=41)
     assert dataset.skipped.too_small == 1 and len(dataset) == 4
     assert "line 1: a picture of 50x40 pixels is smaller than min_image_side 41" in dataset.skipped.reports[0]
+
+
+@pytest.fixture
+def parquet(golden, tmp_path) -> Path:
+    """A good picture, one that is too small, one that is none, and one that breaks off."""
+    import datasets
+
+    small = io.BytesIO()
+    PIL.Image.new("RGB", (9, 40)).save(small, "PNG")
+    pictures = (golden.image(0).read_bytes(), small.getvalue(), b"no picture", half_a_picture())
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = [{"image": {"bytes": picture, "path": None}, "caption": "a circle"} for picture in pictures]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def test_pictures_in_tables_are_measured_as_those_in_files(processor, parquet):
+    dataset = dataset_of(processor, parquet, min_side=10)
+    assert (len(dataset), dataset.skipped.bad, dataset.skipped.too_small) == (1, 2, 1)
+    small, none, half = dataset.skipped.reports
+    assert "row 2: a picture of 9x40 pixels" in small and "row 3: " in none
+    assert "row 4: " in half and "truncated" in half
+    with pytest.raises(BadRowError, match="row 3: "):
+        dataset_of(processor, parquet, bad_rows="fail")
+
+
+def test_pictures_that_break_off_are_known_in_the_beginning(processor, tmp_path):
+    (tmp_path / "half.jpg").write_bytes(half_a_picture())
+    path = write_rows(tmp_path / "d.json", [conversation("half.jpg", ("q", "a")), conversation(None, ("q", "a"))])
+    dataset = dataset_of(processor, path)
+    assert len(dataset) == 1 and dataset.skipped.bad == 1 and "truncated" in dataset.skipped.reports[0]
 
 
 def test_decompression_bombs_are_bad_rows(golden, processor, tmp_path, monkeypatch):

@@ -4,18 +4,21 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from chat_training_support import colour_rows, conversation, run_config, write_rows
+from chat_training_support import colour_rows, conversation, half_a_picture, run_config, write_rows
 from safetensors.torch import load_file
 from support import Golden
 from transformers import TrainerCallback
 
 from viscpm_hf import VisCPMChat, VisCPMChatForConditionalGeneration
 from viscpm_hf.training import ChatTrainingConfig, merge_adapter, train_chat
+from viscpm_hf.training.chat import check_same_run
 from viscpm_hf.training.records import BadRowError
 
 
@@ -99,6 +102,27 @@ def test_adapters_load_every_way(golden, adapter_run):
     torch.testing.assert_close(wrapped, loaded)
     torch.testing.assert_close(ours, loaded)
     torch.testing.assert_close(merged, loaded, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["folder", "original file"])
+def test_merged_weights_have_the_dtype_of_the_stored_ones(golden, adapter_run, tmp_path, layout):
+    """Also fp16, which a CPU would not be given to compute with."""
+    folder, _ = adapter_run
+    base = tmp_path / "base"
+    if layout == "folder":
+        chat = VisCPMChat(folder / "base", device="cpu")
+        chat.model.half().save_pretrained(base)
+        chat.processor.save_pretrained(base)
+    else:
+        shutil.copytree(golden.folder, base)
+        base /= golden.weights.name
+        stored = torch.load(golden.weights, weights_only=True)
+        torch.save(
+            {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}, base
+        )
+    for dtype, expected in ((None, torch.float16), ("float32", torch.float32)):
+        merged = merge_adapter(base, folder / "out", tmp_path / str(dtype), dtype=dtype)
+        assert {tensor.dtype for tensor in weights_of(merged).values()} == {expected}
 
 
 def test_merging_what_does_not_fit(golden, adapter_run, tmp_path):
@@ -316,12 +340,45 @@ def test_resume_without_a_checkpoint_starts(golden, rows, tmp_path):
 
 
 def test_resuming_another_run_is_refused(golden, rows, tmp_path):
-    config = run_config(golden, rows, tmp_path / "out", max_steps=2, save_steps=1, **FAST)
+    model = tmp_path / "model"
+    shutil.copytree(golden.folder, model)
+    config = run_config(
+        golden, rows, tmp_path / "out", model=model / golden.weights.name, max_steps=2, save_steps=1, **FAST
+    )
     train_chat(config)
-    with pytest.raises(ValueError, match="batch_size: 4 then, 2 now"):
-        train_chat(dataclasses.replace(config, resume=True, batch_size=2))
+    again = dataclasses.replace(config, resume=True)
+    for options, message in (
+        ({"batch_size": 2}, "batch_size: 4 then, 2 now"),
+        ({"learning_rate": 1.0}, "learning_rate: 0.003 then, 1.0 now"),
+        ({"lora_dropout": 0.5, "warmup": 7}, "lora_dropout: 0.05 then, 0.5 now; warmup: 0.03 then, 7.0 now"),
+        ({"model": str(Golden("chat_b").weights)}, "model: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_chat(dataclasses.replace(again, **options))
     with pytest.raises(ValueError, match="isn't an empty folder"):
         train_chat(config)
+    facts = json.loads((tmp_path / "out" / "checkpoints" / "training.json").read_text("utf-8"))["facts"]
+    assert (facts["samples"], facts["processes"]) == (18, 1)
+    with pytest.raises(ValueError, match="processes: 1 then, 2 now"):
+        check_same_run(config, {**facts, "processes": 2}, tmp_path / "out")
+    # The same model somewhere else is the same, and a run may last longer than was said.
+    model = model.rename(tmp_path / "moved")
+    longer = dataclasses.replace(again, model=str(model / golden.weights.name), max_steps=3)
+    assert train_chat(longer).steps == 3
+    write_rows(Path(rows), colour_rows(8))
+    with pytest.raises(ValueError, match="samples: 18 then, 16 now"):
+        train_chat(longer)
+
+
+def test_there_is_nothing_to_resume_in_a_models_folder(golden, adapter_run, rows, tmp_path):
+    folder, _ = adapter_run
+    finished = tmp_path / "finished"
+    shutil.copytree(folder / "out", finished, ignore=shutil.ignore_patterns("checkpoints"))
+    for output in (finished, folder / "base"):
+        before = sorted(output.iterdir())
+        with pytest.raises(ValueError, match="holds a model, but no run to go on with; choose another output"):
+            train_chat(run_config(golden, rows, output, max_steps=1, resume=True))
+        assert sorted(output.iterdir()) == before
 
 
 def test_an_interruption_leaves_a_checkpoint(golden, rows, tmp_path):
@@ -370,6 +427,22 @@ def test_worker_processes_change_nothing(golden, rows, tmp_path):
     with pytest.raises(BadRowError) as error:
         train_chat(config)
     assert str(error.value).startswith(f"{data} line 1: The image file is truncated")
+
+
+def test_unreadable_held_out_pictures_do_not_count(golden, rows, tmp_path):
+    """Neither with a loss of 0 nor otherwise."""
+    for index in range(3):
+        shutil.copy(golden.image(index), tmp_path)
+    (tmp_path / "half.jpg").write_bytes(half_a_picture())
+    good, bad = colour_rows(3), [conversation("half.jpg", ("q", "a"))]
+    results = []
+    for name, held_out in (("good", good), ("both", [*good, *bad])):
+        data = write_rows(tmp_path / f"{name}.json", held_out)
+        config = run_config(
+            golden, rows, tmp_path / name, eval_data=[data], images=tmp_path, max_steps=2, eval_batch_size=1, **FAST
+        )
+        results.append(train_chat(config).eval_loss)
+    assert results[0] == results[1]
 
 
 def test_a_step_of_bad_samples_alone_changes_no_loss_to_nan(golden, own_chat, tmp_path):

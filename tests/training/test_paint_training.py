@@ -260,6 +260,15 @@ def test_a_run_can_not_be_resumed_with_other_options(model, cache, data, tmp_pat
     train_paint(run_config(model, data, tmp_path / "out", cache=cache, max_steps=1))
     with pytest.raises(ValueError, match="ema_decay: 0.0 then, 0.9 now"):
         train_paint(run_config(model, data, tmp_path / "out", cache=cache, ema_decay=0.9, resume=True))
+    again = {"cache": cache, "resume": True, "max_steps": 1}
+    with pytest.raises(ValueError, match="learning_rate: 0.002 then, 0.1 now; adam_beta2: 0.999 then, 0.9 now"):
+        train_paint(run_config(model, data, tmp_path / "out", learning_rate=0.1, adam_beta2=0.9, **again))
+    write_captions(tmp_path / "data", 7)
+    with pytest.raises(ValueError, match="samples: 8 then, 7 now"):
+        train_paint(run_config(model, data, tmp_path / "out", **again))
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(ValueError, match="holds a model, but no run to go on with"):
+        train_paint(run_config(model, data, tmp_path / "out", **again))
 
 
 def test_command_trains_from_a_yaml_file_and_options(model, cache, data, tmp_path, capsys):

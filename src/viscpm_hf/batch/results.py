@@ -17,9 +17,6 @@ from typing import Any
 from .rows import InputRow, row_key
 
 
-SETTINGS_NAME = "settings.json"
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a finished row's line is."""
@@ -41,7 +38,8 @@ class Results:
     """The output file of a run, and the parts that become it.
 
     Args:
-        output: JSONL file; its parts lie in a folder beside it until all rows are finished.
+        output: JSONL file; its parts lie in a folder beside it until all rows are finished. The settings of its run
+            lie in a file beside it and stay, so that nobody takes it for the results of others.
         fields: a line that has none of these, nor an error, is no result.
     """
 
@@ -49,6 +47,7 @@ class Results:
         self.output = Path(output)
         self.fields = {*fields, "error"}
         self.parts = self.output.with_name(self.output.name + ".parts")
+        self.settings = self.output.with_name(self.output.name + ".settings.json")
 
     def part(self, process: int) -> Path:
         return self.parts / f"part-{process:05d}.jsonl"
@@ -56,17 +55,15 @@ class Results:
     # ------------------------------------------------------------------------------------------------------ before
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Notes the settings of a new run; those of a run that goes on must be the same.
+        """Notes the settings of a new run; those of a run that goes on, or is finished, must be the same.
 
         Raises:
             ValueError: if they aren't.
         """
-        path = self.parts / SETTINGS_NAME
-        if not path.is_file():
-            self.parts.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(settings, ensure_ascii=False, indent=1))
+        if not self.settings.is_file():
+            replace_text(self.settings, json.dumps(settings, ensure_ascii=False, indent=1))
             return
-        known = json.loads(path.read_text("utf-8"))
+        known = json.loads(self.settings.read_text("utf-8"))
         changed = [
             f"{name} was {known.get(name)!r} and is {settings.get(name)!r}"
             for name in sorted({*known, *settings})
@@ -79,14 +76,16 @@ class Results:
             )
 
     def discard(self) -> None:
-        """Removes the output and its parts."""
+        """Removes the output, its parts and its settings."""
         self.output.unlink(missing_ok=True)
         shutil.rmtree(self.parts, ignore_errors=True)
+        self.settings.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------- reading
 
     def finished(self) -> dict[str, Place]:
-        """Every finished row by its key. Of a row done twice the last line counts, an error only for want of better.
+        """Every finished row by its key. Of a row done twice the last line counts, an error only for want of better:
+        a later error has the usage of the ones before it.
 
         Raises:
             ValueError: if the output is of something else than a run like this.
@@ -97,7 +96,7 @@ class Results:
         for file in files:
             for offset, result in self._lines(file):
                 key, is_error = row_key(result["id"], result.get("line")), "error" in result
-                if key not in found or not is_error:
+                if not is_error or key not in found or found[key].is_error:
                     found[key] = Place(file, offset, is_error)
         return found
 

@@ -57,7 +57,12 @@ def run_llava_bench(arguments: argparse.Namespace) -> int:
     rows = read_questions(arguments.questions, arguments.images)
     settings = chat_settings(arguments)
     name = arguments.model_id or Path(arguments.model).name
-    inputs = {"questions": fingerprint(Path(arguments.questions)), "model_id": name, "seed": arguments.seed}
+    inputs = {
+        "questions": fingerprint(Path(arguments.questions)),
+        "images": str(Path(arguments.images).resolve()),  # by name: a picture that can't be read may be mended
+        "model_id": name,
+        "seed": arguments.seed,
+    }
     results = Results(arguments.answers, ANSWER_FIELDS)
     run = ModelRun(arguments, "llava-bench", "chat", results, {**settings, **inputs})
 
@@ -168,13 +173,6 @@ def run_judge(arguments: argparse.Namespace) -> int:
     # What is asked must stay the same; how patiently may change from run to run.
     asked = {name: judge_settings.as_dict()[name] for name in ("model", "temperature", "max_tokens", "seed")}
     settings = {**asked, **files}
-    if results.output.is_file() and report.is_file() and not arguments.overwrite:
-        known = json.loads(report.read_text("utf-8"))["settings"]
-        if {name: known.get(name) for name in settings} != settings:
-            raise ValueError(
-                f"{results.output} is of another judge or other files, see {report}. Give another output, or start "
-                "over with --overwrite."
-            )
     results.check_settings(settings)
 
     finished = results.finished()

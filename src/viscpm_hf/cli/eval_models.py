@@ -121,9 +121,12 @@ def run_fid(arguments: argparse.Namespace) -> int:
         print("  ".join(parts))
     networks = {"inception": arguments.inception, "features": arguments.features, "clip": arguments.clip}
     counts = {**counts_of(lines), "flagged": sum(bool(line.get("flagged")) for line in lines.values())}
+    measured: dict[str, Any] = {"networks": networks}
     if arguments.real is not None:
         counts["real"] = len(list_images(arguments.real))
-    return run.write_report(counts, {"networks": networks, **figures}, bootstrap=arguments.seed)
+        # No settings of the run: what is painted may be measured again with others.
+        measured |= {"real": fingerprint(Path(arguments.real)), "resamples": arguments.resamples}
+    return run.write_report(counts, {**measured, **figures}, bootstrap=arguments.seed)
 
 
 def check_networks(arguments: argparse.Namespace) -> None:

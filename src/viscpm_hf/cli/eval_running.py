@@ -57,7 +57,13 @@ def add_paint_options(parser: argparse.ArgumentParser) -> None:
 
 def chat_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     mode = arguments.mode or ("reference" if arguments.top_p is None else "generate")
-    return {"mode": mode, **generation_options(arguments, mode), **_model_settings(arguments)}
+    return {
+        "mode": mode,
+        **generation_options(arguments, mode),
+        **_model_settings(arguments),
+        "quantize_vision": arguments.quantize_vision,
+        "vision_config": _identity(arguments.vision_config),
+    }
 
 
 def generation_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -67,11 +73,33 @@ def generation_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def paint_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("steps", "guidance", "size", "scheduler", "candidates", "rank", "check_prompt", "check_image")
-    return {**{name: getattr(arguments, name) for name in names}, **_model_settings(arguments)}
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        **_model_settings(arguments),
+        "quantize_unet": arguments.quantize_unet,
+        "diffusion_config": _identity(arguments.diffusion_config),
+        "vae": _identity(arguments.vae),
+        "ranker": _identity(arguments.ranker),
+        "prompt_checker": _identity(arguments.prompt_checker),
+        "image_checker": _identity(arguments.image_checker),
+    }
 
 
 def _model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"dtype": arguments.dtype, "quantization": arguments.quantization, "batch_size": arguments.batch_size}
+    return {
+        "dtype": arguments.dtype,
+        "quantization": arguments.quantization,
+        "batch_size": arguments.batch_size,
+        "config": _identity(arguments.config),
+        "vocab": _identity(arguments.vocab),
+    }
+
+
+def _identity(path: str | None) -> str | None:
+    """A file or folder by its contents, wherever it is; a Hub id by its name."""
+    from ..evaluation.report import fingerprint
+
+    return fingerprint(Path(path)) if path is not None and Path(path).exists() else path
 
 
 def load_painter(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -104,8 +132,8 @@ class ModelRun:
 
         check_place(results.output)
         self.arguments, self.name, self.kind, self.results = arguments, name, kind, results
-        self.settings = json.loads(json.dumps(settings))
-        self.identity = model_identity(arguments.model, kind)
+        identity = model_identity(arguments.model, kind)
+        self.settings = json.loads(json.dumps({"model": identity["fingerprint"] or identity["name"], **settings}))
         self.report = Path(arguments.report) if arguments.report else report_path(results.output)
 
     def run(self, rows: Sequence[InputRow], load: Callable[[], RowProcessor]) -> bool:
@@ -118,7 +146,7 @@ class ModelRun:
             if arguments.overwrite:
                 self.results.discard()
                 self.report.unlink(missing_ok=True)
-            self._check_settings()
+            self.results.check_settings(self.settings)
         share.wait_for_others()
         try:
             if share.processes == 1 and arguments.num_processes > 1:
@@ -136,17 +164,6 @@ class ModelRun:
             self.results.join(rows)
         return share.is_first
 
-    def _check_settings(self) -> None:
-        same = {"model": self.identity["fingerprint"] or self.identity["name"], **self.settings}
-        if self.results.output.is_file() and self.report.is_file():
-            known = json.loads(self.report.read_text("utf-8"))
-            if known.get("settings") != same:
-                raise ValueError(
-                    f"{self.results.output} is of another model or other settings, see {self.report}. Give another "
-                    "output, or start over with --overwrite."
-                )
-        self.results.check_settings(same)
-
     def write_report(self, counts: dict[str, Any], results: dict[str, Any], **seeds: Any) -> int:
         """Writes the report, and returns the exit status: whether every row has a result."""
         from ..evaluation.report import make_report, model_identity, write_report
@@ -154,7 +171,7 @@ class ModelRun:
         report = make_report(
             self.name,
             model=model_identity(self.arguments.model, self.kind),  # the commit is known only now
-            settings={"model": self.identity["fingerprint"] or self.identity["name"], **self.settings},
+            settings=self.settings,
             seeds={"first_row": self.arguments.seed, **seeds},
             counts=counts,
             results=results,

@@ -37,6 +37,9 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 class JudgeError(RuntimeError):
     """The endpoint can't be used at all, so that going on makes no sense."""
 
+    usage = Usage()
+    """What was used until that was known."""
+
 
 @dataclass(frozen=True)
 class JudgeSettings:
@@ -127,7 +130,7 @@ class Judge:
 
         Raises:
             BudgetSpentError: if nothing was asked, for want of budget.
-            JudgeError: if the endpoint can't be used.
+            JudgeError: if the endpoint can't be used; no further request begins then.
         """
         messages = comparison.messages()
         length = sum(len(message["content"].encode()) + TEMPLATE_TOKENS for message in messages)
@@ -144,6 +147,10 @@ class Judge:
             self._thread.requests = 0
             try:
                 verdict = self._request(messages, granted, most)
+            except JudgeError as error:
+                self.budget.close()  # here, before another thread begins a request
+                error.usage = used + Usage(self._thread.requests)
+                raise
             finally:
                 # Of a request that failed only the number is known.
                 spent = Usage(self._thread.requests) if verdict is None else verdict.usage
@@ -175,7 +182,7 @@ class Judge:
         except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError) as error:
             # A reply of another form, or none at all in JSON: it may have been cut off, so it is asked for again.
             logger.info("a reply of %s can't be read: %s", settings.model, type(error).__name__)
-            return Verdict(Usage(self._thread.requests), review="")
+            review, usage = "", None
         tokens = (most.prompt_tokens, most.completion_tokens)  # the most, where the endpoint doesn't say
         if usage is not None:
             tokens = (usage.prompt_tokens, usage.completion_tokens)
@@ -235,9 +242,8 @@ def judge_all(
                 stopped_by = stopped_by or str(error)
                 continue
             except JudgeError as error:
-                judge.budget.close()
                 fatal = fatal or error
-                continue
+                verdict = Verdict(error.usage, error=str(error))  # noted, so that the next run knows what it has cost
             usage = verdict.usage + used_before.get(row.key, Usage())
             line = {"id": row.id, "question_id": row.id, **describe(row), "usage": asdict(usage)}
             if verdict.scores is None:

@@ -141,6 +141,7 @@ def merge_adapter(
     if found is None:
         raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}, or is a whole model.")
     check_new_folder(output)
+    dtype = dtype or "auto"  # None would be what suits the CPU, on which fp16 is not kept
     if is_sibling(model):
         chat = SiblingChat(model, device="cpu", dtype=dtype)
         processor = chat.processor

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG
+from ..evaluation.report import model_identity
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
@@ -40,11 +41,13 @@ logger = logging.get_logger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SUMMARY = "training.json"
 
-# What a resumed run must have in common with the one that it goes on with.
+# What a resumed run must have in common with the one that it goes on with: all that the weights, the order, or which
+# checkpoint is the best depend on. How long it lasts may change.
 IDENTITY = (
-    "mode", "data", "batch_size", "accumulation", "seed", "max_length", "group_by_length", "image_size", "augment",
-    "lora_rank", "lora_alpha", "lora_targets", "freeze_vision", "freeze_llm", "optimizer", "precision", "weights",
-    "train_patches",
+    "mode", "data", "eval_data", "images", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze_vision",
+    "freeze_llm", "train_patches", "learning_rate", "batch_size", "accumulation", "warmup", "scheduler", "optimizer",
+    "weight_decay", "adam_beta2", "max_grad_norm", "precision", "weights", "seed", "max_length", "group_by_length",
+    "image_size", "min_image_side", "augment",
 )  # fmt: skip
 
 
@@ -196,6 +199,7 @@ def train_chat(
     eval_parts = [DataPart.open(text) for text in config.eval_data] if eval_dataset is None else []
 
     set_seed(config.seed)
+    model_name = config.model if model is None else None
     if model is None:
         model, processor = load_model(config, arguments)
     elif processor is None:
@@ -234,11 +238,12 @@ def train_chat(
     )
 
     checkpoint = last_checkpoint(output / CHECKPOINTS) if config.resume else None
+    facts = run_facts(model_name, "chat", output, len(train_dataset), arguments.world_size)
     if checkpoint is not None:
-        check_same_run(config, output)
+        check_same_run(config, facts, output)
     elif arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CHECKPOINTS / SUMMARY, dataclasses.asdict(config))
+        write_json(output / CHECKPOINTS / SUMMARY, {"config": dataclasses.asdict(config), "facts": facts})
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     # Ranks that are told at different times would wait for each other forever.
     can_stop = arguments.world_size == 1 and threading.current_thread() is threading.main_thread()
@@ -277,22 +282,49 @@ def check_output(config: ChatTrainingConfig, output: Path) -> None:
     """Raises `ValueError` if the output can't be written, or holds something that isn't asked to be gone on with."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output {output} exists and is no folder.")
-    if not output.is_dir() or config.resume or not any(output.iterdir()):
+    if not output.is_dir() or not any(output.iterdir()):
         return
-    if last_checkpoint(output / CHECKPOINTS) is not None and not any((output / mark).exists() for mark in MARKS):
+    has_run = last_checkpoint(output / CHECKPOINTS) is not None
+    has_model = any((output / mark).exists() for mark in MARKS)
+    if config.resume:
+        if has_model and not has_run:
+            raise ValueError(f"{output} holds a model, but no run to go on with; choose another output.")
+        return
+    if has_run and not has_model:
         raise ValueError(f"{output} holds an unfinished run: go on with it (--resume), or choose another output.")
     raise ValueError(f"{output} exists and isn't an empty folder; choose another output, or --resume its run.")
 
 
-def check_same_run(config: ChatTrainingConfig, output: Path, identity: Sequence[str] = IDENTITY) -> None:
-    """Raises `ValueError` if the run to resume had other options that its weights or its order depend on."""
+def run_facts(model: str | None, kind: str, output: Path, num_samples: int, num_processes: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that it goes on with, beside its options.
+
+    Args:
+        model: None for one given in memory.
+        kind: `"chat"` or `"paint"`.
+    """
+    known_by = None
+    if model is not None:
+        identity = model_identity(model, kind)
+        # By its contents, since it may be moved; unless the run writes into its folder and so changes them.
+        is_inside = output.resolve().is_relative_to(Path(model).resolve())
+        known_by = identity["name"] if is_inside else identity["fingerprint"] or identity["name"]
+    return {"model": known_by, "samples": num_samples, "processes": num_processes}
+
+
+def check_same_run(
+    config: ChatTrainingConfig, facts: dict[str, Any], output: Path, identity: Sequence[str] = IDENTITY
+) -> None:
+    """Raises `ValueError` if the run to resume had other options or facts that its weights or its order depend on."""
     try:
-        before = json.loads((output / CHECKPOINTS / SUMMARY).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        known = json.loads((output / CHECKPOINTS / SUMMARY).read_text("utf-8"))
+        before = {**known["config"], **known["facts"]}
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{output} can't be resumed: the options of its run are missing ({error}).") from error
-    now = dataclasses.asdict(config)
+    now = {**dataclasses.asdict(config), **facts}
     changed = [
-        f"{name}: {before.get(name)} then, {now[name]} now" for name in identity if before.get(name) != now[name]
+        f"{name}: {before.get(name)} then, {now[name]} now"
+        for name in (*identity, *facts)
+        if before.get(name) != now[name]
     ]
     if changed:
         raise ValueError(f"{output} is another run ({'; '.join(changed)}), so it can't be resumed with these options.")

@@ -64,7 +64,8 @@ class SampleLimits:
 class ChatDataset(Dataset):
     """One [`ChatSample`] for every answered turn of the files' rows.
 
-    All rows are read once in the beginning, to check and measure them; after that, only those that are asked for.
+    All rows are read once in the beginning, to check and measure them and to decode their pictures (one that fails in
+    an evaluation would enter its mean with a loss of 0); after that, only those that are asked for.
 
     Args:
         parts: what to mix.
@@ -151,10 +152,10 @@ class ChatDataset(Dataset):
         """What is too small about a record's pictures, as far as files show it; "" if nothing is.
 
         Raises:
-            ValueError: for a file that is no picture, or a decompression bomb.
+            ValueError: for a file that is no picture or a damaged one, or a decompression bomb.
         """
         for image in record.images:
-            if isinstance(image, Path):
+            if isinstance(image, (Path, bytes)):
                 with self.processor.image_processor.fetch_images(image) as picture:
                     problem = too_small(picture.size, self.limits.min_image_side)
                 if problem:

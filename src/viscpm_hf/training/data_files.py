@@ -154,6 +154,9 @@ class JsonSource:
                     if not text.read_more():
                         text.fail(f"no JSON ({_reason(error)})")
             yield text.advance(end) + (row,)
+        text.skip("]")
+        if text.has_more():
+            text.fail("something follows the end of its array")
 
 
 class _Text:
@@ -191,17 +194,23 @@ class _Text:
             self.buffer, self.position, self._chunk = self.buffer[end:], 0, CHUNK
         return offset, size, line
 
-    def next_character(self) -> str:
-        """The next one that is no space, not passed."""
+    def has_more(self) -> bool:
+        """Passes space; whether anything else follows."""
         while True:
             end = self.position
             while end < len(self.buffer) and self.buffer[end] in " \t\r\n":
                 end += 1
             self.advance(end)
             if self.position < len(self.buffer):
-                return self.buffer[self.position]
+                return True
             if not self.read_more():
-                self.fail("the file ends before its array does")
+                return False
+
+    def next_character(self) -> str:
+        """The next one that is no space, not passed."""
+        if not self.has_more():
+            self.fail("the file ends before its array does")
+        return self.buffer[self.position]
 
     def skip(self, character: str) -> None:
         if self.next_character() != character:
@@ -237,17 +246,7 @@ class TableSource:
                 self.table = self.table.cast_column(column, datasets.Image(decode=False))
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        # Without the pictures' bytes, which are most of the data: that there is one is all that counts here.
-        kept = [name for name in self.table.column_names if name != "image" or self._is_text(name)]
-        if len(kept) == len(self.table.column_names):
-            yield from enumerate(self.table)
-            return
-        has_image = [valid for chunk in self.table.data.column("image").chunks for valid in chunk.is_valid().tolist()]
-        for index, row in enumerate(self.table.select_columns(kept)):
-            yield index, {**row, "image": b"" if has_image[index] else None}
-
-    def _is_text(self, column: str) -> bool:
-        return getattr(self.table.features[column], "dtype", None) in ("string", "large_string")
+        yield from enumerate(self.table)  # a few rows at a time are in memory
 
     def row(self, index: int) -> Any:
         return self.table[index]

@@ -35,6 +35,7 @@ from .chat import (
     check_same_run,
     default_precision,
     kept_eval_loss,
+    run_facts,
     training_arguments,
     write_json,
 )
@@ -62,10 +63,13 @@ logger = logging.get_logger(__name__)
 
 CACHE = "cache"
 
-# What a resumed run must have in common with the one that it goes on with.
+# What a resumed run must have in common with the one that it goes on with: all that the weights, the order, or which
+# checkpoint is the best depend on. How long it lasts may change.
 IDENTITY = (
-    "mode", "data", "batch_size", "accumulation", "seed", "image_size", "freeze_unet", "train_projection", "lora_rank",
-    "lora_alpha", "lora_targets", "prompt_dropout", "snr_gamma", "noise_offset", "ema_decay", "optimizer", "precision",
+    "mode", "data", "eval_data", "images", "freeze_unet", "train_projection", "lora_rank", "lora_alpha",
+    "lora_targets", "image_size", "prompt_dropout", "snr_gamma", "noise_offset", "ema_decay", "learning_rate",
+    "batch_size", "accumulation", "warmup", "scheduler", "optimizer", "weight_decay", "adam_beta2", "max_grad_norm",
+    "precision", "seed",
 )  # fmt: skip
 
 
@@ -153,11 +157,12 @@ def train_paint(config: PaintTrainingConfig, *, callbacks: Sequence[TrainerCallb
     }
     size = config.image_size or default_size(model)
     checkpoint = last_checkpoint(output / CHECKPOINTS) if config.resume else None
+    facts = run_facts(config.model, "paint", output, len(datasets["train"]), arguments.world_size)
     if checkpoint is not None:
-        check_same_run(config, output, IDENTITY)
+        check_same_run(config, facts, output, IDENTITY)
     elif arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CHECKPOINTS / SUMMARY, dataclasses.asdict(config))
+        write_json(output / CHECKPOINTS / SUMMARY, {"config": dataclasses.asdict(config), "facts": facts})
 
     cache_folder = Path(config.cache).expanduser() if config.cache else output / CACHE
     prompts = prompt_cache(cache_folder, model, is_projected=not config.train_projection)
