@@ -88,7 +88,7 @@ class VisCPMImageProcessor(PilBackend):
         super().__init__(**kwargs)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens what is not an image yet (path, URL, base64, bytes), keeping the nesting; files stay undecoded."""
+        """Opens what is not an image yet (path, URL, base64, bytes), keeping the nesting."""
         image = image_url_or_urls
         if isinstance(image, (list, tuple)):
             return [self.fetch_images(item) for item in image]
