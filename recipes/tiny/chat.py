@@ -96,7 +96,10 @@ STAGES = (
         "settle",
         "finish",
         functools.partial(
-            picture_lesson, details=0.05, talked=0.1, hard={"position": 3, "follow_up": 3.5, "description": 2.5}
+            picture_lesson,
+            details=0.05,
+            talked=0.5,
+            hard={"position": 2, "colour": 4, "follow_up": 3, "description": 3},
         ),
         1500,
         1.5e-3,
