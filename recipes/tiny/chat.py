@@ -98,8 +98,8 @@ STAGES = (
         functools.partial(
             picture_lesson,
             details=0.05,
-            talked=0.5,
-            hard={"position": 2, "colour": 4, "follow_up": 3, "description": 3},
+            talked=0.3,
+            hard={"position": 3, "follow_up": 3, "description": 2.5, "colour": 2},
         ),
         1500,
         1.5e-3,

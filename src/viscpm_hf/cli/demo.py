@@ -19,13 +19,13 @@ PICTURE = ("test", 54)
 PICTURE_SIZE = 224
 
 QUESTIONS = (
-    "Describe the picture in one sentence.",
-    "请用一句话描述这张图片。",
-    "How many shapes are there?",
-    "图中有几个图形？",
     "What color is the star?",
     "它在哪里？",
     "Is there a blue circle?",
+    "图中有几个图形？",
+    "How many shapes are there?",
+    "请用一句话描述这张图片。",
+    "Describe the picture in one sentence.",
 )
 PROMPTS = ("a red circle on the left", "右边有一个蓝色的五角星")
 
