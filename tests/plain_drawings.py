@@ -68,7 +68,8 @@ def likest_drawing(image: Image.Image) -> tuple[str, str, str]:
     """
     pixels = np.asarray(image.convert("RGB").resize((SIDE, SIDE)), dtype=float)
     covered = np.abs(pixels - pixels[2, 2]).max(-1) > 60
-    x, y = _middle(covered)
+    left, top, right, bottom = _box(covered)
+    x, y = (left + right) / 2, (top + bottom) / 2
     mean = pixels[covered].mean(0)
     paint = min(PAINTS, key=lambda name: float(np.abs(mean - ImageColor.getrgb(PAINTS[name][0])).sum()))
     figure = max(FIGURES, key=lambda name: _likeness(covered, _covered_by(name)))
@@ -80,17 +81,17 @@ def _covered_by(figure: str) -> np.ndarray:
     return np.asarray(draw_figure(figure, "black", (SIDE // 2, SIDE // 2), 60).convert("L")) < 128
 
 
-def _middle(covered: np.ndarray) -> tuple[float, float]:
+def _box(covered: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom, the last two inclusive."""
     rows, columns = (np.flatnonzero(covered.any(axis)) for axis in (1, 0))
-    return (columns[0] + columns[-1]) / 2, (rows[0] + rows[-1]) / 2
+    return columns[0], rows[0], columns[-1], rows[-1]
 
 
 def _likeness(first: np.ndarray, second: np.ndarray) -> float:
     boxes = []
     for covered in (first, second):
-        rows, columns = (np.flatnonzero(covered.any(axis)) for axis in (1, 0))
-        box = Image.fromarray(covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-        boxes.append(np.asarray(box.resize((64, 64))))
+        left, top, right, bottom = _box(covered)
+        boxes.append(np.asarray(Image.fromarray(covered[top : bottom + 1, left : right + 1]).resize((64, 64))))
     return float((boxes[0] & boxes[1]).sum() / (boxes[0] | boxes[1]).sum())
 
 

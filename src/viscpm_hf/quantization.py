@@ -364,7 +364,7 @@ def _mapped_folder(name_or_path: str | os.PathLike | None) -> dict[str, torch.Te
     return tensors or None
 
 
-# ------------------------------------------------------------------------------------------------------------- saving
+# ---------------------------------------------------------------------------------------------------------- on a CPU
 
 
 def pack_on_cpu(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from viscpm_hf.modeling.beam_search_cpm_bee import ReferenceDecodingConfig
-from viscpm_hf.serving.engine import ChatEngine
+from viscpm_hf.serving.engine import ChatEngine, _Share
 from viscpm_hf.serving.sampling import SamplingSettings
 from viscpm_hf.serving.tickets import EngineBusyError, EngineClosedError, EngineLimits, Failed, Finished, TextPiece
 
@@ -53,6 +53,17 @@ def long_answer(engine, prompt, num_tokens=12):
         if answer.num_tokens >= num_tokens and len(answer.text) >= num_tokens:
             return settings, answer
     raise AssertionError("no seed gives a long answer")
+
+
+def check_answers(engine, golden, expected):
+    """All turns together, with 12 tokens each."""
+    recorders = [Recorder() for _ in expected]
+    for (image, text), recorder in zip(turns(golden), recorders, strict=True):
+        engine.submit(engine.prepare.turn(image, text), SamplingSettings(max_new_tokens=12), recorder)
+    for recorder, text in zip(recorders, expected, strict=True):
+        assert recorder.over.wait(60)
+        assert isinstance(recorder.events[-1], Finished)
+        assert recorder.text == text
 
 
 def test_answers_together_are_those_of_each_alone(golden, chat, engine):
@@ -213,13 +224,7 @@ def test_a_failed_step_is_made_again_by_each_row_alone(golden, own_chat):
 
     chat.model.language_model().register_forward_pre_hook(fail_twice, with_kwargs=True)
     try:
-        recorders = [Recorder() for _ in expected]
-        for (image, text), recorder in zip(turns(golden), recorders, strict=True):
-            engine.submit(engine.prepare.turn(image, text), SamplingSettings(max_new_tokens=12), recorder)
-        for recorder, text in zip(recorders, expected, strict=True):
-            assert recorder.over.wait(60)
-            assert isinstance(recorder.events[-1], Finished)
-            assert recorder.text == text
+        check_answers(engine, golden, expected)
         assert len(calls) >= 7
     finally:
         engine.close(drain=False)
@@ -265,7 +270,7 @@ def test_both_kinds_of_decoding_share_the_limits(chat):
         settings = SamplingSettings(max_new_tokens=30, temperature=3.0)
 
         def watch(module, arguments, kwargs):  # called from the engine's thread
-            batch, search = engine._share_of_batch(), engine._searching
+            batch, search = _Share.of_rows(engine._batch.rows), engine._searching
             seen.append((batch.rows + search.rows, batch.places + search.places, batch.rows and search.rows))
 
         handle = chat.model.language_model().register_forward_pre_hook(watch, with_kwargs=True)
@@ -296,12 +301,7 @@ def test_rows_that_can_not_be_kept_come_in_anew(golden, own_chat, monkeypatch):
 
     monkeypatch.setattr(engine._batch, "keep", keep_sometimes)
     try:
-        recorders = [Recorder() for _ in expected]
-        for (image, text), recorder in zip(turns(golden), recorders, strict=True):
-            engine.submit(engine.prepare.turn(image, text), SamplingSettings(max_new_tokens=12), recorder)
-        for recorder, text in zip(recorders, expected, strict=True):
-            assert recorder.over.wait(60)
-            assert recorder.text == text
+        check_answers(engine, golden, expected)
         assert len(calls) >= 5
     finally:
         engine.close(drain=False)

@@ -128,12 +128,11 @@ class ModelRun:
     def __init__(
         self, arguments: argparse.Namespace, name: str, kind: str, results: Results, settings: dict[str, Any]
     ):
-        from ..evaluation.report import model_identity, report_path
+        from ..evaluation.report import known_by, report_path
 
         check_place(results.output)
         self.arguments, self.name, self.kind, self.results = arguments, name, kind, results
-        identity = model_identity(arguments.model, kind)
-        self.settings = json.loads(json.dumps({"model": identity["fingerprint"] or identity["name"], **settings}))
+        self.settings = json.loads(json.dumps({"model": known_by(arguments.model, kind), **settings}))
         self.report = Path(arguments.report) if arguments.report else report_path(results.output)
 
     def run(self, rows: Sequence[InputRow], load: Callable[[], RowProcessor]) -> bool:

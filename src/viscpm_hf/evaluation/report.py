@@ -39,6 +39,12 @@ def model_identity(name_or_path: str | os.PathLike, kind: str) -> dict[str, Any]
     return identity
 
 
+def known_by(name_or_path: str | os.PathLike, kind: str) -> str:
+    """What is the same for the same model, also where it was moved: its fingerprint, of a Hub id the name."""
+    identity = model_identity(name_or_path, kind)
+    return identity["fingerprint"] or identity["name"]
+
+
 def fingerprint(path: Path) -> str:
     """Of a file, or of all files of a folder; hidden ones aside."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -111,7 +111,15 @@ def fetch_pictures(body: ChatCompletionRequest, settings: ServerSettings) -> dic
     """The files of pictures on other hosts by their addresses; as many as are allowed."""
     parts = (part for message in body.messages if not isinstance(message.content, str) for part in message.content)
     urls = [part.image_url.url for part in parts if isinstance(part, ImagePart) and is_remote(part.image_url.url)]
-    return {url: fetch(url, settings.remote_image_hosts) for url in urls[: settings.max_images]}
+    return {url: fetch(url, settings.remote_image_hosts) for url in dict.fromkeys(urls[: settings.max_images])}
+
+
+def texts_of(body: ChatCompletionRequest) -> Iterator[str]:
+    for message in body.messages:
+        if isinstance(message.content, str):
+            yield message.content
+        else:
+            yield from (part.text for part in message.content if not isinstance(part, ImagePart))
 
 
 def prepare_messages(
@@ -120,13 +128,10 @@ def prepare_messages(
     """The messages as the processor's chat template takes them, and their pictures; see [`fetch_pictures`]."""
     messages: list[dict[str, Any]] = []
     images: list[Picture] = []
-    num_characters = 0
+    if sum(map(len, texts_of(body))) > MAX_CONVERSATION:
+        raise ValueError(f"The conversation has more than {MAX_CONVERSATION:,} characters: shorten it.")
     for message in body.messages:
         role = "system" if message.role == "developer" else message.role
-        texts = [message.content] if isinstance(message.content, str) else message.content
-        num_characters += sum(len(part if isinstance(part, str) else getattr(part, "text", "")) for part in texts)
-        if num_characters > MAX_CONVERSATION:
-            raise ValueError(f"The conversation has more than {MAX_CONVERSATION:,} characters: shorten it.")
         if isinstance(message.content, str):
             messages.append({"role": role, "content": message.content})
             continue

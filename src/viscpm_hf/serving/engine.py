@@ -75,6 +75,15 @@ class _Share:
     rows: int = 0
     places: int = 0
 
+    @classmethod
+    def of_rows(cls, rows: Sequence[Row]) -> _Share:
+        return cls(len(rows), len(rows) * max((row.max_length for row in rows), default=0))
+
+    @classmethod
+    def of_searches(cls, group: Sequence[Search]) -> _Share:
+        num_beams = sum(entry.decoding.num_beams for entry in group)
+        return cls(num_beams, len(group) * max(entry.num_places for entry in group))
+
     def fits_beside(self, other: _Share, max_rows: int, max_places: int) -> bool:
         return self.rows + other.rows <= max_rows and self.places + other.places <= max_places
 
@@ -339,10 +348,6 @@ class ChatEngine:
             for choice in choices:
                 self._join_alone(choice)
 
-    def _share_of_batch(self, more: Sequence[_Choice] = ()) -> _Share:
-        rows = [*self._batch.rows, *(choice.row for choice in more)]
-        return _Share(len(rows), len(rows) * max((row.max_length for row in rows), default=0))
-
     def _admit(self) -> None:
         """Takes in what waits, as far as there is room."""
         coming: list[_Choice] = []
@@ -355,7 +360,7 @@ class ChatEngine:
                 if choice.ticket.is_cancelled or choice.ticket.is_over:
                     waiting.popleft()
                     continue
-                share = self._share_of_batch([*coming, choice])
+                share = _Share.of_rows([*self._batch.rows, *(other.row for other in coming), choice.row])
                 is_alone = share.rows == 1 and not self._searching.rows
                 if not is_alone and not share.fits_beside(self._searching, self._max_rows, self.limits.max_places):
                     break
@@ -469,7 +474,7 @@ class ChatEngine:
         One that finds none waits until the batch has ended, which nobody joins until then.
         """
         group: list[Search] = []
-        batch = self._share_of_batch()
+        batch = _Share.of_rows(self._batch.rows)
         self._search_waits = False
         with self._queue.changed:
             searches = self._queue.searches
@@ -480,7 +485,7 @@ class ChatEngine:
                     continue
                 if group and entry.decoding != group[0].decoding:
                     break
-                share = _share_of_searches([*group, entry])
+                share = _Share.of_searches([*group, entry])
                 is_alone = not group and not batch.rows
                 if not is_alone and not share.fits_beside(batch, self._max_rows, self.limits.max_places):
                     self._search_waits = not group
@@ -489,7 +494,7 @@ class ChatEngine:
         return group
 
     def _search(self, group: list[Search]) -> None:
-        self._num_searching, self._searching = len(group), _share_of_searches(group)
+        self._num_searching, self._searching = len(group), _Share.of_searches(group)
         is_to_be_split = False
         try:
             self._search_together(group)
@@ -537,13 +542,6 @@ class ChatEngine:
             entry.ticket.tell(TextPiece(0, tokenizer.unescape(tokenizer.decode(ids, extension_table=own))))
             entry.ticket.tell(Finished(0, "length" if is_cut else "stop", len(ids)))
             self._pace.finished()
-
-
-def _share_of_searches(group: Sequence[Search]) -> _Share:
-    return _Share(
-        sum(entry.decoding.num_beams for entry in group),
-        len(group) * max(entry.num_places for entry in group),
-    )
 
 
 def longest_begun(text: str, stops: Sequence[str]) -> int:

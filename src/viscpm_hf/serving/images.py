@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Mapping
 from io import BytesIO
+from types import MappingProxyType
 from urllib.parse import SplitResult, urlsplit
 
 import PIL.Image
@@ -30,7 +31,9 @@ def is_remote(url: str) -> bool:
     return url.partition(":")[0].lower() in ("http", "https")
 
 
-def read_image_url(url: str, settings: ServerSettings, remote: Mapping[str, bytes] | None = None) -> PIL.Image.Image:
+def read_image_url(
+    url: str, settings: ServerSettings, remote: Mapping[str, bytes] = MappingProxyType({})
+) -> PIL.Image.Image:
     """The picture of an `image_url`.
 
     Args:
@@ -42,7 +45,7 @@ def read_image_url(url: str, settings: ServerSettings, remote: Mapping[str, byte
     if url[:5].lower() == "data:":
         return open_image(read_data_uri(url), settings.max_image_pixels)
     if is_remote(url):
-        data = (remote or {}).get(url) or fetch(url, settings.remote_image_hosts)
+        data = remote[url] if url in remote else fetch(url, settings.remote_image_hosts)
         return open_image(data, settings.max_image_pixels)
     raise BadImageError(
         "An image_url is a data URI (data:image/png;base64,...)"

@@ -94,7 +94,7 @@ class PaintEngine:
         return drawing
 
     def _forget_cancelled(self) -> None:
-        """For when there is no room: what nobody waits for takes none."""
+        """What nobody waits for takes no room."""
         for drawing in self._waiting:
             if drawing.is_cancelled:
                 drawing.result.cancel()
@@ -147,13 +147,10 @@ class PaintEngine:
         group: list[Drawing] = []
         others: deque[Drawing] = deque()
         per_image = self.painter.candidates if self.painter.pipeline.ranker is not None else 1
+        self._forget_cancelled()
         for drawing in self._waiting:
             count = drawing.settings.num_images * per_image
-            if drawing.is_cancelled:
-                drawing.result.cancel()
-            elif not group or (
-                drawing.settings == group[0].settings and (len(group) + 1) * count <= self.max_together
-            ):
+            if not group or (drawing.settings == group[0].settings and (len(group) + 1) * count <= self.max_together):
                 # From here on nobody but this thread ends it.
                 if drawing.result.set_running_or_notify_cancel():
                     group.append(drawing)

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..adapters import ADAPTER_CONFIG
-from ..evaluation.report import model_identity
+from ..evaluation.report import known_by
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
@@ -302,13 +302,10 @@ def run_facts(model: str | None, kind: str, output: Path, num_samples: int, num_
         model: None for one given in memory.
         kind: `"chat"` or `"paint"`.
     """
-    known_by = None
-    if model is not None:
-        identity = model_identity(model, kind)
-        # By its contents, since it may be moved; unless the run writes into its folder and so changes them.
-        is_inside = output.resolve().is_relative_to(Path(model).resolve())
-        known_by = identity["name"] if is_inside else identity["fingerprint"] or identity["name"]
-    return {"model": known_by, "samples": num_samples, "processes": num_processes}
+    # By its contents, since it may be moved; unless the run writes into its folder and so changes them.
+    if model is not None and not output.resolve().is_relative_to(Path(model).resolve()):
+        model = known_by(model, kind)
+    return {"model": model, "samples": num_samples, "processes": num_processes}
 
 
 def check_same_run(
