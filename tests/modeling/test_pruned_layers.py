@@ -186,7 +186,7 @@ def test_fast_decoding_and_fused_projections(small_model, inputs, tokenizer, mon
     assert model.state_dict().keys() == names
 
 
-# ------------------------------------------------------------------------------------------- files, training, the golden
+# ------------------------------------------------------------------------------------------------ files and training
 
 
 def test_saved_is_loaded(small_model, inputs, tmp_path):
