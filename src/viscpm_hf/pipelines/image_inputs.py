@@ -146,7 +146,7 @@ def _arrays(value: "np.ndarray | torch.Tensor", name: str) -> list[np.ndarray]:
 def _mask_arrays(value: "np.ndarray | torch.Tensor", name: str) -> list[np.ndarray]:
     """The masks `(H, W, C)` of an array; three dimensions without channels last are a batch, as in diffusers."""
     array = _numpy(value)
-    if array.ndim == 3 and array.shape[-1] not in (1, 3):
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
         if len(array) == 3 and (array[:1] == array[1:]).all():  # three channels of one mask
             array = array[:1]
         return [mask[..., None] for mask in array]
