@@ -20,6 +20,8 @@ from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_de
 
 
 DEFAULT_MAX_NEW_TOKENS = 512
+# Of the generation_config.json of CPM-Bee's Hub repositories, what today's libraries have no word for.
+HUB_GENERATION_KEYS = ("is_constraint_gen_mode", "is_contrastive_search_gen_mode", "num_beam_groups", "vocab_size")
 
 
 class ExtensionTokenProcessor(LogitsProcessor):
@@ -79,9 +81,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
         return self.model
 
     def set_default_generation(self) -> None:
-        """Fills what a `generation_config.json` leaves open (the original has none): CPM-Bee's tokens, and the
-        original's length of answers. Greedy, since streamers take one sequence."""
+        """Fills what a `generation_config.json` leaves open: CPM-Bee's tokens, and the original's length of answers.
+        Greedy, since streamers take one sequence. Of the Hub's own files only what has a meaning stays."""
         config, defaults = self.config.get_text_config(decoder=True), self.generation_config
+        if any(hasattr(defaults, name) for name in HUB_GENERATION_KEYS):
+            for name in HUB_GENERATION_KEYS:
+                defaults.__dict__.pop(name, None)
+            defaults.pad_token_id = None  # that of cpm-bee-10b is a space
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(defaults, name) is None:
                 setattr(defaults, name, getattr(config, name))
