@@ -12,7 +12,7 @@ from support import Golden
 from torch import nn
 
 from viscpm_hf import VisCPMChat, VisCPMPaint
-from viscpm_hf.layer_streaming import (
+from viscpm_hf.loading.layer_streaming import (
     BUDGET_VARIABLE,
     NUM_SLOTS,
     LayerStreamer,

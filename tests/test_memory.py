@@ -16,12 +16,12 @@ from viscpm_hf import (
     VisCPMChatForConditionalGeneration,
     memory_plan,
 )
+from viscpm_hf.loading.quantization import quantization_config
 from viscpm_hf.memory import Machine, Work
 from viscpm_hf.memory.activations import peak_bytes
 from viscpm_hf.memory.sizes import model_sizes
 from viscpm_hf.memory.work import cache_places, kv_bytes, work_bytes
 from viscpm_hf.modeling.cache_cpm_bee import CpmBeeCache
-from viscpm_hf.quantization import quantization_config
 
 
 GOLDEN_A = Golden("chat_a")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..conversion.original import CHAT
-from ..layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
-from ..placement import size_text
+from ..checkpoints.original import CHAT
+from ..loading.layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
+from ..loading.placement import size_text
 from .machine import BUS_BANDWIDTH, DISK_BANDWIDTH, Machine
 from .sizes import ModelSizes, model_sizes
 from .work import Work, WorkBytes, flops_of_painting, work_bytes

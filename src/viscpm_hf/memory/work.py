@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..conversion.original import CHAT
+from ..checkpoints.original import CHAT
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
 from ..modeling.decoding_presets import default_preset, system_name
