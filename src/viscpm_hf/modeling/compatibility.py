@@ -22,7 +22,8 @@ CACHE_NAMES = ("cache", "past_key_values")
 # The installed release's name.
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
 
-# What transformers hands to any model besides `TransformersKwargs`: what to return, how to check it, for the loss.
+# What transformers hands to any model besides `TransformersKwargs`: what to return, how to check it, for the loss, and
+# what `generate` was given to find stop strings.
 _OF_ANY_MODEL = {
     "use_cache",
     "return_dict",
@@ -31,6 +32,8 @@ _OF_ANY_MODEL = {
     "prune_layers",
     "shift_labels",
     "ignore_index",
+    "tokenizer",
+    "assistant_tokenizer",
 }
 # Of `TransformersKwargs`, what says who sees whom and where a token stands.
 _OF_ATTENTION = {
