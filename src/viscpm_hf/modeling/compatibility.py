@@ -67,8 +67,8 @@ def cache_of(outputs: Any) -> Any:
 
 
 class WithImageOutputs:
-    """For a model output with the field `image_outputs`, as transformers 5.24 has it: what `get_image_features` returned,
-    None without images."""
+    """For a model output with the field `image_outputs` (as transformers 5.24 has it): what `get_image_features`
+    returned, None without images."""
 
     @property
     def image_hidden_states(self) -> torch.FloatTensor | None:
