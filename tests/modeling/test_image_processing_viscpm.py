@@ -1,7 +1,10 @@
 """The image processor against the reference and against PIL, and what it refuses."""
 
 import base64
+import http.server
 import json
+import struct
+import threading
 from io import BytesIO
 from pathlib import Path
 
@@ -437,3 +440,65 @@ def test_what_is_no_image_file(processor, tmp_path):
     with pytest.raises(ValueError) as error:
         processor("A" * 100_000)
     assert len(str(error.value)) < 300
+
+
+def test_the_table_of_the_docs(processor):
+    """Every value that `docs/images.md` names."""
+    examples = [
+        (np.ones((4, 4), dtype=bool), 255),
+        (np.full((4, 4), 77, np.uint8), 77),
+        (Image.new("RGBA", (4, 4), (10, 20, 30, 7)), (10, 20, 30)),
+        (Image.new("LA", (4, 4), (10, 7)), 10),
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
+        (encode(Image.fromarray(np.full((4, 4), 25700, np.uint16))), 100),
+        (encode(Image.fromarray(np.full((4, 4), 65535, np.uint16))), 255),
+        (pgm(np.full((4, 4), 1000), 1000), 255),
+        (np.full((4, 4), 100, np.int32), 100),
+        (np.zeros((4, 4), np.uint16), 0),
+        (np.full((4, 4), 25700, np.int32), 100),
+        (np.full((4, 4), 0.5), 128),
+        (np.full((4, 4), 100.7), 100),
+    ]
+    palette = Image.new("P", (4, 4), 3)
+    palette.putpalette([value for index in range(4) for value in (index, 2 * index, 50)])
+    examples.append((palette, (3, 6, 50)))
+    transparent = Image.open(BytesIO(encode(palette, transparency=3)))
+    assert "transparency" in transparent.info
+    examples.append((transparent, (3, 6, 50)))
+    for image, expected in examples:
+        levels = ((preprocess(processor, image)[0, :, 100, 100] + 1) * 127.5).round()
+        assert levels.tolist() == list(np.broadcast_to(expected, 3)), image
+
+
+def test_12_bit_tiffs(processor):
+    """PIL reads them, but can't write them."""
+    values = np.array([[0, 4095], [1600, 16]])
+    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values)
+    entries = [(256, 2), (257, 2), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, len(packed))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    offset = 8 + len(packed) + len(packed) % 2
+    data = struct.pack("<2sHI", b"II", 42, offset) + packed.ljust(offset - 8, b"\0")
+    data += struct.pack("<H", len(entries)) + directory + bytes(4)
+    assert torch.equal(preprocess(processor, data), reference(Image.fromarray((values >> 4).astype(np.uint8))))
+
+
+def test_addresses(processor):
+    """A URL's file is read as any other; one that can't be had is one sentence."""
+    data = oriented(6, "PNG", Image.fromarray(wide()))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/image.png" else 404)
+            self.end_headers()
+            self.wfile.write(data if self.path == "/image.png" else b"")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert torch.equal(preprocess(processor, f"{address}/image.png"), preprocess(processor, data))
+        with pytest.raises(ValueError, match="could not be fetched from .*404"):
+            processor(f"{address}/other.png")
+        server.shutdown()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+from huggingface_hub.utils import httpx
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 from transformers.utils import is_torch_tensor
 
@@ -67,7 +68,10 @@ def open_image(source: "str | bytes | os.PathLike", max_image_pixels: int) -> "P
             if is_text:
                 raise ValueError(f"{described} is neither an image file, nor a URL, nor an image in base64.") from None
             raise
-    return upright(image, max_image_pixels, described)
+    result = upright(image, max_image_pixels, described)
+    if result is not image:
+        image.close()
+    return result
 
 
 def upright(image: "PIL.Image.Image", max_image_pixels: int, described: str | None = None) -> "PIL.Image.Image":
@@ -130,8 +134,6 @@ def _describe(source: "str | bytes | os.PathLike") -> str:
 def _bytes_of(source: str) -> bytes:
     """The file behind a URL, or that a data URI or base64 text holds; no bytes for other texts."""
     if source.startswith(("http://", "https://")):
-        import httpx
-
         try:
             return httpx.get(source, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True).raise_for_status().content
         except (httpx.HTTPError, httpx.InvalidURL) as error:
