@@ -80,6 +80,7 @@ def convert_quantized(
                 model = _load_paint(checkpoint, quantization, wanted, device, folder, vocab_path=vocab, **beside)
             else:
                 model = _load(checkpoint, quantization, wanted, device)
+                checkpoint.set_generation(model)
                 save_processor(folder, checkpoint)
             model.save_pretrained(folder, max_shard_size=shard_bytes)
             num_parameters = _num_parameters(model)
