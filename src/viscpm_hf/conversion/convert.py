@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
-from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, sha256_of
+from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
 from ..loading.quantization import stored_quantization
 from ..version import __version__
@@ -41,7 +41,6 @@ from .workspace import Workspace
 logger = logging.get_logger(__name__)
 
 TO_HUGGINGFACE, TO_ORIGINAL = "huggingface", "original"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEEP_DTYPE = "keep"
 MANIFEST_FORMAT = 1
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -460,12 +459,8 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     Raises:
         ValueError: for anything but the three floating point types.
     """
-    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
-    if name == KEEP_DTYPE:
-        return None
-    if name not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join((*DTYPES, KEEP_DTYPE))}, got {name!r}.")
-    return DTYPES[name]
+    wanted = named_dtype(dtype, KEEP_DTYPE)
+    return None if wanted == KEEP_DTYPE else wanted
 
 
 def parse_size(size: int | str) -> int:
