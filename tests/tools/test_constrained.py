@@ -1,4 +1,4 @@
-"""Answers of a fixed form: `prefix_allowed_tokens_fn`, by hand and by lm-format-enforcer."""
+"""Answers of a fixed form: `prefix_allowed_tokens_fn`, by hand and by outlines."""
 
 import json
 
@@ -42,14 +42,15 @@ def test_one_of_several_answers(chat, inputs, num_beams):
     assert answer(chat, inputs, prefix_allowed_tokens_fn=allowed, num_beams=num_beams) in choices
 
 
-def test_json_of_a_schema(chat, inputs):
-    pytest.importorskip("lmformatenforcer", reason="lm-format-enforcer is not installed")
-    from lmformatenforcer import JsonSchemaParser, RegexParser
-    from lmformatenforcer.integrations.transformers import build_transformers_prefix_allowed_tokens_fn
+def test_outlines(chat, pictures):
+    outlines = pytest.importorskip("outlines", reason="outlines is not installed")
+    from outlines.inputs import Chat, Image
+    from PIL import Image as PilImage
 
-    tokenizer = chat[1].tokenizer
-    schema = {"type": "object", "properties": {"count": {"type": "integer", "maximum": 9}}, "required": ["count"]}
-    by_schema = build_transformers_prefix_allowed_tokens_fn(tokenizer, JsonSchemaParser(schema))
-    assert isinstance(json.loads(answer(chat, inputs, prefix_allowed_tokens_fn=by_schema))["count"], int)
-    by_expression = build_transformers_prefix_allowed_tokens_fn(tokenizer, RegexParser("(红色|蓝色)。"))
-    assert answer(chat, inputs, prefix_allowed_tokens_fn=by_expression) in ("红色。", "蓝色。")
+    model = outlines.from_transformers(*chat)
+    picture = {"type": "image", "image": Image(PilImage.open(pictures[0]))}
+    question = Chat([{"role": "user", "content": [picture, {"type": "text", "text": "What colour is the shape?"}]}])
+    assert model(question, outlines.regex("(三|四)个。"), max_new_tokens=20) in ("三个。", "四个。")
+    schema = {"type": "object", "properties": {"count": {"enum": ["one", "two"]}}, "required": ["count"]}
+    text = model(question, outlines.json_schema(schema), max_new_tokens=60)
+    assert json.loads(text)["count"] in ("one", "two")
