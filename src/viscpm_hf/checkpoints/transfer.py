@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..families.key_maps import FOLD_WIDTH, KEEP, THIRDS, TRANSPOSED, WITHOUT_BATCH
+from ..families.key_maps import FOLD_WIDTH, KEEP, THIRDS, TOKEN_ROWS, TRANSPOSED, WITHOUT_BATCH
+from ..modeling.token_space_cpm_bee import pad_token_rows
 from .tensor_files import TensorSpec, pieces
 from .weight_transforms import apply_operation, revert_operation
 
@@ -37,13 +38,14 @@ class TensorTransfer:
     @property
     def is_rounded(self) -> bool:
         """Whether the operation's result is rounded so that undoing it may not give the source back."""
-        return (
-            self.operation == FOLD_WIDTH and torch.finfo(self.target.dtype).eps >= torch.finfo(self.source.dtype).eps
-        )
+        is_folded = self.operation in (FOLD_WIDTH, TOKEN_ROWS)
+        return is_folded and torch.finfo(self.target.dtype).eps >= torch.finfo(self.source.dtype).eps
 
 
 def rearranged(tensor: torch.Tensor, transfer: TensorTransfer) -> torch.Tensor:
     """What of a source tensor becomes the new one, where that is another part or order of its values."""
+    if transfer.operation == TOKEN_ROWS:
+        return tensor[: transfer.target.shape[0]] if transfer.is_reverted else pad_token_rows(tensor)
     operate = revert_operation if transfer.is_reverted else apply_operation
     return operate(transfer.operation, tensor) if transfer.operation in REARRANGING else tensor
 
@@ -58,7 +60,8 @@ def converted_pieces(
         # As loading does it: to a wider dtype before the operation, to a narrower one after it.
         piece = piece.to(torch.promote_types(transfer.source.dtype, transfer.target.dtype))
         if transfer.operation not in REARRANGING:
-            piece = operate(transfer.operation, piece)
+            # What remains of `TOKEN_ROWS` once the rows are there.
+            piece = operate(FOLD_WIDTH if transfer.operation == TOKEN_ROWS else transfer.operation, piece)
         piece = piece.to(transfer.target.dtype)
         yield piece
         report(piece.numel() * piece.element_size())

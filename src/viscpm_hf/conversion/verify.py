@@ -244,8 +244,7 @@ def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool
 def _inputs(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(RUN_SEED)
     config = model.config
-    vocab_size = config.get_text_config(decoder=True).vocab_size
-    text = torch.randint(vocab_size, (1, RUN_TEXT_TOKENS), generator=generator)
+    text = torch.randint(config.get_text_config(decoder=True).num_words, (1, RUN_TEXT_TOKENS), generator=generator)
     if kind == CPM_BEE:
         return {"input_ids": text}
     image = torch.full((1, config.num_query_tokens), config.image_token_id)
