@@ -174,7 +174,8 @@ def _layout(layer: nn.Module) -> list[_Tensor]:
 
 
 def _num_bytes(layout: Sequence[_Tensor]) -> int:
-    return layout[-1].begin + layout[-1].num_bytes
+    """0 for a layer that pruning left nothing of."""
+    return layout[-1].begin + layout[-1].num_bytes if layout else 0
 
 
 class _StreamedLayer:
@@ -263,7 +264,8 @@ class LayerStreamer:
             return
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._slots = [_Slot(self.plan.slot_bytes, device, stream) for _ in range(NUM_SLOTS)]
-        for index, layer in enumerate(layers[self.plan.num_resident :]):
+        streamed = [layer for layer in layers[self.plan.num_resident :] if _layout(layer)]
+        for index, layer in enumerate(streamed):
             self._layers.append(_StreamedLayer(layer))
             layer.register_forward_pre_hook(self._before(index))
             layer.register_forward_hook(self._after, always_call=True)
@@ -273,7 +275,8 @@ class LayerStreamer:
 
     @property
     def upcoming(self) -> list[int]:
-        """The streamed layers that are on the device or on their way there, in the order of their calls."""
+        """The streamed layers (those with weights) that are on the device or on their way there, in the order of their
+        calls."""
         ahead = range(self._turn, self._turn + NUM_SLOTS) if self._layers else ()
         return [self.plan.num_resident + turn % len(self._layers) for turn in ahead]
 

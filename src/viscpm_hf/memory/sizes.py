@@ -131,12 +131,12 @@ class ModelSizes:
         return {part: found[part] for part in PARTS if found[part]}
 
     def layers(self, dtype: torch.dtype, quantization: str | None = None) -> list[int]:
-        """Bytes of every layer of the language model."""
+        """Bytes of every layer of the language model; 0 for one that pruning left nothing of."""
         found: Counter[int] = Counter()
         for name, size in self._tensors(dtype, quantization):
             if _part(name) == "layers":
                 found[int(name.partition("layers.")[2].partition(".")[0])] += size
-        return [found[index] for index in range(len(found))]
+        return [found[index] for index in range(self.text_config.num_hidden_layers)]
 
     @cached_property
     def largest_linear(self) -> int:

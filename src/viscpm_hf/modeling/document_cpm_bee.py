@@ -205,7 +205,9 @@ def extension_table(
         strings = document.extension_strings
         entries = [(pair, num_words + slot) for slot, pair in enumerate(pairs)]
         entries += [(pair, pair[0]) for pair in strings if not pair[1]]
-        rows = [[*pair, token, *(ord(character) + 1 for character in strings.get(pair, ""))] for pair, token in entries]
+        rows = [
+            [*pair, token, *(ord(character) + 1 for character in strings.get(pair, ""))] for pair, token in entries
+        ]
         table.append([row + [0] * (TABLE_HEAD + width - len(row)) for row in rows])
     length = max(map(len, table))
     return [rows + [[0] * (TABLE_HEAD + width)] * (length - len(rows)) for rows in table]
