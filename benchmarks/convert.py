@@ -93,9 +93,9 @@ def drop_cache(path: Path) -> None:
 def original_specs(kind: str, layers: int) -> list:
     """Names, dtypes and shapes of a released checkpoint, with `layers` layers in its language model."""
     from viscpm_hf import CpmBeeConfig, VisCPMChatConfig, VisCPMChatForConditionalGeneration
-    from viscpm_hf.conversion import key_maps
-    from viscpm_hf.conversion.tensor_files import TensorSpec
-    from viscpm_hf.conversion.weight_transforms import KeyMatcher
+    from viscpm_hf.checkpoints.tensor_files import TensorSpec
+    from viscpm_hf.checkpoints.weight_transforms import KeyMatcher
+    from viscpm_hf.families import key_maps
 
     def specs(model: torch.nn.Module, key_map, dtype: torch.dtype) -> list:
         matcher, tied = KeyMatcher(key_map), set(getattr(model, "all_tied_weights_keys", ()))
@@ -117,7 +117,7 @@ def original_specs(kind: str, layers: int) -> list:
     from diffusers import UNet2DConditionModel
 
     from viscpm_hf import VisCPMPaintTextEncoder, VisCPMPaintTextEncoderConfig
-    from viscpm_hf.pipelines.loading_viscpm_paint import UNET_CONFIG
+    from viscpm_hf.loading.paint import UNET_CONFIG
 
     with torch.device("meta"):
         encoder = VisCPMPaintTextEncoder(VisCPMPaintTextEncoderConfig(num_hidden_layers=layers))
@@ -135,7 +135,7 @@ def random_pieces(spec, pool: torch.Tensor, seed: int):
 
 
 def write_checkpoint(folder: Path, kind: str, layers: int) -> dict:
-    from viscpm_hf.conversion.tensor_files import ArchiveWriter
+    from viscpm_hf.checkpoints.tensor_files import ArchiveWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     specs = original_specs(kind, layers)
@@ -163,7 +163,7 @@ def write_vocabulary(path: Path, tokens: int) -> None:
 def write_vae(folder: Path) -> None:
     from diffusers import AutoencoderKL
 
-    from viscpm_hf.pipelines.loading_viscpm_paint import VAE_CONFIG
+    from viscpm_hf.loading.paint import VAE_CONFIG
 
     AutoencoderKL.from_config(VAE_CONFIG).save_pretrained(folder)
 
@@ -202,8 +202,8 @@ def step_convert(source: Path, converted: Path, arguments: argparse.Namespace) -
 
 
 def step_verify(source: Path, converted: Path, arguments: argparse.Namespace) -> dict:
+    from viscpm_hf.checkpoints.location import locate
     from viscpm_hf.conversion.planning import open_original, plan_conversion
-    from viscpm_hf.conversion.source import locate
     from viscpm_hf.conversion.verify import verify_files, verify_loading
 
     drop_cache(source), drop_cache(converted)

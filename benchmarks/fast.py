@@ -30,7 +30,7 @@ from chat import synthetic_vocabulary as synthetic_words
 from torch import nn
 
 import viscpm_hf
-from viscpm_hf.quantization import quantization_config
+from viscpm_hf.loading.quantization import quantization_config
 
 
 # Bytes of a quantised weight, its share of the scales included.

@@ -50,7 +50,7 @@ def read(weights: Path) -> dict[str, float]:
 def load_and_answer(weights: Path, options: dict) -> dict[str, float]:
     from PIL import Image
 
-    from viscpm_hf.chat import VisCPMChat
+    from viscpm_hf.chat.chat import VisCPMChat
 
     drop_cache(weights)
     begin = time.perf_counter()

@@ -29,7 +29,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 
 import viscpm_hf
 from viscpm_hf import CpmBeeTokenizer, VisCPMPaintPipeline, VisCPMPaintTextEncoder, VisCPMPaintTextEncoderConfig
-from viscpm_hf.pipelines.loading_viscpm_paint import UNET_CONFIG, VAE_CONFIG
+from viscpm_hf.loading.paint import UNET_CONFIG, VAE_CONFIG
 from viscpm_hf.pipelines.pipeline_viscpm_paint import REFERENCE_SCHEDULER_CONFIG
 
 

@@ -20,8 +20,8 @@ import transformers
 
 import viscpm_hf
 from viscpm_hf import CpmBeeConfig, CpmBeeForCausalLM
-from viscpm_hf.layer_streaming import LayerStreamer
-from viscpm_hf.placement import parse_size
+from viscpm_hf.loading.layer_streaming import LayerStreamer
+from viscpm_hf.loading.placement import parse_size
 
 
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "head_dim": 16}

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from viscpm_hf import VisCPMChat
-from viscpm_hf.batch.answering import ChatRequest
+from viscpm_hf.chat.answering import ChatRequest
 
 
 try:

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from viscpm_hf import CpmBeeTokenizer, VisCPMPaintTextEncoder
-from viscpm_hf.conversion.original import text_encoder_config
+from viscpm_hf.checkpoints.original import text_encoder_config
 from viscpm_hf.pipelines.pipeline_viscpm_paint import REFERENCE_SCHEDULER_CONFIG
 
 

@@ -11,9 +11,9 @@ from paint_support import PAINT
 from support import Golden
 
 from viscpm_hf import VisCPMChatForConditionalGeneration, VisCPMPaintTextEncoder
-from viscpm_hf.conversion import key_maps
-from viscpm_hf.conversion.original import chat_config, text_encoder_config
-from viscpm_hf.conversion.weight_transforms import KeyMatcher, revert_operation
+from viscpm_hf.checkpoints.original import chat_config, text_encoder_config
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, revert_operation
+from viscpm_hf.families import key_maps
 
 
 SIZES = {"dim_model": 128, "dim_ff": 256, "num_layers": 2, "num_heads": 2, "dim_head": 64}

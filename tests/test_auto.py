@@ -27,7 +27,7 @@ from viscpm_hf import (
     VisCPMChatProcessor,
     VisCPMImageProcessor,
 )
-from viscpm_hf.auto import register
+from viscpm_hf.loading.from_pretrained import register
 
 
 GOLDEN_A = Golden("chat_a")

@@ -6,8 +6,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from viscpm_hf import bitsandbytes_cpu
-from viscpm_hf.bitsandbytes_cpu import pack, quantize, quantize_blocks, quantize_rows
+from viscpm_hf.loading import bitsandbytes_cpu
+from viscpm_hf.loading.bitsandbytes_cpu import pack, quantize, quantize_blocks, quantize_rows
 
 
 @pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32])

@@ -9,8 +9,8 @@ import torch
 from support import Golden, message
 
 from viscpm_hf import OriginalCheckpointError, UnsafeImageError, VisCPMChat
-from viscpm_hf.chat import REFUSAL
-from viscpm_hf.loading import default_dtype
+from viscpm_hf.chat.chat import REFUSAL
+from viscpm_hf.loading.options import default_dtype
 
 
 GOLDEN_A = Golden("chat_a")

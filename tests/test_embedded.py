@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import viscpm_hf
-from viscpm_hf import embedded
-from viscpm_hf.embedded import EMBEDDED_NAME, resolve_model, tiny
+from viscpm_hf.tiny import embedded
+from viscpm_hf.tiny.embedded import EMBEDDED_NAME, resolve_model, tiny
 
 
 def test_the_name_stands_for_the_folders():

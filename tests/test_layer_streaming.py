@@ -12,7 +12,7 @@ from support import Golden
 from torch import nn
 
 from viscpm_hf import VisCPMChat, VisCPMPaint
-from viscpm_hf.layer_streaming import (
+from viscpm_hf.loading.layer_streaming import (
     BUDGET_VARIABLE,
     NUM_SLOTS,
     LayerStreamer,
@@ -54,6 +54,20 @@ def test_all_that_the_slots_leave_is_for_resident_layers(budget, resident):
     plan = plan_streaming([100] * 10, budget)
     assert plan.num_resident == resident
     assert plan.device_bytes == 100 * (resident + NUM_SLOTS) <= budget
+
+
+@pytest.mark.parametrize("empty", [(0,), (3,), (5,), (0, 2, 5)])
+def test_layers_without_weights_take_no_turn(empty):
+    """As pruning leaves them."""
+    layers = stack()
+    for index in empty:
+        layers[index] = nn.Identity()
+    inputs = torch.randn(3, 16)
+    expected = run(layers, inputs)
+    streamer = LayerStreamer(layers, CPU, NUM_SLOTS * layer_bytes())
+    assert len(streamer._layers) == len(layers) - len(empty)
+    for _ in range(2):
+        assert torch.equal(run(layers, inputs), expected)
 
 
 def test_a_budget_below_two_layers_says_how_much_it_takes():

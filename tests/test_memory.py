@@ -16,12 +16,12 @@ from viscpm_hf import (
     VisCPMChatForConditionalGeneration,
     memory_plan,
 )
+from viscpm_hf.loading.quantization import quantization_config
 from viscpm_hf.memory import Machine, Work
 from viscpm_hf.memory.activations import peak_bytes
 from viscpm_hf.memory.sizes import model_sizes
 from viscpm_hf.memory.work import cache_places, kv_bytes, work_bytes
 from viscpm_hf.modeling.cache_cpm_bee import CpmBeeCache
-from viscpm_hf.quantization import quantization_config
 
 
 GOLDEN_A = Golden("chat_a")
@@ -30,10 +30,10 @@ MACHINE = Machine(ram=int(64e9), gpu=int(24e9), ram_bandwidth=20e9, cpu_flops=1e
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small model that bitsandbytes takes in 4 bits: multiples of 64."""
+    """A small model that bitsandbytes takes in 4 bits: multiples of 64. Pruning left nothing of its second layer."""
     text = CpmBeeConfig(
         vocab_size=300, hidden_size=128, num_attention_heads=2, head_dim=64, intermediate_size=192,
-        num_hidden_layers=3,
+        num_hidden_layers=3, mask_modules=[[False, False], [True, True], [True, False]],
     )  # fmt: skip
     vision = {
         "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,

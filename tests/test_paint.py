@@ -10,7 +10,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from paint_support import CASES, PAINT
 
 from viscpm_hf import OriginalCheckpointError, UnsafeImageError, UnsafePromptError, VisCPMPaint
-from viscpm_hf.paint import SCHEDULERS, image_grid, scheduler_class
+from viscpm_hf.paint.paint import SCHEDULERS, image_grid, scheduler_class
 
 
 ALONE = {"image_safety_checker": False, "prompt_safety_checker": False, "add_ranker": False, "device": "cpu"}

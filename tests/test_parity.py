@@ -26,8 +26,8 @@ from viscpm_hf import (
     VisCPMChatModel,
     VisCPMChatProcessor,
 )
-from viscpm_hf.conversion import key_maps
-from viscpm_hf.conversion.weight_transforms import KeyMatcher
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher
+from viscpm_hf.families import key_maps
 
 
 ORIGINAL_FILE, SAVED, SAVED_IN_SHARDS = "original file", "saved", "saved in shards"

@@ -25,8 +25,8 @@ from viscpm_hf import (
     VisCPMPaint,
     VisCPMPaintPipeline,
 )
-from viscpm_hf.loading import default_dtype
-from viscpm_hf.placement import check_device_map, main_device, parse_size
+from viscpm_hf.loading.options import default_dtype
+from viscpm_hf.loading.placement import check_device_map, main_device, parse_size
 
 
 LANGUAGE_MODEL = "model.language_model"

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChat, VisCPMChatForConditionalGeneration
-from viscpm_hf.quantization import QUANTIZATIONS, quantization_config
+from viscpm_hf.loading.quantization import QUANTIZATIONS, quantization_config
 
 
 # What can be made on a CPU, and how close its logits are to those in full precision.

@@ -7,7 +7,7 @@ from diffusers import PipelineQuantizationConfig
 from transformers import BitsAndBytesConfig
 
 from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
-from viscpm_hf.quantization import quantization_config
+from viscpm_hf.loading.quantization import quantization_config
 
 
 ALONE = {"image_safety_checker": False, "prompt_safety_checker": False, "add_ranker": False, "device": "cpu"}

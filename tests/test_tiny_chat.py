@@ -9,7 +9,7 @@ from plain_drawings import FIGURES, PAINTS, SPOTS, drawings
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from viscpm_hf import VisCPMChat, VisCPMChatForConditionalGeneration, convert, tiny
-from viscpm_hf.batch.answering import ChatRequest
+from viscpm_hf.chat.answering import ChatRequest
 from viscpm_hf.evaluation.shapes import CHAT_PARTS, ShapesChatRows, chat_rows, summarize
 from viscpm_hf.shapes import LANGUAGES, QUESTION_TYPES, draw, make_scene
 

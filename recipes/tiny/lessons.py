@@ -10,8 +10,8 @@ import texts
 from torch.utils.data import Dataset
 
 from viscpm_hf.shapes import LANGUAGES, QUESTION_TYPES, Scene, draw, make_question
-from viscpm_hf.shapes.questions import in_order
-from viscpm_hf.shapes.scene import layout_split, random_scene
+from viscpm_hf.tiny.questions import in_order
+from viscpm_hf.tiny.scene import layout_split, random_scene
 from viscpm_hf.training.records import ChatRecord, ChatSample
 
 

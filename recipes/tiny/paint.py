@@ -35,7 +35,7 @@ from viscpm_hf import (
     VisCPMPaintTextEncoderConfig,
 )
 from viscpm_hf.evaluation.statistics import proportion
-from viscpm_hf.paint import image_grid
+from viscpm_hf.paint.paint import image_grid
 from viscpm_hf.pipelines.pipeline_viscpm_paint import REFERENCE_SCHEDULER_CONFIG
 from viscpm_hf.shapes import (
     COLOURS,
@@ -50,7 +50,7 @@ from viscpm_hf.shapes import (
     make_scene,
     word_prompt,
 )
-from viscpm_hf.shapes.words import SHADES
+from viscpm_hf.tiny.words import SHADES
 from viscpm_hf.training import PaintTrainingConfig, train_paint
 
 

@@ -21,10 +21,10 @@ from viscpm_hf.shapes import (
     make_shape,
     word_prompt,
 )
-from viscpm_hf.shapes.phrases import PHRASES
-from viscpm_hf.shapes.questions import colour_answer, description, kind_answer, place_answer
-from viscpm_hf.shapes.scene import MIN_SIZE
-from viscpm_hf.shapes.words import phrase, with_article
+from viscpm_hf.tiny.phrases import PHRASES
+from viscpm_hf.tiny.questions import colour_answer, description, kind_answer, place_answer
+from viscpm_hf.tiny.scene import MIN_SIZE
+from viscpm_hf.tiny.words import phrase, with_article
 from viscpm_hf.training.records import ChatSample
 
 

@@ -20,7 +20,7 @@ from transformers import get_cosine_schedule_with_warmup
 from viscpm_hf import Beit3Config, Beit3Model
 from viscpm_hf.modeling.configuration_beit3 import POSITION_OFFSET
 from viscpm_hf.shapes import COLOURS, KINDS, PLACES, Scene, draw
-from viscpm_hf.shapes.scene import layout_split, random_scene
+from viscpm_hf.tiny.scene import layout_split, random_scene
 from viscpm_hf.training.muon import MuonWithAdamW
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import texts
 
-from viscpm_hf.shapes.phrases import PAINT_PHRASES, PAINT_PHRASES_WITH_PLACE, PHRASES
-from viscpm_hf.shapes.words import CHINESE_CHARACTER, COLOURS, KINDS, NUMBERS, PLACES
+from viscpm_hf.tiny.phrases import PAINT_PHRASES, PAINT_PHRASES_WITH_PLACE, PHRASES
+from viscpm_hf.tiny.words import CHINESE_CHARACTER, COLOURS, KINDS, NUMBERS, PLACES
 
 
 SPECIALS = ["<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<root>", "<ans>", "<option>", "<eod>"]

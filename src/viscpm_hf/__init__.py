@@ -6,12 +6,13 @@ Importing it registers every model with transformers' Auto classes and every pip
 from typing import TYPE_CHECKING
 
 from .quiet import quiet
+from .tiny.embedded import tiny  # here, that the function goes before the package of its name
 from .version import __version__
 
 
 # transformers imports torchao where it is installed, which warns of kernels that can't be had here.
 with quiet("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"):
-    from .auto import register
+    from .loading.from_pretrained import register
     from .pipelines.registration import register_pipelines
 
 
@@ -22,8 +23,8 @@ register_pipelines()
 _EXPORTS = {
     "Beit3Config": "modeling.configuration_beit3",
     "Beit3Model": "modeling.modeling_beit3",
-    "ChatRequest": "batch.answering",
-    "ConversionError": "conversion.errors",
+    "ChatRequest": "chat.answering",
+    "ConversionError": "checkpoints.errors",
     "ConversionResult": "conversion.convert",
     "CpmBeeConfig": "modeling.configuration_cpm_bee",
     "CpmBeeForCausalLM": "modeling.modeling_cpm_bee",
@@ -32,27 +33,27 @@ _EXPORTS = {
     "ImageSafetyChecker": "pipelines.safety",
     "Inspection": "conversion.inspect",
     "LegacySentencePieceTokenizer": "modeling.tokenization_legacy_sentencepiece",
-    "MiniCPMVChat": "siblings.omnilmm_chat",
+    "MiniCPMVChat": "chat.omnilmm",
     "MiniCPMVConfig": "modeling.configuration_vision_resampler",
     "MiniCPMVForConditionalGeneration": "modeling.modeling_vision_resampler",
     "MiniCPMVImageProcessor": "modeling.image_processing_minicpmv",
     "MiniCPMVProcessor": "modeling.processing_minicpmv",
-    "OmniLMMChat": "siblings.omnilmm_chat",
+    "OmniLMMChat": "chat.omnilmm",
     "OmniLMMConfig": "modeling.configuration_vision_resampler",
     "OmniLMMForConditionalGeneration": "modeling.modeling_vision_resampler",
     "OmniLMMProcessor": "modeling.processing_omnilmm",
-    "OriginalCheckpointError": "conversion.errors",
+    "OriginalCheckpointError": "checkpoints.errors",
     "ReferenceDecodingConfig": "modeling.beam_search_cpm_bee",
-    "SiblingChat": "siblings.sibling_chat",
+    "SiblingChat": "chat.sibling_chat",
     "UnsafeImageError": "pipelines.safety",
     "UnsafePromptError": "pipelines.prompt_safety",
-    "VisCPMChat": "chat",
+    "VisCPMChat": "chat.chat",
     "VisCPMChatConfig": "modeling.configuration_viscpm_chat",
     "VisCPMChatForConditionalGeneration": "modeling.modeling_viscpm_chat",
     "VisCPMChatModel": "modeling.modeling_viscpm_chat",
     "VisCPMChatProcessor": "modeling.processing_viscpm_chat",
     "VisCPMImageProcessor": "modeling.image_processing_viscpm",
-    "VisCPMPaint": "paint",
+    "VisCPMPaint": "paint.paint",
     "VisCPMPaintImg2ImgPipeline": "pipelines.pipeline_viscpm_paint_img2img",
     "VisCPMPaintInpaintPipeline": "pipelines.pipeline_viscpm_paint_inpaint",
     "VisCPMPaintPipeline": "pipelines.pipeline_viscpm_paint",
@@ -62,23 +63,23 @@ _EXPORTS = {
     "VisualCLAForConditionalGeneration": "modeling.modeling_vision_resampler",
     "VisualCLAProcessor": "modeling.processing_visualcla",
     "convert": "conversion.convert",
-    "img2base64": "siblings.omnilmm_chat",
+    "img2base64": "chat.omnilmm",
     "inspect": "conversion.inspect",
     "memory_plan": "memory.plan",
     "publish": "conversion.publish",
-    "tiny": "embedded",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "tiny", *_EXPORTS]
 
 if TYPE_CHECKING:
-    from .batch.answering import ChatRequest
-    from .chat import VisCPMChat
+    from .chat.answering import ChatRequest
+    from .chat.chat import VisCPMChat
+    from .chat.omnilmm import MiniCPMVChat, OmniLMMChat, img2base64
+    from .chat.sibling_chat import SiblingChat
+    from .checkpoints.errors import ConversionError, OriginalCheckpointError
     from .conversion.convert import ConversionResult, convert
-    from .conversion.errors import ConversionError, OriginalCheckpointError
     from .conversion.inspect import Inspection, inspect
     from .conversion.publish import publish
-    from .embedded import tiny
     from .memory.plan import memory_plan
     from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig
     from .modeling.configuration_beit3 import Beit3Config
@@ -103,14 +104,12 @@ if TYPE_CHECKING:
     from .modeling.processing_visualcla import VisualCLAProcessor
     from .modeling.tokenization_cpm_bee import CpmBeeTokenizer
     from .modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
-    from .paint import VisCPMPaint
+    from .paint.paint import VisCPMPaint
     from .pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
     from .pipelines.pipeline_viscpm_paint_img2img import VisCPMPaintImg2ImgPipeline
     from .pipelines.pipeline_viscpm_paint_inpaint import VisCPMPaintInpaintPipeline
     from .pipelines.prompt_safety import UnsafePromptError
     from .pipelines.safety import ImageSafetyChecker, UnsafeImageError
-    from .siblings.omnilmm_chat import MiniCPMVChat, OmniLMMChat, img2base64
-    from .siblings.sibling_chat import SiblingChat
 
 
 def __getattr__(name: str):

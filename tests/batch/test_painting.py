@@ -9,10 +9,10 @@ import pytest
 from paint_support import PAINT
 
 from viscpm_hf import UnsafeImageError, UnsafePromptError, VisCPMPaint
-from viscpm_hf.batch.painting import PaintRequest, paint_batch
 from viscpm_hf.batch.processing import PaintRows
 from viscpm_hf.batch.rows import read_rows
 from viscpm_hf.batch.runner import BatchRunner
+from viscpm_hf.paint.painting import PaintRequest, paint_batch
 
 
 STEPS = {"num_inference_steps": 3}

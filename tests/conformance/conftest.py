@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers.models.auto import modeling_auto
 
-from viscpm_hf import auto
+from viscpm_hf.loading import from_pretrained as auto
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "conformance.md"

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import viscpm_hf
 import viscpm_hf.conversion.convert as convert_module
 from viscpm_hf import ConversionError, VisCPMChat, convert
-from viscpm_hf.conversion import key_maps
+from viscpm_hf.checkpoints.tensor_files import ArchiveWriter, TensorSpec
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher
 from viscpm_hf.conversion.convert import parse_dtype, parse_size
-from viscpm_hf.conversion.tensor_files import ArchiveWriter, TensorSpec
-from viscpm_hf.conversion.weight_transforms import KeyMatcher
+from viscpm_hf.families import key_maps
 
 
 PAINT = GOLDEN / "paint_a"

@@ -5,9 +5,9 @@ import torch
 from support import Golden
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChatForConditionalGeneration
-from viscpm_hf.conversion import key_maps
-from viscpm_hf.conversion.original import chat_config, text_config
-from viscpm_hf.conversion.weight_transforms import KeyMatcher, apply_operation, revert_operation
+from viscpm_hf.checkpoints.original import chat_config, text_config
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, apply_operation, revert_operation
+from viscpm_hf.families import key_maps
 
 
 OPERATIONS = (key_maps.KEEP, key_maps.FOLD_WIDTH)

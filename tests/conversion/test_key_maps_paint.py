@@ -4,8 +4,8 @@ import pytest
 import torch
 from paint_support import PAINT, components
 
-from viscpm_hf.conversion import key_maps
-from viscpm_hf.conversion.weight_transforms import KeyMatcher, apply_operation, revert_operation
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, apply_operation, revert_operation
+from viscpm_hf.families import key_maps
 
 
 def places(state_dict, key_map):

@@ -10,7 +10,7 @@ import torch
 from support import GOLDEN, HUB_SPELLING, Golden
 
 from viscpm_hf import OriginalCheckpointError, VisCPMChat, VisCPMChatForConditionalGeneration
-from viscpm_hf.conversion.original import (
+from viscpm_hf.checkpoints.original import (
     CHAT,
     CPM_BEE,
     PAINT,

@@ -8,7 +8,7 @@ from paint_support import PAINT
 from support import Golden
 
 from viscpm_hf.batch.runner import PreparedRow
-from viscpm_hf.chat import ChatTurn
+from viscpm_hf.chat.chat import ChatTurn
 from viscpm_hf.cli.main import main
 from viscpm_hf.evaluation import shapes
 from viscpm_hf.shapes import LANGUAGES, QUESTION_TYPES, draw, judged_prompts, make_scene
@@ -62,7 +62,7 @@ def test_a_failed_row_is_a_wrong_one():
 
 def test_paintings_are_checked(tmp_path):
     from viscpm_hf.shapes import make_shape
-    from viscpm_hf.shapes.scene import Scene, scene_rng
+    from viscpm_hf.tiny.scene import Scene, scene_rng
 
     (row,) = [row for row in shapes.paint_rows(1) if row.values["language"] == "en"]
     prompt = judged_prompts("en", 1)[0]

@@ -742,7 +742,7 @@ def test_old_convolutional_attention_of_the_vae_loads(tmp_path, original):
         if ".attentions." in name and name.endswith("weight") and state_dict[name].ndim == 2:
             state_dict[name] = state_dict[name][..., None, None]
     torch.save(state_dict, tmp_path / "vae.bin")
-    from viscpm_hf.pipelines.loading_viscpm_paint import load_vae
+    from viscpm_hf.loading.paint import load_vae
 
     vae = load_vae(tmp_path / "vae.bin", CONFIGS["vae"])
     for name, tensor in original.vae.state_dict().items():

@@ -87,6 +87,6 @@ def test_folder_without_a_checker(tmp_path):
 
 def test_true_is_the_originals(write_checker, monkeypatch):
     """Here a tiny one in place of the Hub's."""
-    monkeypatch.setattr("viscpm_hf.chat.DEFAULT_SAFETY_CHECKER", str(write_checker(True)))
+    monkeypatch.setattr("viscpm_hf.chat.chat.DEFAULT_SAFETY_CHECKER", str(write_checker(True)))
     chat = Golden("chat_a").load_chat(image_safety_checker=True)
     assert isinstance(chat.image_safety_checker, ImageSafetyChecker)

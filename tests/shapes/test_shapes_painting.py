@@ -8,7 +8,7 @@ import pytest
 from plain_drawings import drawings
 
 from viscpm_hf.shapes import COLOURS, KINDS, LANGUAGES, PLACES, check_painting, draw, judged_prompts
-from viscpm_hf.shapes.prompts import make_paint_example, word_prompt
+from viscpm_hf.tiny.prompts import make_paint_example, word_prompt
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from viscpm_hf.shapes import LANGUAGES, QUESTION_TYPES, check_answer, make_question, make_scene, questions_of
-from viscpm_hf.shapes.scene import scene_rng
-from viscpm_hf.shapes.words import language_of
+from viscpm_hf.tiny.scene import scene_rng
+from viscpm_hf.tiny.words import language_of
 
 
 QUESTIONS = [question for index in range(150) for question in questions_of("validation", index)]

@@ -5,8 +5,8 @@ import PIL.Image
 import pytest
 
 from viscpm_hf.shapes import COLOURS, KINDS, LANGUAGES, SPLITS, ShapesDataset, draw, make_scene
-from viscpm_hf.shapes.scene import MARGIN, MAX_SIZES, MIN_SIZE, layout_split
-from viscpm_hf.shapes.words import SHADES, language_of
+from viscpm_hf.tiny.scene import MARGIN, MAX_SIZES, MIN_SIZE, layout_split
+from viscpm_hf.tiny.words import SHADES, language_of
 
 
 SCENES = [make_scene("train", index) for index in range(150)]

@@ -13,8 +13,8 @@ from test_image_processing_minicpmv import picture
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from viscpm_hf import MiniCPMVChat, OmniLMMChat, img2base64
+from viscpm_hf.chat import visualcla as visualcla_api
 from viscpm_hf.modeling import decoding_presets
-from viscpm_hf.siblings import visualcla as visualcla_api
 
 
 IMAGE, OTHER = picture(90, 60), picture(120, 60, 1)

@@ -9,9 +9,9 @@ from test_image_processing_minicpmv import picture
 from transformers import pipeline
 
 from viscpm_hf import ChatRequest, SiblingChat, UnsafeImageError
+from viscpm_hf.chat.sibling_chat import EncodedImage, is_sibling
 from viscpm_hf.cli.main import main
 from viscpm_hf.modeling.decoding_presets import decoding_presets, default_preset
-from viscpm_hf.siblings.sibling_chat import EncodedImage, is_sibling
 
 
 IMAGE, TALL = picture(90, 60), picture(40, 130, 1)

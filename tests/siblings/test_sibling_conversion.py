@@ -17,11 +17,11 @@ from test_sibling_remote_code import SCRIPT, local_outputs
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from viscpm_hf import OriginalCheckpointError, convert
+from viscpm_hf.checkpoints.tensor_files import SafetensorsWriter
 from viscpm_hf.cli import main
 from viscpm_hf.conversion.inspect import inspect
 from viscpm_hf.conversion.publish import publish
 from viscpm_hf.conversion.quantized import convert_quantized
-from viscpm_hf.conversion.tensor_files import SafetensorsWriter
 
 
 SYSTEM_NAMES = dict(zip(NAMES, ("OmniLMM-12B", "MiniCPM-V 1.0", "MiniCPM-V 2.0", "VisualCLA-7B"), strict=True))

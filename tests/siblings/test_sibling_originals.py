@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from viscpm_hf import OriginalCheckpointError
-from viscpm_hf.conversion.siblings.key_maps import KEY_MAPS
-from viscpm_hf.conversion.siblings.original import CONFIG_CLASSES, converted_tensors
-from viscpm_hf.conversion.weight_transforms import KeyMatcher, revert_operation
-from viscpm_hf.siblings.models import MODEL_CLASSES
+from viscpm_hf.checkpoints.sibling_original import CONFIG_CLASSES, converted_tensors
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, revert_operation
+from viscpm_hf.families.sibling_key_maps import KEY_MAPS
+from viscpm_hf.loading.sibling_models import MODEL_CLASSES
 
 
 # ------------------------------------------------------------------------------------------------------------ key maps

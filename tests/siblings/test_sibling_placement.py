@@ -8,7 +8,7 @@ from sibling_inputs import model_inputs, sample
 from torch import nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
-from viscpm_hf.quantization import quantization_config
+from viscpm_hf.loading.quantization import quantization_config
 
 
 def load(folder, **kwargs):

@@ -13,10 +13,10 @@ from sibling_inputs import model_inputs, sample
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from viscpm_hf import OriginalCheckpointError
+from viscpm_hf.chat import visualcla
 from viscpm_hf.cli import main
 from viscpm_hf.conversion.inspect import inspect
-from viscpm_hf.conversion.siblings.visualcla_merge import MergedTensors, merge_visualcla, open_release
-from viscpm_hf.siblings import visualcla
+from viscpm_hf.conversion.visualcla_merge import MergedTensors, merge_visualcla, open_release
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.PngImagePlugin import PngInfo
 
-from .answering import ChatRequest
-from .painting import PaintRequest, check_paint_request, paint_batch
+from ..chat.answering import ChatRequest
+from ..paint.painting import PaintRequest, check_paint_request, paint_batch
 from .rows import InputRow, resolve_image, seed_of, text_of
 from .runner import PreparedRow
 
 
 if TYPE_CHECKING:
-    from ..chat import VisCPMChat
-    from ..paint import VisCPMPaint
+    from ..chat.chat import VisCPMChat
+    from ..paint.paint import VisCPMPaint
 
 # Ids that are file names as they are, also where upper and lower case are the same.
 PLAIN_NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,99}")

@@ -213,9 +213,9 @@ def check_places(arguments: argparse.Namespace) -> None:
 def model_kind(arguments: argparse.Namespace) -> str:
     """`"chat"` or `"paint"`: what the model is; of one that is both, or not yet here, what the rows ask for."""
     from ..batch.rows import read_rows
+    from ..chat.sibling_chat import is_sibling
     from ..conversion.inspect import inspect
-    from ..embedded import EMBEDDED_NAME
-    from ..siblings.sibling_chat import is_sibling
+    from ..tiny.embedded import EMBEDDED_NAME
 
     kind = None
     if arguments.model != EMBEDDED_NAME:

@@ -12,7 +12,7 @@ from .model_options import add_model_options, load_chat
 
 
 if TYPE_CHECKING:
-    from ..chat import ChatTurn, VisCPMChat
+    from ..chat.chat import ChatTurn, VisCPMChat
 
 
 HELP = """\

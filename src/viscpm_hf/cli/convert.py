@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..quantization import QUANTIZATIONS
+from ..loading.quantization import QUANTIZATIONS
 
 
 if TYPE_CHECKING:

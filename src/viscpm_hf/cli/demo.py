@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..embedded import EMBEDDED_NAME
+from ..tiny.embedded import EMBEDDED_NAME
 from .demo_web import add_web_options, has_web, load_demo_painter, run_web
 from .model_options import load_chat
 

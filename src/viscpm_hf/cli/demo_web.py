@@ -8,13 +8,13 @@ import threading
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..embedded import EMBEDDED_NAME
+from ..tiny.embedded import EMBEDDED_NAME
 from .model_options import add_model_options, load_chat
 from .serve import load_painter, model_name, port
 
 
 if TYPE_CHECKING:
-    from ..paint import VisCPMPaint
+    from ..paint.paint import VisCPMPaint
 
 KINDS = ("chat", "paint", "both")
 

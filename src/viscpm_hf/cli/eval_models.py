@@ -146,7 +146,7 @@ def check_networks(arguments: argparse.Namespace) -> None:
 def load_networks(arguments: argparse.Namespace) -> dict[str, Any]:
     """What [`measure`] measures with."""
     from ..evaluation.fid import ClipScorer, inception_features, vision_features
-    from ..loading import default_device, usable_device
+    from ..loading.options import default_device, usable_device
 
     device = usable_device(arguments.device) if arguments.device else default_device()
     features = None

@@ -48,8 +48,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..loading.placement import size_text
     from ..memory import Machine, memory_plan
-    from ..placement import size_text
 
     names = {**CHAT_WORK, **PAINT_WORK, "batch": "batch"}
     given = {name: getattr(arguments, option) for option, name in names.items()}
@@ -105,7 +105,7 @@ def table(plan: MemoryPlan) -> str:
 
 
 def cells(row: MemoryRow) -> list[str]:
-    from ..placement import size_text
+    from ..loading.placement import size_text
 
     sizes = (row.weights, row.kv_cache, row.activations, row.peak_gpu, row.peak_ram)
     if row.seconds_per_image is not None:

@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.to == "text-generation-webui":
         return _split(arguments)
-    from ..conversion.siblings.visualcla_merge import merge_visualcla
+    from ..conversion.visualcla_merge import merge_visualcla
 
     options = ("dtype", "max_shard_size", "dry_run", "resume", "verify", "overwrite")
     result = merge_visualcla(
@@ -74,7 +74,7 @@ def _split(arguments: argparse.Namespace) -> int:
     wrong = [f"--{name.replace('_', '-')}" for name in NOT_SPLIT if getattr(arguments, name)]
     if wrong:
         raise ValueError(f"The split for text-generation-webui takes the adapter alone: leave out {', '.join(wrong)}.")
-    from ..conversion.siblings.visualcla_split import split_visualcla
+    from ..conversion.visualcla_split import split_visualcla
 
     for folder in split_visualcla(arguments.lora_model, arguments.output):
         print(f"wrote {folder}")

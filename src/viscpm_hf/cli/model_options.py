@@ -6,13 +6,13 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..quantization import QUANTIZATIONS
+from ..loading.quantization import QUANTIZATIONS
 
 
 if TYPE_CHECKING:
-    from ..chat import VisCPMChat
-    from ..paint import VisCPMPaint
-    from ..siblings.sibling_chat import SiblingChat
+    from ..chat.chat import VisCPMChat
+    from ..chat.sibling_chat import SiblingChat
+    from ..paint.paint import VisCPMPaint
 
 
 def device_map(text: str) -> str | dict[str, Any]:
@@ -97,8 +97,8 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
     """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments."""
-    from ..chat import VisCPMChat
-    from ..siblings.sibling_chat import SiblingChat, is_sibling
+    from ..chat.chat import VisCPMChat
+    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     if is_sibling(arguments.model):
         others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
@@ -120,7 +120,7 @@ def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | Sib
 
 def load_paint(arguments: argparse.Namespace, **options: Any) -> VisCPMPaint:
     """`VisCPMPaint` of `arguments.model`; `options` (`scheduler`, `candidates` ...) are further arguments of it."""
-    from ..paint import VisCPMPaint
+    from ..paint.paint import VisCPMPaint
 
     return VisCPMPaint(
         arguments.model,

@@ -17,7 +17,7 @@ from .model_options import add_model_options, load_paint
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
-    from ..paint import PaintResult
+    from ..paint.paint import PaintResult
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def paint(painter, arguments: argparse.Namespace, prompt: str, output: Path, sheet: Path | None) -> None:
     """Draws, writes and reports the images of one prompt."""
-    from ..paint import image_grid
+    from ..paint.paint import image_grid
 
     begin = time.perf_counter()
     result = painter.generate_all(

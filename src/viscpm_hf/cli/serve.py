@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def load_painter(arguments: argparse.Namespace):
-    from ..paint import VisCPMPaint
+    from ..paint.paint import VisCPMPaint
 
     return VisCPMPaint(
         arguments.paint,

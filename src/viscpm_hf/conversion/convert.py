@@ -24,15 +24,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..quantization import stored_quantization
+from ..checkpoints.errors import ConversionError
+from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
+from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
+from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, sha256_of
+from ..checkpoints.transfer import converted_pieces, one_torch_thread
+from ..loading.quantization import stored_quantization
 from ..version import __version__
-from .errors import ConversionError
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
-from .original import ORIGINAL_WEIGHTS_NAME, PAINT
 from .planning import Checkpoint, ConversionPlan, open_converted, open_original, plan_conversion, plan_original
-from .source import MANIFEST_NAME, Location, json_object, locate
-from .tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, sha256_of
-from .transfer import converted_pieces, one_torch_thread
 from .verify import VerificationReport, verify_files, verify_loading
 from .workspace import Workspace
 

@@ -18,8 +18,8 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .model_card import CARDS, sibling_card
-from .original import (
+from ..checkpoints.location import MANIFEST_NAME, json_object
+from ..checkpoints.original import (
     CHAT,
     CPM_BEE,
     LLM_SPELLINGS,
@@ -28,8 +28,8 @@ from .original import (
     VISION_SPELLINGS,
     VOCAB_NAME,
 )
-from .source import MANIFEST_NAME, json_object
-from .tensor_files import dtype_name
+from ..checkpoints.tensor_files import dtype_name
+from .model_card import CARDS, sibling_card
 from .verify import empty_model
 
 

@@ -13,21 +13,8 @@ from typing import Any
 
 import torch
 
-from ..quantization import stored_quantization
-from .errors import ConversionError, OriginalCheckpointError
-from .model_card import LICENCE
-from .original import (
-    CHAT,
-    CPM_BEE,
-    ORIGINAL_SUFFIXES,
-    PAINT,
-    VAE_NAMES,
-    check_state_dict,
-    checkpoint_kind,
-    key_map_of,
-    load_state_dict,
-)
-from .source import (
+from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.location import (
     DIFFUSERS_FOLDER,
     ORIGINAL_FILE,
     ORIGINAL_FOLDER,
@@ -39,7 +26,20 @@ from .source import (
     vision_config_file,
     vocab_file,
 )
-from .tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
+from ..checkpoints.original import (
+    CHAT,
+    CPM_BEE,
+    ORIGINAL_SUFFIXES,
+    PAINT,
+    VAE_NAMES,
+    check_state_dict,
+    checkpoint_kind,
+    key_map_of,
+    load_state_dict,
+)
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
+from ..loading.quantization import stored_quantization
+from .model_card import LICENCE
 
 
 # Without the siblings, which `siblings.systems` knows.
@@ -121,7 +121,7 @@ def inspect(
     if location.is_converted:
         return _inspect_converted(location)
     if location.is_sibling:
-        from .siblings.inspect import inspect_sibling
+        from .sibling_inspect import inspect_sibling
 
         return inspect_sibling(location)
     files = original_files(location.path) if location.layout == ORIGINAL_FOLDER else [location.path]
@@ -199,7 +199,7 @@ def _original_part(name: str) -> str:
 
 def original_config(location: Location, kind: str, state_dict, llm_config, vision_config) -> tuple[Any, list[str]]:
     """The configuration, or what is wrong with it."""
-    from .original import chat_config, read_json, text_config, text_encoder_config
+    from ..checkpoints.original import chat_config, read_json, text_config, text_encoder_config
 
     shapes = {name: tensor.shape for name, tensor in state_dict.items()}
     try:
@@ -240,7 +240,7 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
 
 def _inspect_without_weights(location: Location) -> Inspection:
     """A folder, or a Hub repository, of which only the configuration is at hand."""
-    from .original import find_original_config
+    from ..checkpoints.original import find_original_config
 
     config = find_original_config(location.path)
     kind = None
@@ -371,7 +371,7 @@ def inspection(location: Location, kind: str | None, files: dict[str, int], part
         dtypes[dtype_name(spec.dtype)] += spec.numel
     system, licence = KINDS.get(kind, ""), LICENCE if kind in KINDS else ""
     if location.is_sibling and config is not None:
-        from .siblings.systems import system_of
+        from ..families.systems import system_of
 
         facts = system_of(config)
         system, licence = facts.name, facts.licence

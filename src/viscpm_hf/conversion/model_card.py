@@ -154,7 +154,7 @@ def paint_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[st
 
 
 def sibling_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
-    from .siblings.systems import system_of
+    from ..families.systems import system_of
 
     system = system_of(checkpoint.config)
     return _card(

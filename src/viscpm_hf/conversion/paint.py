@@ -14,11 +14,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoConfig
 
-from ..auto import check_original_weights
-from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
-from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
-from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
-from ..pipelines.loading_viscpm_paint import (
+from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.location import MANIFEST_NAME, Location, file_beside, json_object
+from ..checkpoints.original import PAINT, VOCAB_NAME, check_state_dict, load_state_dict, read_json, text_encoder_config
+from ..checkpoints.tensor_files import SafetensorsFolder, dtype_name, mapped_tensors
+from ..families import key_maps
+from ..loading.from_pretrained import check_original_weights
+from ..loading.paint import (
     DIFFUSION_CONFIG_NAME,
     UNET_CONFIG,
     VAE_ADVICE,
@@ -26,11 +28,11 @@ from ..pipelines.loading_viscpm_paint import (
     VAE_NAME,
     reference_scheduler,
 )
+from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.saving_viscpm_paint import save_code as save_pipeline_code
-from . import key_maps
-from .errors import ConversionError, OriginalCheckpointError
 from .model_card import paint_card
-from .original import PAINT, VOCAB_NAME, check_state_dict, load_state_dict, read_json, text_encoder_config
 from .planning import (
     DIFFUSERS_WEIGHTS,
     TRANSFORMERS_WEIGHTS,
@@ -39,8 +41,6 @@ from .planning import (
     check_vocabulary,
     extra_tensors,
 )
-from .source import MANIFEST_NAME, Location, file_beside, json_object
-from .tensor_files import SafetensorsFolder, dtype_name, mapped_tensors
 from .verify import LoadingReport, check_weights
 
 

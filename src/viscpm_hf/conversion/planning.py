@@ -11,13 +11,29 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from . import key_maps
-from .errors import ConversionError, OriginalCheckpointError
-from .original import CHAT, PAINT, chat_config, checkpoint_kind, key_map_of, load_state_dict, read_json, text_config
-from .source import Location, file_beside, llm_config_file, original_weights, vision_config_file, vocab_file
-from .tensor_files import SafetensorsFolder, TensorSpec
-from .transfer import TensorTransfer
-from .weight_transforms import KeyMatcher, shape_after
+from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.location import (
+    Location,
+    file_beside,
+    llm_config_file,
+    original_weights,
+    vision_config_file,
+    vocab_file,
+)
+from ..checkpoints.original import (
+    CHAT,
+    PAINT,
+    chat_config,
+    checkpoint_kind,
+    key_map_of,
+    load_state_dict,
+    read_json,
+    text_config,
+)
+from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
+from ..checkpoints.transfer import TensorTransfer
+from ..checkpoints.weight_transforms import KeyMatcher, shape_after
+from ..families import key_maps
 
 
 # Names of weights without the endings, as the two libraries have them.
@@ -148,7 +164,7 @@ def open_original(
         FileNotFoundError: if a file is missing.
     """
     if location.is_sibling:
-        from .siblings.checkpoint import open_sibling
+        from .sibling_checkpoint import open_sibling
 
         return open_sibling(location)
     vae_file = Path(vae) if vae is not None else None
@@ -177,7 +193,7 @@ def open_original(
     if vae is not None or diffusion_config is not None:
         raise OriginalCheckpointError(f"{weights} is a {kind.replace('_', '-')} checkpoint: it has no VAE, no UNet.")
 
-    from ..auto import check_original_weights
+    from ..loading.from_pretrained import check_original_weights
     from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
     from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 
@@ -262,7 +278,7 @@ def open_converted(location: Location) -> Checkpoint:
         ConversionError, OSError: if it is damaged or incomplete.
     """
     if location.is_sibling:
-        from .siblings.checkpoint import open_converted_sibling
+        from .sibling_checkpoint import open_converted_sibling
 
         return open_converted_sibling(location)
     words = file_beside(location, None, ("vocab.txt", "tokenizer/vocab.txt"), "vocabulary")
@@ -283,7 +299,7 @@ def open_converted(location: Location) -> Checkpoint:
 
 def extra_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """What a conversion put aside, by the original's names."""
-    from .tensor_files import mapped_tensors
+    from ..checkpoints.tensor_files import mapped_tensors
 
     path = folder / EXTRAS_NAME
     return mapped_tensors(path) if path.is_file() else {}

@@ -10,9 +10,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 
-from .errors import ConversionError
-from .source import DIFFUSERS_FOLDER, MANIFEST_NAME, json_object, locate
-from .tensor_files import crc32_of
+from ..checkpoints.errors import ConversionError
+from ..checkpoints.location import DIFFUSERS_FOLDER, MANIFEST_NAME, json_object, locate
+from ..checkpoints.tensor_files import crc32_of
 from .verify import check_transformers_folder
 from .workspace import PARTIAL_SUFFIX
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from ..quantization import check_quantization, quantization_config, stored_quantization
+from ..checkpoints.errors import ConversionError
+from ..checkpoints.location import MANIFEST_NAME, locate
+from ..checkpoints.original import PAINT
+from ..checkpoints.tensor_files import dtype_name, safetensors_header, sha256_of
+from ..loading.quantization import check_quantization, quantization_config, stored_quantization
 from ..version import __version__
 from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
-from .errors import ConversionError
 from .export import save_processor, write_json
 from .model_card import CARDS, sibling_card
-from .original import PAINT
 from .planning import Checkpoint, open_converted, open_original
-from .source import MANIFEST_NAME, locate
-from .tensor_files import dtype_name, safetensors_header, sha256_of
 from .verify import empty_model
 from .workspace import PARTIAL_SUFFIX, Workspace
 
@@ -128,8 +128,8 @@ def _load_paint(
     **beside: Any,
 ) -> Any:
     """The pipeline; what belongs to it but isn't loaded is written into the folder."""
+    from ..loading.paint import load_original
     from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
-    from ..pipelines.loading_viscpm_paint import load_original
     from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
     from .paint import TEXT_ENCODER, save_prompt_checker
 

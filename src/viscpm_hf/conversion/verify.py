@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from .errors import ConversionError
-from .original import CPM_BEE, PAINT, load_state_dict
-from .tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
-from .transfer import TensorTransfer, converted_pieces, rearranged
+from ..checkpoints.errors import ConversionError
+from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
+from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged
 
 
 if TYPE_CHECKING:
@@ -166,9 +166,9 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
 
 def empty_model(config) -> torch.nn.Module:
     """A model of `config` whose weights take no memory."""
+    from ..loading.sibling_models import MODEL_CLASSES
     from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
     from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-    from ..siblings.models import MODEL_CLASSES
 
     classes = {"viscpm_chat": VisCPMChatForConditionalGeneration, **MODEL_CLASSES}
     with torch.device("meta"):

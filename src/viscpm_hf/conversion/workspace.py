@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import ConversionError
-from .source import json_object
-from .tensor_files import crc32_of
+from ..checkpoints.errors import ConversionError
+from ..checkpoints.location import json_object
+from ..checkpoints.tensor_files import crc32_of
 
 
 PARTIAL_SUFFIX = ".partial"

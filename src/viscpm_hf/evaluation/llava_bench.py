@@ -20,7 +20,7 @@ from .statistics import mean, proportion
 
 
 if TYPE_CHECKING:
-    from ..chat import VisCPMChat
+    from ..chat.chat import VisCPMChat
 
 # What a line of answers has.
 ANSWER_FIELDS = ("text",)

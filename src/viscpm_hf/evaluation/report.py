@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batch.results import replace_text
-from ..embedded import resolve_model
+from ..tiny.embedded import resolve_model
 from ..version import __version__
 from .statistics import CONFIDENCE
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from ..batch.answering import ChatRequest
 from ..batch.processing import PaintRows
 from ..batch.rows import InputRow, row_key
 from ..batch.runner import PreparedRow
+from ..chat.answering import ChatRequest
 from ..shapes import (
     LANGUAGES,
     QUESTION_TYPES,
@@ -32,7 +32,7 @@ from .statistics import proportion
 
 
 if TYPE_CHECKING:
-    from ..chat import VisCPMChat
+    from ..chat.chat import VisCPMChat
 
 SPLIT = "test"
 IMAGE_SIZE = 128

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..conversion.original import CHAT
-from ..layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
-from ..placement import size_text
+from ..checkpoints.original import CHAT
+from ..loading.layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
+from ..loading.placement import size_text
 from .machine import BUS_BANDWIDTH, DISK_BANDWIDTH, Machine
 from .sizes import ModelSizes, model_sizes
 from .work import Work, WorkBytes, flops_of_painting, work_bytes
@@ -266,7 +266,7 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
     layers, head = sum(precision.layers), precision.weights["embedding"]
     on_gpu = row.peak_gpu > 0
     bandwidth = BANDWIDTH_REACHED * (machine.gpu_bandwidth if on_gpu else machine.ram_bandwidth)
-    launches = len(precision.layers) * SECONDS_PER_LAYER * (INT8_OVERHEAD if precision.name == INT8 else 1)
+    launches = sum(map(bool, precision.layers)) * SECONDS_PER_LAYER * (INT8_OVERHEAD if precision.name == INT8 else 1)
     read = layers + head + (precision.work.kv_cache if sizes.kind == CHAT else 0)
     if not on_gpu and precision.name == NF4:
         # Unpacked before every product: written and read once more.

@@ -18,13 +18,14 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..checkpoints.location import HUB_ID, Location, json_object, locate, original_weights
+from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind, load_state_dict
 from ..conversion.inspect import original_config
-from ..conversion.original import CHAT, CPM_BEE, PAINT, checkpoint_kind, load_state_dict
 from ..conversion.paint import empty_part, empty_parts
-from ..conversion.siblings.systems import system_of
-from ..conversion.source import HUB_ID, Location, json_object, locate, original_weights
 from ..conversion.verify import empty_model
-from ..embedded import EMBEDDED_NAME, resolve_model
+from ..families.systems import system_of
+from ..loading.paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
+from ..loading.quantization import kept_modules
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.configuration_vision_resampler import (
@@ -36,8 +37,7 @@ from ..modeling.configuration_vision_resampler import (
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
-from ..pipelines.loading_viscpm_paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
-from ..quantization import kept_modules
+from ..tiny.embedded import EMBEDDED_NAME, resolve_model
 
 
 # The released checkpoints, whose sizes are known without having them.
@@ -131,12 +131,12 @@ class ModelSizes:
         return {part: found[part] for part in PARTS if found[part]}
 
     def layers(self, dtype: torch.dtype, quantization: str | None = None) -> list[int]:
-        """Bytes of every layer of the language model."""
+        """Bytes of every layer of the language model; 0 for one that pruning left nothing of."""
         found: Counter[int] = Counter()
         for name, size in self._tensors(dtype, quantization):
             if _part(name) == "layers":
                 found[int(name.partition("layers.")[2].partition(".")[0])] += size
-        return [found[index] for index in range(len(found))]
+        return [found[index] for index in range(self.text_config.num_hidden_layers)]
 
     @cached_property
     def largest_linear(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..conversion.original import CHAT
+from ..checkpoints.original import CHAT
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
 from ..modeling.decoding_presets import default_preset, system_name
@@ -179,7 +179,7 @@ def kv_bytes(sizes: ModelSizes, work: Work, dtype: torch.dtype) -> int:
         steps = ReferenceDecodingConfig(max_new_tokens=work.length).last_step + 1
         places = cache_places(work.prompt_length, steps * work.beams, work.beams)
     width = config.num_attention_heads * config.head_dim
-    return 2 * config.num_hidden_layers * width * work.batch * places * dtype.itemsize
+    return 2 * config.num_attention_layers * width * work.batch * places * dtype.itemsize
 
 
 # ------------------------------------------------------------------------------------- computations without any data

@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 
 
 # Keys of the original configuration files without a counterpart here.
-ORIGINAL_KEYS_WITHOUT_MEANING = ("half", "mask_modules", "distance_scale", "dropout_p", "scale", "half_precision")
+ORIGINAL_KEYS_WITHOUT_MEANING = ("half", "distance_scale", "dropout_p", "scale", "half_precision")
 
 
 @strict
@@ -29,6 +29,9 @@ class CpmBeeConfig(PreTrainedConfig):
         position_bias_num_segment_buckets (`int`): buckets of relations between segments.
         position_bias_max_distance (`int`): distances from here on share a bucket.
         initializer_range (`float`): standard deviation of fresh weights.
+        mask_modules (`list[list[bool]]`, *optional*):
+            what pruning removed, `[attention, feed-forward]` for every layer: a block whose entry is true isn't there,
+            with its norm, and hidden states pass by unchanged. None: every block is there.
     """
 
     model_type = "viscpm_cpm_bee"
@@ -58,6 +61,7 @@ class CpmBeeConfig(PreTrainedConfig):
     position_bias_num_segment_buckets: int = 256
     position_bias_max_distance: int = 2048
     initializer_range: float | int = 0.02
+    mask_modules: list | tuple | None = None
     use_cache: bool = True
     pad_token_id: int | None = 0
     unk_token_id: int | None = 1
@@ -78,6 +82,39 @@ class CpmBeeConfig(PreTrainedConfig):
                 f"position_bias_num_buckets must be a multiple of 4 (two directions, exact and logarithmic halves), "
                 f"got {self.position_bias_num_buckets}."
             )
+        self.mask_modules = self._check_mask_modules()
+
+    def _check_mask_modules(self) -> list[list[bool]] | None:
+        """`mask_modules` as pairs of booleans; None where nothing is missing."""
+        if self.mask_modules is None:
+            return None
+        pairs = [list(pair) if isinstance(pair, (list, tuple)) else [pair] for pair in self.mask_modules]
+        for layer, pair in enumerate(pairs):
+            if len(pair) != 2 or not all(value in (0, 1) for value in pair):
+                raise ValueError(
+                    f"mask_modules has a pair of booleans (attention, feed-forward) for every layer, but "
+                    f"{self.mask_modules[layer]!r} for layer {layer}."
+                )
+        if len(pairs) != self.num_hidden_layers:
+            raise ValueError(
+                f"mask_modules has entries for {len(pairs)} layers, but num_hidden_layers is {self.num_hidden_layers}."
+            )
+        if all(attention for attention, _ in pairs):
+            raise ValueError(f"mask_modules leaves none of {len(pairs)} layers its attention: at least one needs it.")
+        return [[bool(value) for value in pair] for pair in pairs] if any(map(any, pairs)) else None
+
+    def has_attention(self, layer: int) -> bool:
+        """Whether the layer has an attention block."""
+        return self.mask_modules is None or not self.mask_modules[layer][0]
+
+    def has_mlp(self, layer: int) -> bool:
+        """Whether the layer has a feed-forward block."""
+        return self.mask_modules is None or not self.mask_modules[layer][1]
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers with an attention block, which are the entries of a cache."""
+        return sum(map(self.has_attention, range(self.num_hidden_layers)))
 
 
 __all__ = ["CpmBeeConfig"]

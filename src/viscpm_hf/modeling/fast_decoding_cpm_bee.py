@@ -125,7 +125,7 @@ class DecodingGraph:
         def numbers(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        layers, heads = range(config.num_hidden_layers), config.num_attention_heads
+        layers, heads = range(config.num_attention_layers), config.num_attention_heads
         self.keys = [numbers(rows, heads, places, config.head_dim) for _ in layers]
         self.values = [numbers(rows, heads, places, config.head_dim) for _ in layers]
         self.end = integers(1)

@@ -152,7 +152,11 @@ class CpmBeeGenerationMixin(GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False and wants_default:
             model_kwargs["past_key_values"] = CpmBeeCache()
             return
+        is_given = model_kwargs.get("past_key_values") is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        if not is_given and model_kwargs.get("past_key_values") is not None:
+            # The library makes an entry for every layer, but pruned ones have no keys and values.
+            del model_kwargs["past_key_values"].layers[self.language_model().config.num_attention_layers :]
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):

@@ -186,13 +186,23 @@ class CpmBeeMLP(FusibleModule):
 
 
 class CpmBeeDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: CpmBeeConfig, layer_idx: int):
+    """A block of attention and one of feed-forward, as far as pruning left them (`config.mask_modules`).
+
+    Args:
+        layer_idx: of the layer.
+        cache_idx: of its keys and values; only layers with attention count.
+    """
+
+    def __init__(self, config: CpmBeeConfig, layer_idx: int, cache_idx: int):
         super().__init__()
         self.residual_scale = 1 / config.residual_divisor
-        self.input_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = CpmBeeAttention(config, layer_idx)
-        self.post_attention_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = CpmBeeMLP(config)
+        self.self_attn = self.mlp = None
+        if config.has_attention(layer_idx):
+            self.input_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.self_attn = CpmBeeAttention(config, cache_idx)
+        if config.has_mlp(layer_idx):
+            self.post_attention_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.mlp = CpmBeeMLP(config)
 
     def forward(
         self,
@@ -202,16 +212,19 @@ class CpmBeeDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            position_bias,
-            blind_queries,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = (hidden_states + attention_output) * self.residual_scale
-        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states + mlp_output) * self.residual_scale
+        if self.self_attn is not None:
+            attention_output, _ = self.self_attn(
+                self.input_layernorm(hidden_states),
+                position_bias,
+                blind_queries,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = (hidden_states + attention_output) * self.residual_scale
+        if self.mlp is not None:
+            mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+            hidden_states = (hidden_states + mlp_output) * self.residual_scale
+        return hidden_states
 
 
 class CpmBeePreTrainedModel(PreTrainedModel):
@@ -267,7 +280,10 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.position_bias = CpmBeePositionBias(config)
-        self.layers = nn.ModuleList(CpmBeeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        with_attention = [config.has_attention(index) for index in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(
+            CpmBeeDecoderLayer(config, index, sum(with_attention[:index])) for index in range(config.num_hidden_layers)
+        )
         self.norm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

@@ -162,7 +162,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         Raises:
             OriginalCheckpointError: if the original files can't be used; the message says why.
         """
-        from .loading_viscpm_paint import find_folder, is_original_folder, load_original
+        from ..loading.paint import find_folder, is_original_folder, load_original
 
         folder = find_folder(pretrained_model_name_or_path, kwargs)
         if is_original_folder(folder):

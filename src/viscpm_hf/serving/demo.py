@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from ..embedded import EMBEDDED_NAME
+from ..tiny.embedded import EMBEDDED_NAME
 from .demo_chat import ChatPage
 from .demo_labels import Labels
 from .demo_paint import PaintPage

@@ -14,8 +14,8 @@ import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
 from PIL.PngImagePlugin import PngInfo
 
-from ..batch.painting import PaintRequest, check_paint_request
-from ..paint import PaintResult
+from ..paint.paint import PaintResult
+from ..paint.painting import PaintRequest, check_paint_request
 from .demo_labels import EXPECTED_ERRORS, Labels, report, status
 from .demo_texts import say
 from .paint_engine import Drawing, DrawingSettings, PaintEngine

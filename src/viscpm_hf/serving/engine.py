@@ -20,7 +20,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from ..chat import VisCPMChat
+from ..chat.chat import VisCPMChat
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from .continuous_batch import ContinuousBatch, Row
 from .image_cache import ImageCache

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 from transformers.utils import logging
 
-from ..batch.painting import PaintRequest, paint_batch
-from ..paint import PaintResult, VisCPMPaint
+from ..paint.paint import PaintResult, VisCPMPaint
+from ..paint.painting import PaintRequest, paint_batch
 from .tickets import EngineBusyError, EngineClosedError
 
 

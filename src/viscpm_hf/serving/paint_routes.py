@@ -13,8 +13,8 @@ import PIL.PngImagePlugin
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
-from ..batch.painting import PaintRequest, check_paint_request
-from ..paint import PaintResult
+from ..paint.paint import PaintResult
+from ..paint.painting import PaintRequest, check_paint_request
 from .errors import ModelNotFoundError
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
 from .schemas import DrawnImage, ImagesAnswer, ImagesRequest, new_id

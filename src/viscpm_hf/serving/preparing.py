@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from jinja2 import TemplateError
 
-from ..chat import VisCPMChat
+from ..chat.chat import VisCPMChat
 from ..modeling.document_cpm_bee import ANSWER_KEY
 from ..modeling.processing_viscpm_chat import ChatPrompt
 from ..pipelines.safety import UnsafeImageError

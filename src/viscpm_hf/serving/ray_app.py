@@ -62,8 +62,8 @@ class ChatDeployment(_Replica):
         api_key_file: str | None = None,
         other_names: Sequence[str] = (),
     ):
-        from ..chat import VisCPMChat
-        from ..siblings.sibling_chat import SiblingChat, is_sibling
+        from ..chat.chat import VisCPMChat
+        from ..chat.sibling_chat import SiblingChat, is_sibling
         from .sibling_engine import open_engine
 
         self.configure(model, name, settings, api_key_file)
@@ -88,7 +88,7 @@ class PaintDeployment(_Replica):
         settings: dict[str, Any] | None = None,
         api_key_file: str | None = None,
     ):
-        from ..paint import VisCPMPaint
+        from ..paint.paint import VisCPMPaint
 
         self.configure(model, name, settings, api_key_file)
         self.engine = PaintEngine(VisCPMPaint(model, **load or {}))

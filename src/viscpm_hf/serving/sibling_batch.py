@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from ..chat.sibling_chat import AnswerText, model_inputs
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
-from ..siblings.sibling_chat import AnswerText, model_inputs
 from .sampling import Sampler, choose_tokens
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import PIL.Image
 import torch
 
-from ..batch.answering import ChatRequest
-from ..chat import VisCPMChat
+from ..chat.answering import ChatRequest
+from ..chat.chat import VisCPMChat
+from ..chat.sibling_chat import AnswerText, SiblingChat, encode_images, model_inputs
 from ..modeling.decoding_presets import default_preset
 from ..pipelines.safety import UnsafeImageError
-from ..siblings.sibling_chat import AnswerText, SiblingChat, encode_images, model_inputs
 from .engine import ChatEngine, Search, SearchAbandonedError
 from .image_cache import ImageCache, image_key
 from .preparing import Picture, opened

@@ -3,12 +3,12 @@
 Everything follows from a split (`train`, `validation`, `test`) and an index, see `scene`.
 """
 
-from .checking import AnswerVerdict, PaintingVerdict, check_answer, check_painting
-from .dataset import ShapesDataset
-from .prompts import PaintPrompt, judged_prompts, make_paint_example, prompt_of, word_prompt
-from .questions import QUESTION_TYPES, Question, make_question, questions_of
-from .scene import SPLITS, Scene, Shape, draw, make_scene, make_shape, scene_rng
-from .words import COLOURS, KINDS, LANGUAGES, PLACES
+from ..tiny.checking import AnswerVerdict, PaintingVerdict, check_answer, check_painting
+from ..tiny.dataset import ShapesDataset
+from ..tiny.prompts import PaintPrompt, judged_prompts, make_paint_example, prompt_of, word_prompt
+from ..tiny.questions import QUESTION_TYPES, Question, make_question, questions_of
+from ..tiny.scene import SPLITS, Scene, Shape, draw, make_scene, make_shape, scene_rng
+from ..tiny.words import COLOURS, KINDS, LANGUAGES, PLACES
 
 
 __all__ = [

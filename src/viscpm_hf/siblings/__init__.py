@@ -1,1 +1,1 @@
-"""OmniLMM-12B, MiniCPM-V 1.0 and 2.0, and VisualCLA: their own interfaces, and their original folders."""
+"""The siblings' own interfaces, by the paths that they are known by; they live in `viscpm_hf.chat`."""

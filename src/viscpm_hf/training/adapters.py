@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.utils import logging
 
-from ..adapters import ADAPTER_CONFIG, AdapterFolder
+from ..checkpoints.adapters import ADAPTER_CONFIG, AdapterFolder
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
@@ -133,8 +133,8 @@ def merge_adapter(
     """
     from peft import PeftModel
 
-    from ..chat import VisCPMChat
-    from ..siblings.sibling_chat import SiblingChat, is_sibling
+    from ..chat.chat import VisCPMChat
+    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     adapter, output = Path(adapter), Path(output)
     found = AdapterFolder.find(adapter)

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..adapters import ADAPTER_CONFIG
+from ..checkpoints.adapters import ADAPTER_CONFIG
 from ..evaluation.report import known_by
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
@@ -385,8 +385,8 @@ def default_precision() -> str:
 
 def load_model(config: ChatTrainingConfig, arguments: TrainingArguments) -> tuple[Any, Any]:
     """Chat's or a sibling's model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
-    from ..chat import VisCPMChat
-    from ..siblings.sibling_chat import SiblingChat, is_sibling
+    from ..chat.chat import VisCPMChat
+    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     if config.model is None:
         raise ValueError("Say which model to fine-tune: model (--model MODEL).")

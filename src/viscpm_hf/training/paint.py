@@ -22,9 +22,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from ..embedded import resolve_model
-from ..pipelines.loading_viscpm_paint import find_folder, is_original_folder
+from ..loading.paint import find_folder, is_original_folder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
+from ..tiny.embedded import resolve_model
 from .chat import (
     DTYPES,
     SUMMARY,

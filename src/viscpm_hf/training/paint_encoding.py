@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
-from ..loading import default_dtype
+from ..loading.options import default_dtype
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
 from .paint_cache import TensorCache, files_fingerprint, text_key

@@ -1,0 +1,492 @@
+"""VisCPM-Chat behind the original's own interface."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+from transformers import AutoConfig, AutoProcessor, BatchFeature, TextStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging
+
+from ..checkpoints.adapters import AdapterFolder
+from ..checkpoints.original import (
+    ORIGINAL_CONFIG_NAMES,
+    ORIGINAL_WEIGHTS_NAME,
+    VISION_CONFIG_NAME,
+    VOCAB_NAME,
+    OriginalCheckpointError,
+    chat_config,
+    find_repository_file,
+    load_state_dict,
+    read_json,
+)
+from ..loading.from_pretrained import check_original_weights, load_original_chat
+from ..loading.options import LoadOptions, find_original_file, stored_dtype
+from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
+from ..modeling.fused_projections_cpm_bee import fusing_problem
+from ..modeling.generation_cpm_bee import reference_decoding
+from ..modeling.image_processing_viscpm import VisCPMImageProcessor
+from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
+from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
+from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
+from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
+from ..tiny.embedded import resolve_model
+
+
+if TYPE_CHECKING:
+    from .answering import ChatRequest
+
+logger = logging.get_logger(__name__)
+
+MODES = ("reference", "generate")
+SAFETY_POLICIES = ("raise", "refuse")
+REFUSAL = (
+    "抱歉，安全检查未通过这张图片，无法回答。 / "
+    "Sorry, this image did not pass the safety check, so it is not answered."
+)
+
+
+@dataclass(frozen=True)
+class ChatTurn:
+    """One answered question."""
+
+    question: str
+    answer: str
+    """For people: special tokens by name, every `<` once."""
+    context: str
+    """The conversation so far, this turn included, in document syntax: hand it to the next turn."""
+    vision_hidden_states: torch.Tensor | None
+    """`(images, queries, hidden)`: the encoded image, for the next turn."""
+    num_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+class VisCPMChat:
+    """Answers questions about images, as the original class of this name.
+
+    Args:
+        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, or the folder of
+            an adapter that fine-tuning left (`training`).
+        config_path: the original's JSON of the language model (`dim_model` and so on). If None, one beside the file is
+            used, and what it lacks follows from the tensors or is as in the 10B model.
+        image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id
+            of one, a function `image -> flagged`, or False.
+        vision_config_path: JSON of the vision tower's sizes, for checkpoints of other sizes than the released ones.
+        vocab_path: `vocab.txt`; if None, the one beside the model.
+        device: CUDA, then MPS, then the CPU unless given.
+        dtype: the checkpoint's own, unless the device is better off with another: on a CPU fp16 becomes bf16, or fp32
+            where the CPU has no bf16. "auto" is the checkpoint's own in any case.
+        image_safety_policy: what happens to flagged images: `"raise"` an [`UnsafeImageError`], or `"refuse"` with a
+            fixed sentence as the answer. Either way nothing is said about the image.
+        quantization: `"4bit"` (`"nf4"`), `"fp4"`, `"8bit"`, `"int8wo"`, `"int4wo"`: precision of the language model's
+            layers. If None, as the checkpoint was saved.
+        quantize_vision: also quantise the vision tower, which otherwise stays in `dtype`.
+        device_map: `"auto"`, `"balanced"` or `{module: device}`, as of `from_pretrained`.
+        max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
+        offload_folder: for weights that `device_map` leaves on the disk.
+        fast: decode with a static cache and compiled graphs (`docs/speed.md`): the first answer takes long, all others
+            are fast. Projections of the same input are fused where the weights are plain.
+
+    Raises:
+        OriginalCheckpointError: if the checkpoint can't be used; the message says why.
+        OSError: if a file can't be found or read.
+
+    ```python
+    >>> from viscpm_hf import VisCPMChat
+
+    >>> chat = VisCPMChat("pytorch_model.bin")
+    >>> answer, context, vision_hidden_states = chat.chat("figures/vision.png", "这张图片里有什么？")
+    >>> answer, context, _ = chat.chat(None, "它是什么颜色的？", context, vision_hidden_states)
+    ```
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        config_path: str | os.PathLike | None = None,
+        image_safety_checker: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool] = False,
+        *,
+        vision_config_path: str | os.PathLike | None = None,
+        vocab_path: str | os.PathLike | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_safety_policy: str = "raise",
+        quantization: str | None = None,
+        quantize_vision: bool = False,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike | None = None,
+        fast: bool = False,
+    ):
+        check_safety_policy(image_safety_policy)
+        self.options = LoadOptions.checked(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            quantize_all=quantize_vision,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+            fast=fast,
+        )
+        self.device = self.options.device
+        self.image_safety_policy = image_safety_policy
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
+
+        adapter = AdapterFolder.find(model_path)
+        if adapter is not None:
+            model_path = adapter.require_base()
+        model_path = resolve_model(model_path, "chat")
+        original_file = find_original_file(model_path)
+        if original_file is not None:
+            model, self.processor = self._load_file(original_file, config_path, vision_config_path, vocab_path)
+        else:
+            if config_path is not None or vision_config_path is not None:
+                raise ValueError(
+                    "config_path and vision_config_path belong to an original file; "
+                    f"{model_path} is a folder or Hub id and has its own config.json."
+                )
+            model, self.processor = self._load_repository(model_path, vocab_path)
+        tokens, rows = len(self.processor.tokenizer), model.config.text_config.vocab_size
+        if tokens != rows:
+            raise OriginalCheckpointError(
+                f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."
+            )
+        if adapter is not None:
+            self.processor = adapter.apply(model, self.processor)
+        self.model: VisCPMChatForConditionalGeneration = self.options.place(model).eval()
+        if fast:
+            check_fast_decoding(self.model)
+            if fusing_problem(self.model) is None:
+                self.model.fuse_projections()
+            self.model.fast_decoder.enabled = True
+        if device_map is not None:
+            self.device = self.model.device
+
+    # ------------------------------------------------------------------------------------------------------- loading
+
+    def _load_file(
+        self, path: Path, config_path, vision_config_path, vocab_path
+    ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+        vocab_file = Path(vocab_path) if vocab_path is not None else path.parent / VOCAB_NAME
+        if not vocab_file.is_file():
+            raise FileNotFoundError(
+                f"There is no vocabulary at {vocab_file}. The checkpoint's {VOCAB_NAME} belongs beside it, or give "
+                "its path as vocab_path."
+            )
+        tokenizer = CpmBeeTokenizer(os.fspath(vocab_file))
+        if config_path is None:
+            beside = (path.parent / name for name in ORIGINAL_CONFIG_NAMES)
+            config_path = next((candidate for candidate in beside if candidate.is_file()), None)
+        if vision_config_path is None and (path.parent / VISION_CONFIG_NAME).is_file():
+            vision_config_path = path.parent / VISION_CONFIG_NAME
+        llm = read_json(config_path, "The configuration") if config_path is not None else {}
+        vision = read_json(vision_config_path, "The vision configuration") if vision_config_path is not None else {}
+        logger.info("configurations of %s: %s, %s", path, config_path, vision_config_path)
+
+        state_dict = load_state_dict(path)
+        config = chat_config(llm, vision, {name: tensor.shape for name, tensor in state_dict.items()})
+        stored = next((tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()), None)
+        dtype = self.options.choose_dtype(stored)
+        arguments = self.options.from_pretrained_arguments(dtype)
+        model = load_original_chat(path, config, state_dict, dtype=dtype, **arguments)
+        side = config.vision_config.image_size
+        image_processor = VisCPMImageProcessor(size={"height": side, "width": side})
+        return model, VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
+
+    def _load_repository(
+        self, name_or_path, vocab_path
+    ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if not isinstance(config, VisCPMChatConfig):
+            weights = find_repository_file(name_or_path, ORIGINAL_WEIGHTS_NAME)
+            if weights is not None:  # then there is more to say: VisCPM-Paint's file is named as Chat's
+                check_original_weights(load_state_dict(weights), VisCPMChatForConditionalGeneration, config, weights)
+            raise OriginalCheckpointError(
+                f"{name_or_path} holds a {type(config).__name__}, but VisCPMChat needs a VisCPM-Chat checkpoint."
+            )
+        stored = config.dtype or stored_dtype(name_or_path)
+        dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
+        processor = AutoProcessor.from_pretrained(name_or_path)
+        if vocab_path is not None:
+            processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
+        arguments = self.options.from_pretrained_arguments(dtype, getattr(config, "quantization_config", None))
+        model = VisCPMChatForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, **arguments)
+        return model, processor
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def chat(
+        self,
+        image: str | os.PathLike | PIL.Image.Image | None,
+        question: str,
+        context: str = "",
+        vision_hidden_states: torch.Tensor | None = None,
+        **generation,
+    ) -> tuple[str, str, torch.Tensor | None]:
+        """Answers one question, with the original's results.
+
+        Args:
+            image: path or picture; None to go on with `vision_hidden_states`, or without a picture.
+            question: any text.
+            context: what the turn before returned, to go on with that conversation.
+            vision_hidden_states: likewise; the image isn't encoded again.
+            generation: see [`ask`].
+
+        Returns:
+            The answer, the context for the next turn in document syntax, and the encoded image
+            `(images, queries, hidden)`.
+        """
+        turn = self.ask(image, question, context, vision_hidden_states, **generation)
+        return turn.answer, turn.context, turn.vision_hidden_states
+
+    def ask(
+        self,
+        image: str | os.PathLike | PIL.Image.Image | None,
+        question: str,
+        context: str = "",
+        vision_hidden_states: torch.Tensor | None = None,
+        *,
+        mode: str = "reference",
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+        fast: bool | None = None,
+        **generation,
+    ) -> ChatTurn:
+        """As [`chat`], with everything there is to know of the turn.
+
+        Args:
+            mode: `"reference"` decodes as the original did, with the parameters of [`ReferenceDecodingConfig`];
+                `"generate"` with everything that transformers' `generate` offers.
+            seed: makes sampling repeatable.
+            on_text: called with every new piece of the answer (`"generate"` with one beam only).
+            fast: decode with compiled graphs; if None, as the model was loaded.
+            generation: `num_beams`, `max_new_tokens`, `temperature`, `repetition_penalty`, `length_penalty`, ...
+
+        Raises:
+            UnsafeImageError: if the safety checker flags the image and the policy is `"raise"`.
+            ValueError: for an image that can't be used, a prompt longer than `processor.tokenizer.model_max_length`
+                or a parameter outside its range.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
+        if not isinstance(question, str):
+            raise ValueError(f"A question is a str, got {type(question).__name__}.")
+        if mode == "reference":
+            if on_text is not None:
+                raise ValueError('Beam search knows its answer only at the end: on_text needs mode="generate".')
+            decoding = reference_decoding(generation)
+        else:
+            check_generation(generation)
+        begin = time.perf_counter()
+        escaped = self.processor.tokenizer.escape(question)
+        if image is not None and vision_hidden_states is None:
+            picture = open_picture(image, self.processor.image_processor)
+            if self.image_safety_checker is not None and self.image_safety_checker(picture):
+                return self._refuse(question, context, begin)
+            vision_hidden_states = self.encode_image(picture)
+        document = {"context": context, "question": escaped, "<ans>": ""}
+        with seeded(seed, self.device):
+            if mode == "reference":
+                ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
+            else:
+                ids, strings = self._generate(document, vision_hidden_states, {**generation, "fast": fast}, on_text)
+        answer = self.processor.tokenizer.decode(ids, extension_table=strings)
+        return ChatTurn(
+            question=question,
+            answer=self.processor.tokenizer.unescape(answer),
+            context=f"{context}User: {escaped}\nAI: {answer}\n",
+            vision_hidden_states=vision_hidden_states,
+            num_tokens=len(ids),
+            seconds=time.perf_counter() - begin,
+        )
+
+    def ask_batch(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        mode: str = "reference",
+        seed: int | Sequence[int | None] | None = None,
+        return_exceptions: bool = False,
+        **generation,
+    ) -> list[ChatTurn]:
+        """Answers several questions at once, each as [`ask`] would alone; see [`answer_batch`]."""
+        from .answering import answer_batch
+
+        return answer_batch(
+            self, requests, mode=mode, seed=seed, return_exceptions=return_exceptions, generation=generation
+        )
+
+    def prompt_length(self, request: ChatRequest) -> int:
+        """Tokens of the request's prompt; no picture is opened. Raises as [`encode_request`]."""
+        from .answering import encode_request
+
+        return len(encode_request(self, request))
+
+    def context_of(self, turns: Iterable[tuple[str, str]]) -> str:
+        """The context of questions and their answers, as [`ask`] would have handed it on."""
+        return "".join(self.continue_context("", question, answer) for question, answer in turns)
+
+    def continue_context(self, context: str, question: str, answer: str) -> str:
+        """The context with one more turn."""
+        escape = self.processor.tokenizer.escape
+        return f"{context}User: {escape(question)}\nAI: {escape(answer)}\n"
+
+    @torch.no_grad()
+    def encode_image(self, image: PIL.Image.Image) -> torch.Tensor:
+        """The image as the language model sees it, `(1, queries, hidden)`."""
+        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values.to(self.device)).pooler_output
+
+    def fill(self, documents: Sequence[Mapping[str, Any]], **generation) -> list[dict[str, Any]]:
+        """Fills the answers of text documents with the language model; see `CpmBeeForCausalLM.fill`."""
+        return self.model.fill(documents, self.processor.tokenizer, **generation)
+
+    def _refuse(self, question: str, context: str, begin: float) -> ChatTurn:
+        if self.image_safety_policy == "raise":
+            raise UnsafeImageError("The safety checker flagged the image, so the question about it isn't answered.")
+        return ChatTurn(question, REFUSAL, context, None, 0, time.perf_counter() - begin)
+
+    def _inputs(
+        self, document: Mapping[str, str], vision_hidden_states: torch.Tensor | None, *, with_answer_start: bool
+    ) -> tuple[BatchFeature, int]:
+        """Model inputs of one turn, and the segment of its answer."""
+        num_images = 0
+        if vision_hidden_states is not None:
+            num_images = self._check_vision_hidden_states(vision_hidden_states)
+        encoded = self.processor.encode_prompt(ChatPrompt(dict(document), num_images))
+        self.processor.check_length(encoded)
+        slot = encoded.answer_slots[0]
+        prompt = encoded.prompt(open_slot=0 if with_answer_start else None)
+        inputs = self.processor.tokenizer.collate([prompt], return_tensors="pt").to(self.device)
+        if vision_hidden_states is not None:
+            encoded_image = vision_hidden_states.to(self.device, self.model.dtype)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded_image)}
+        return inputs, slot.segment_id
+
+    def _check_vision_hidden_states(self, vision_hidden_states: torch.Tensor) -> int:
+        if not isinstance(vision_hidden_states, torch.Tensor):
+            raise ValueError(f"vision_hidden_states is a tensor, got {type(vision_hidden_states).__name__}.")
+        config = self.model.config
+        expected = (config.num_query_tokens, config.text_config.hidden_size)
+        if vision_hidden_states.ndim != 3 or tuple(vision_hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"vision_hidden_states has shape {tuple(vision_hidden_states.shape)}, but this model's are "
+                f"(images, {expected[0]}, {expected[1]}): hand on what an earlier turn of the same model returned."
+            )
+        return vision_hidden_states.shape[0]
+
+    def _reference(
+        self,
+        document: Mapping[str, str],
+        vision_hidden_states: torch.Tensor | None,
+        decoding: ReferenceDecodingConfig,
+        fast: bool | None,
+    ) -> tuple[list[int], dict[int, str]]:
+        inputs, segment = self._inputs(document, vision_hidden_states, with_answer_start=False)
+        (result,) = self.model.reference_search(inputs, [[segment]], decoding, fast=fast)
+        return result.token_ids[0], inputs.extension_strings[0]
+
+    def _generate(
+        self,
+        document: Mapping[str, str],
+        vision_hidden_states: torch.Tensor | None,
+        generation: Mapping[str, Any],
+        on_text: Callable[[str], None] | None,
+    ) -> tuple[list[int], dict[int, str]]:
+        inputs, _ = self._inputs(document, vision_hidden_states, with_answer_start=True)
+        strings = inputs.extension_strings[0]
+        tokenizer = self.processor.tokenizer
+        streamer = CallbackStreamer(tokenizer, on_text, strings) if on_text is not None else None
+        (ids,) = self._generate_rows(inputs, generation, streamer=streamer)
+        return ids, strings
+
+    def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
+        """The new tokens of every row of a batch, without what ends them."""
+        sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
+        end = self.processor.tokenizer.eos_token_id
+        return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
+
+
+class CallbackStreamer(TextStreamer):
+    """Hands every new piece of the answer to a function; together they are `ChatTurn.answer`."""
+
+    def __init__(self, tokenizer: CpmBeeTokenizer, on_text: Callable[[str], None], strings: Mapping[int, str]):
+        super().__init__(tokenizer, skip_prompt=True, extension_table=strings)
+        self.on_text = on_text
+        self._has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            ids = value.flatten().tolist()
+            if self._has_ended:
+                return
+            if self.tokenizer.eos_token_id in ids:  # what ends the answer is no part of it
+                self._has_ended = True
+                ids = ids[: ids.index(self.tokenizer.eos_token_id)]
+            value = torch.tensor(ids, dtype=torch.long)
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(self.tokenizer.unescape(text))  # pieces begin and end with whole tokens
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def open_picture(image: Any, image_processor: VisCPMImageProcessor) -> PIL.Image.Image:
+    """A path, bytes or picture -> picture, with the image processor's checks."""
+    picture = image_processor.fetch_images(image)
+    if not isinstance(picture, PIL.Image.Image):
+        raise ValueError(f"An image is a path or a PIL image, got {type(image).__name__}.")
+    return picture
+
+
+def check_safety_policy(policy: str) -> None:
+    if policy not in SAFETY_POLICIES:
+        raise ValueError(f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {policy!r}.")
+
+
+def open_safety_checker(
+    source: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool], device: torch.device
+) -> Callable[[PIL.Image.Image], bool] | None:
+    """`image -> flagged or not` of what the argument `image_safety_checker` takes; None for no check."""
+    if source is True:
+        source = DEFAULT_SAFETY_CHECKER
+    if isinstance(source, (str, os.PathLike)):
+        return ImageSafetyChecker.from_pretrained(source, device)
+    return source or None
+
+
+def check_generation(generation: Mapping[str, Any]) -> None:
+    """Checks what `generate` would take silently or fail on deep inside."""
+    value = generation.get("max_new_tokens")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {value!r}.")
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seeds torch's generators, and leaves them afterwards as they were; does nothing without a seed."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,467 @@
+"""The siblings behind the interface of [`VisCPMChat`], so that every command that chats works with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..checkpoints.adapters import AdapterFolder
+from ..checkpoints.original import OriginalCheckpointError, find_repository_file, read_json
+from ..checkpoints.sibling_original import CONFIG_CLASSES
+from ..loading.options import LoadOptions
+from ..modeling.decoding_presets import default_preset
+from ..modeling.generation_cpm_bee import RowSampling
+from ..modeling.processing_vision_resampler import VisionResamplerProcessor
+from ..pipelines.safety import UnsafeImageError
+from ..tiny.embedded import EMBEDDED_NAME
+from .chat import (
+    MODES,
+    REFUSAL,
+    ChatTurn,
+    check_generation,
+    check_safety_policy,
+    open_picture,
+    open_safety_checker,
+    seeded,
+)
+
+
+if TYPE_CHECKING:
+    from .answering import ChatRequest
+
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture as the language model sees it."""
+
+    features: torch.Tensor
+    """`(views, queries, hidden)`"""
+    grid: tuple[int, int] = (0, 0)
+    """Rows and columns of its tiles, without the overview."""
+
+
+@dataclass
+class _Row:
+    """A request on its way."""
+
+    request: ChatRequest
+    seed: int | None
+    ids: list[int] | None = None
+    image: EncodedImage | None = None
+    answer: list[int] | None = None
+    failure: Exception | None = None
+    is_refused: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        return self.failure is None and not self.is_refused
+
+
+class SiblingChat:
+    """Answers questions about images with OmniLMM-12B, MiniCPM-V 1.0 or 2.0, or VisualCLA.
+
+    Args:
+        model_path: a folder or Hub id, in the original's or our layout, or the folder of an adapter on one of them.
+        image_safety_checker, image_safety_policy, device, dtype, quantization, quantize_vision, device_map,
+            max_memory, offload_folder: see [`VisCPMChat`].
+
+    ```python
+    >>> from viscpm_hf.chat.sibling_chat import SiblingChat
+
+    >>> chat = SiblingChat("openbmb/MiniCPM-V-2")
+    >>> answer, context, image = chat.chat("figures/vision.png", "这张图片里有什么？")
+    >>> answer, context, image = chat.chat(None, "它是什么颜色的？", context, image)
+    ```
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        image_safety_checker: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool] = False,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        image_safety_policy: str = "raise",
+        quantization: str | None = None,
+        quantize_vision: bool = False,
+        device_map: str | Mapping[str, Any] | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike | None = None,
+    ):
+        check_safety_policy(image_safety_policy)
+        self.options = LoadOptions.checked(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            quantize_all=quantize_vision,
+            device_map=device_map,
+            max_memory=max_memory,
+            offload_folder=offload_folder,
+        )
+        self.device = self.options.device
+        self.image_safety_policy = image_safety_policy
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
+
+        adapter = AdapterFolder.find(model_path)
+        if adapter is not None:
+            model_path = adapter.require_base()
+        config = AutoConfig.from_pretrained(model_path)
+        if config.model_type not in CONFIG_CLASSES:
+            raise OriginalCheckpointError(
+                f"{model_path} holds a {type(config).__name__}, but SiblingChat needs a model of the type "
+                f"{', '.join(CONFIG_CLASSES)}."
+            )
+        stored = config.dtype
+        chosen = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
+        arguments = self.options.from_pretrained_arguments(chosen, getattr(config, "quantization_config", None))
+        self.processor: VisionResamplerProcessor = AutoProcessor.from_pretrained(model_path)
+        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=chosen, **arguments)
+        if adapter is not None:
+            model.load_adapter(os.fspath(adapter.path))
+        self.model = self.options.place(model).eval()
+        if device_map is not None:
+            self.device = self.model.device
+
+    # ------------------------------------------------------------------------------------------------------ answering
+
+    def chat(
+        self,
+        image: str | os.PathLike | PIL.Image.Image | None,
+        question: str,
+        context: str = "",
+        vision_hidden_states: EncodedImage | None = None,
+        **generation,
+    ) -> tuple[str, str, EncodedImage | None]:
+        """Answers one question; see [`ask`]. Returns the answer, and what the next turn takes: the context and the
+        encoded image."""
+        turn = self.ask(image, question, context, vision_hidden_states, **generation)
+        return turn.answer, turn.context, turn.vision_hidden_states
+
+    def ask(
+        self,
+        image: str | os.PathLike | bytes | PIL.Image.Image | None,
+        question: str,
+        context: str = "",
+        vision_hidden_states: EncodedImage | None = None,
+        *,
+        mode: str = "reference",
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+        **generation,
+    ) -> ChatTurn:
+        """Answers one question.
+
+        Args:
+            image: the conversation's picture; None to go on with `vision_hidden_states`, or without a picture.
+            question: any text.
+            context: what the turn before returned, the conversation so far as JSON.
+            vision_hidden_states: likewise; the image isn't encoded again.
+            mode: `"reference"` decodes by the original's preset (`decoding_presets`), with `generation` in place of
+                its values; `"generate"` by `generation` alone.
+            seed: makes sampling repeatable.
+            on_text: called with every new piece of the answer (one beam only).
+            generation: arguments of transformers' `generate`.
+
+        Raises:
+            UnsafeImageError: if the safety checker flags the image and the policy is `"raise"`.
+            ValueError: for an image that can't be used, a prompt that is too long, or a parameter outside its range.
+        """
+        from .answering import ChatRequest
+
+        request = ChatRequest(image, question, context, vision_hidden_states)
+        (turn,) = self._answer([request], mode, seed, False, generation, on_text)
+        return turn
+
+    def ask_batch(
+        self,
+        requests: Sequence[ChatRequest],
+        *,
+        mode: str = "reference",
+        seed: int | Sequence[int | None] | None = None,
+        return_exceptions: bool = False,
+        **generation,
+    ) -> list[ChatTurn]:
+        """Answers several questions at once, each as [`ask`] would alone; see `VisCPMChat.ask_batch`."""
+        return self._answer(requests, mode, seed, return_exceptions, generation, None)
+
+    def prompt_length(self, request: ChatRequest) -> int:
+        """Tokens of the request's prompt as far as they are known before its picture is opened.
+
+        Raises:
+            ValueError: for values of the wrong type, or a prompt that is too long.
+        """
+        image = request.vision_hidden_states
+        has_picture = request.image is not None or image is not None
+        grids = [image.grid if image is not None else (0, 0)] if has_picture else []
+        views = sum(1 + rows * columns for rows, columns in grids)
+        return len(self.processor.encode_conversation(self.conversation(request), grids, views))
+
+    def context_of(self, turns: Iterable[tuple[str, str]]) -> str:
+        """The context of questions and their answers."""
+        context = ""
+        for question, answer in turns:
+            context = self.continue_context(context, question, answer)
+        return context
+
+    def continue_context(self, context: str, question: str, answer: str) -> str:
+        """The context with one more turn."""
+        messages = json.loads(context) if context else []
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return json.dumps(messages, ensure_ascii=False)
+
+    def conversation(self, request: ChatRequest) -> list[dict[str, Any]]:
+        """The request as messages; its picture belongs to the first of them.
+
+        Raises:
+            ValueError: for values of the wrong type, or a context that is none.
+        """
+        for name in ("question", "context"):
+            value = getattr(request, name)
+            if not isinstance(value, str):
+                raise ValueError(f"A {name} is a str, got {type(value).__name__}.")
+        try:
+            messages = json.loads(request.context) if request.context else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The context is not what an earlier turn returned: {error}.") from error
+        if not isinstance(messages, list) or not all(
+            isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
+            for message in messages
+        ):
+            raise ValueError("The context is not what an earlier turn returned: a JSON list of messages.")
+        messages = [*messages, {"role": "user", "content": request.question}]
+        if request.image is not None or request.vision_hidden_states is not None:
+            text = {"type": "text", "text": messages[0]["content"]}
+            messages[0] = {**messages[0], "content": [{"type": "image"}, text]}
+        return messages
+
+    @torch.no_grad()
+    def encode_image(self, image: PIL.Image.Image) -> EncodedImage:
+        return encode_images(self.model, self.processor, [image])[0]
+
+    # ------------------------------------------------------------------------------------------------------- the work
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        requests: Sequence[ChatRequest],
+        mode: str,
+        seed: int | Sequence[int | None] | None,
+        return_exceptions: bool,
+        generation: Mapping[str, Any],
+        on_text: Callable[[str], None] | None,
+    ) -> list[ChatTurn]:
+        begin = time.perf_counter()
+        decoding = self._decoding(mode, generation, on_text)
+        seeds = [seed] * len(requests) if seed is None or isinstance(seed, int) else list(seed)
+        if len(seeds) != len(requests):
+            raise ValueError(f"Give one seed, or one for each request: got {len(seeds)} for {len(requests)} requests.")
+        rows = [_Row(request, own) for request, own in zip(requests, seeds, strict=True)]
+        pictures: dict[Any, EncodedImage | None] = {}
+        for row in rows:
+            try:
+                self._prepare(row, pictures)
+            except (ValueError, OSError) as error:
+                if not return_exceptions:
+                    raise
+                row.failure = error
+        answered = [row for row in rows if row.is_open]
+        if answered:
+            self._generate(answered, decoding, on_text)
+        seconds = time.perf_counter() - begin
+        return [row.failure or self._turn(row, seconds) for row in rows]
+
+    def _decoding(self, mode: str, generation: Mapping[str, Any], on_text: Any) -> dict[str, Any]:
+        if mode not in MODES:
+            raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
+        generation = {name: value for name, value in generation.items() if name != "fast"}
+        check_generation(generation)
+        decoding = {**default_preset(self.model.config), **generation} if mode == "reference" else dict(generation)
+        decoding.setdefault("max_new_tokens", default_preset(self.model.config)["max_new_tokens"])
+        if on_text is not None and decoding.get("num_beams", 1) != 1:
+            raise ValueError("Beam search knows its answer only at the end: on_text needs num_beams=1.")
+        return decoding
+
+    def _prepare(self, row: _Row, pictures: dict[Any, EncodedImage | None]) -> None:
+        """Encodes a row's picture, unless that is known already, and its prompt."""
+        request = row.request
+        conversation = self.conversation(request)
+        row.image = request.vision_hidden_states
+        if row.image is not None and not isinstance(row.image, EncodedImage):
+            found = type(row.image).__name__
+            raise ValueError(f"vision_hidden_states is an EncodedImage, as an earlier turn returned it, got {found}.")
+        image = request.image
+        if image is not None and row.image is None:
+            self.prompt_length(request)  # what is wrong with the text is known before the picture is encoded
+            key = image if isinstance(image, (str, bytes)) else str(image) if isinstance(image, Path) else id(image)
+            if key not in pictures:
+                picture = open_picture(image, self.processor.image_processor)
+                is_flagged = self.image_safety_checker is not None and self.image_safety_checker(picture)
+                pictures[key] = None if is_flagged else self.encode_image(picture)
+            row.image = pictures[key]
+            if row.image is None:
+                if self.image_safety_policy == "raise":
+                    raise UnsafeImageError(
+                        "The safety checker flagged the image, so the question about it isn't answered."
+                    )
+                row.is_refused = True
+                return
+        grids = [] if row.image is None else [row.image.grid]
+        views = 0 if row.image is None else len(row.image.features)
+        row.ids = self.processor.encode_conversation(conversation, grids, views)
+
+    def _generate(self, rows: list[_Row], decoding: Mapping[str, Any], on_text: Callable[[str], None] | None) -> None:
+        features = [None if row.image is None else row.image.features for row in rows]
+        inputs = model_inputs(self.model, self.processor, [row.ids for row in rows], features)
+        options = dict(decoding)
+        is_seeded = any(row.seed is not None for row in rows)
+        if options.get("do_sample") and is_seeded and options.get("num_beams", 1) == 1:
+            options["logits_processor"] = [*options.get("logits_processor", []), self._row_sampling(rows)]
+        if on_text is not None:
+            options["streamer"] = AnswerStreamer(self.processor, on_text)
+        with seeded(rows[0].seed, self.device):
+            sequences = self.generate(inputs, **options)
+        end = self.processor.tokenizer.eos_token_id
+        for row, ids in zip(rows, sequences, strict=True):
+            row.answer = ids[: ids.index(end)] if end in ids else ids
+
+    @torch.no_grad()
+    def generate(self, inputs: Mapping[str, Any], **options) -> list[list[int]]:
+        """The new tokens of every row, padding at their end included."""
+        tokenizer = self.processor.tokenizer
+        # Original folders may have no generation_config.json that says so.
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        sequences = self.model.generate(**inputs, **{**ends, **options})
+        return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+    def _row_sampling(self, rows: list[_Row]) -> RowSampling:
+        seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        return RowSampling(generators, [[]] * len(rows), self.model.config.get_text_config().vocab_size)
+
+    def _turn(self, row: _Row, seconds: float) -> ChatTurn:
+        request = row.request
+        if row.is_refused:
+            return ChatTurn(request.question, REFUSAL, request.context, None, 0, seconds)
+        answer = self.processor.answer_text(row.answer)
+        return ChatTurn(
+            question=request.question,
+            answer=answer,
+            context=self.continue_context(request.context, request.question, answer),
+            vision_hidden_states=row.image,
+            num_tokens=len(row.answer),
+            seconds=seconds,
+        )
+
+
+def is_sibling(model_path: str | os.PathLike) -> bool:
+    """Whether a folder or Hub id is one of the siblings', or an adapter on one of them."""
+    adapter = AdapterFolder.find(model_path)
+    if adapter is not None:
+        return adapter.base is not None and is_sibling(adapter.base)
+    if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
+        return False
+    file = find_repository_file(model_path, "config.json")
+    return file is not None and read_json(file, "The configuration").get("model_type") in CONFIG_CLASSES
+
+
+class AnswerText:
+    """The text of an answer as its tokens come. What single bytes stand for is told when the last of them is there,
+    since one more may change it."""
+
+    def __init__(self, processor: VisionResamplerProcessor):
+        self.processor = processor
+        self._told = ""
+
+    def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
+        """What is to be told beyond what was; `ids` are all tokens so far."""
+        if not is_last:
+            is_byte = _BYTE.fullmatch(self.processor.tokenizer.convert_ids_to_tokens(ids[-1])) is not None
+            if is_byte or not self.processor.answer_text(ids[-1:]):  # bytes with a special token between are one run
+                return ""
+        text = self.processor.answer_text(ids)
+        if not text.startswith(self._told):
+            return ""
+        told, self._told = self._told, text
+        return text[len(told) :]
+
+
+class AnswerStreamer(BaseStreamer):
+    """Hands every new piece of the answer to a function; together they are the answer."""
+
+    def __init__(self, processor: VisionResamplerProcessor, on_text: Callable[[str], None]):
+        self.on_text = on_text
+        self._text = AnswerText(processor)
+        self._ids: list[int] = []
+        self._has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._ids += value.flatten().tolist()
+            self._tell(self._text.new_text(self._ids))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        self._tell(self._text.new_text(self._ids, is_last=True))
+
+    def _tell(self, piece: str) -> None:
+        if piece:
+            self.on_text(piece)
+
+
+def encode_images(
+    model: Any, processor: VisionResamplerProcessor, images: Sequence[PIL.Image.Image]
+) -> list[EncodedImage]:
+    """Pictures through the tower, all views together."""
+    inputs = processor.image_processor(list(images), return_tensors="pt")
+    grids = [tuple(grid) for grid in inputs.pop("grids", torch.zeros(len(images), 2, dtype=torch.long)).tolist()]
+    num_views = inputs.pop("num_views", torch.ones(len(images), dtype=torch.long)).tolist()
+    features = model.get_image_features(**inputs.to(model.device)).pooler_output
+    return [EncodedImage(own, grid) for own, grid in zip(features.split(num_views), grids, strict=True)]
+
+
+def model_inputs(
+    model: Any,
+    processor: VisionResamplerProcessor,
+    prompts: Sequence[Sequence[int]],
+    features: Sequence[torch.Tensor | None],
+) -> dict[str, Any]:
+    """Prompts of token ids, padded on the left, and their encoded pictures `(views, queries, hidden)`, as `generate`
+    takes them."""
+    rows = [list(ids) for ids in prompts]
+    inputs: dict[str, Any] = dict(
+        processor.tokenizer.pad(
+            {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]},
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+    )
+    own = [views.to(model.device, model.dtype) for views in features if views is not None]
+    if own:
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(own))}
+    return inputs
+
+
+__all__ = [
+    "AnswerStreamer",
+    "AnswerText",
+    "EncodedImage",
+    "SiblingChat",
+    "encode_images",
+    "is_sibling",
+    "model_inputs",
+]

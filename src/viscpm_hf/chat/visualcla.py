@@ -1,0 +1,223 @@
+"""VisualCLA's own functions, as its users know them.
+
+```python
+>>> from viscpm_hf.siblings import visualcla
+
+>>> model, tokenizer, image_processor = visualcla.get_model_and_tokenizer_and_processor("visualcla-merged")
+>>> response, history = visualcla.chat(model, "figures/vision.png", "图片里有什么？")
+>>> response, history = visualcla.chat(model, "figures/vision.png", "它是什么颜色的？", history)
+```
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import PIL.Image
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+from ..loading.options import default_device, default_dtype, usable_device
+from ..loading.quantization import quantization_config
+from ..modeling.configuration_vision_resampler import VisualCLAConfig
+from ..modeling.decoding_presets import decoding_presets
+from ..modeling.processing_visualcla import VisualCLAProcessor
+from .chat import open_picture
+from .sibling_chat import AnswerStreamer, EncodedImage, encode_images, model_inputs
+
+
+History = list[dict[str, Any]]
+
+
+def get_model_and_tokenizer_and_processor(
+    visualcla_model: str | os.PathLike | None = None,
+    text_model: str | os.PathLike | None = None,
+    vision_model: str | os.PathLike | None = None,
+    lora_model: str | os.PathLike | None = None,
+    torch_dtype: torch.dtype | None = None,
+    default_device: str | torch.device | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    load_in_8bit: bool = False,
+) -> tuple[Any, Any, Any]:
+    """Loads the model, ready for [`chat`].
+
+    Args:
+        visualcla_model: a merged model, in the original's or our layout; it goes before the other three.
+        text_model, vision_model, lora_model: the bases (Chinese-Alpaca-Plus-7B, CLIP-L/14) and the released adapter.
+        torch_dtype: fp16 unless given, or what the device has in its place.
+        default_device: CUDA, then MPS, then the CPU unless given.
+        device_map: as of `from_pretrained`, in place of a device.
+        load_in_8bit: the language model in 8 bit; of a merged model only.
+
+    Returns:
+        The model, its tokenizer and its image processor, which the model also has as attributes.
+
+    Raises:
+        ValueError: if it isn't said what to load, or it can't be loaded so.
+    """
+    parts = {"text_model": text_model, "vision_model": vision_model, "lora_model": lora_model}
+    missing = [name for name, value in parts.items() if value is None]
+    if visualcla_model is None and missing:
+        raise ValueError(f"Give visualcla_model, or all of {', '.join(parts)}: {', '.join(missing)} is missing.")
+    if load_in_8bit and visualcla_model is None:
+        raise ValueError("load_in_8bit takes a merged model: `viscpm-hf merge visualcla` makes one.")
+    device = _device(default_device)
+    dtype = torch_dtype or default_dtype(device, torch.float16)
+    options: dict[str, Any] = {"dtype": dtype}
+    if load_in_8bit:
+        options["quantization_config"] = quantization_config("8bit", dtype)
+    if device_map is not None or load_in_8bit:
+        options["device_map"] = device_map if device_map is not None else {"": device}
+    path = visualcla_model
+    if path is None:
+        path = lora_model
+        options |= {"text_model": text_model, "vision_model": vision_model}
+    processor = AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    if not isinstance(model.config, VisualCLAConfig):
+        raise ValueError(f"{path} holds a {type(model.config).__name__}, not VisualCLA.")
+    if "device_map" not in options:
+        model.to(device)
+    model.eval()
+    # Where the original put them.
+    model.tokenizer, model.image_processor, model.processor = processor.tokenizer, processor.image_processor, processor
+    model.num_patch, model.image_at_head = model.config.num_query_tokens, False
+    return model, processor.tokenizer, processor.image_processor
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return default_device() if device is None else usable_device(device)
+
+
+def chat(
+    model: Any,
+    image: str | os.PathLike | PIL.Image.Image | torch.Tensor | None,
+    text: str,
+    history: History | None = None,
+    generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+) -> tuple[str, History]:
+    """Answers one question about the conversation's picture.
+
+    Args:
+        model: what [`get_model_and_tokenizer_and_processor`] returned.
+        image: the picture: path, PIL image, or pixels as the image processor returns them; the same at every turn.
+            None for text alone.
+        text: the question.
+        history: what an earlier turn returned; it is appended to in place, as ever. None begins a conversation: unlike
+            the original, conversations that begin without one share nothing.
+        generation_config: in place of VisualCLA's decoding.
+
+    Returns:
+        The answer and the history with it.
+
+    Raises:
+        ValueError: for a picture or a history that can't be used, or a prompt that is too long.
+    """
+    history = [] if history is None else history
+    inputs = _inputs(model, image, text, history)
+    ids = _generate(model, inputs, generation_config)
+    response = model.processor.answer_text(ids)
+    _append(history, text, response)
+    return response, history
+
+
+def chat_in_stream(
+    model: Any,
+    image: str | os.PathLike | PIL.Image.Image | torch.Tensor | None,
+    text: str,
+    history: History | None = None,
+    generation_config: GenerationConfig | Mapping[str, Any] | None = None,
+) -> Iterator[tuple[str, History]]:
+    """As [`chat`], piece by piece.
+
+    Yields:
+        The answer so far, and a new history with it; the one that was given is left as it is.
+    """
+    history = [] if history is None else history
+    inputs = _inputs(model, image, text, history)
+    pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    is_wanted = threading.Event()
+    is_wanted.set()
+
+    def run() -> None:
+        try:
+            streamer = AnswerStreamer(model.processor, pieces.put)
+            _generate(model, inputs, generation_config, streamer=streamer, stop=lambda: not is_wanted.is_set())
+            pieces.put(None)
+        except BaseException as error:
+            pieces.put(error)
+
+    thread = threading.Thread(target=run, name="visualcla-chat", daemon=True)
+    thread.start()
+    response = ""
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            response += piece
+            yield response, _append(list(history), text, response)
+    finally:
+        is_wanted.clear()  # nobody listens any more
+        thread.join()
+
+
+def _append(history: History, text: str, response: str) -> History:
+    first = {} if history else {"first_instruction": True}
+    history += [{"type": "instruction", "value": text, **first}, {"type": "response", "value": response}]
+    return history
+
+
+def _inputs(model: Any, image: Any, text: str, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    processor: VisualCLAProcessor = model.processor
+    if not isinstance(text, str):
+        raise ValueError(f"The text is a str, got {type(text).__name__}.")
+    roles = {"instruction": "user", "response": "assistant"}
+    for index, entry in enumerate(history):
+        if not isinstance(entry, Mapping) or entry.get("type") not in roles or not isinstance(entry.get("value"), str):
+            raise ValueError(
+                f'Entry {index} of the history is not {{"type": "instruction" or "response", "value": text}}.'
+            )
+    conversation: list[dict[str, Any]] = [
+        *({"role": roles[entry["type"]], "content": entry["value"]} for entry in history),
+        {"role": "user", "content": text},
+    ]
+    if image is None:
+        return model_inputs(model, processor, [processor.encode_conversation(conversation)], [None])
+    first = {"type": "text", "text": conversation[0]["content"]}
+    conversation[0] = {**conversation[0], "content": [{"type": "image"}, first]}
+    prompt = processor.encode_conversation(conversation, [(0, 0)], 1)  # before the picture, which takes longer
+    return model_inputs(model, processor, [prompt], [_encode(model, image).features])
+
+
+@torch.no_grad()
+def _encode(model: Any, image: Any) -> EncodedImage:
+    if not isinstance(image, torch.Tensor):
+        return encode_images(model, model.processor, [open_picture(image, model.image_processor)])[0]
+    pixel_values = image if image.ndim == 4 else image[None]
+    size = model.config.vision_config.image_size
+    if tuple(pixel_values.shape) != (1, 3, size, size):
+        raise ValueError(f"Pixels of one picture are (1, 3, {size}, {size}), got {tuple(image.shape)}.")
+    return EncodedImage(model.get_image_features(pixel_values.to(model.device)).pooler_output)
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, inputs: Mapping[str, Any], generation_config: Any, stop: Any = None, **options: Any
+) -> list[int]:
+    tokenizer = model.processor.tokenizer
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if isinstance(generation_config, GenerationConfig):
+        options["generation_config"] = generation_config
+    else:
+        options |= decoding_presets(model.config)["sampling"] if generation_config is None else generation_config
+    if stop is not None:
+        options["stopping_criteria"] = [lambda ids, scores: torch.full((len(ids),), stop(), device=ids.device)]
+    sequences = model.generate(**inputs, **{**ends, **options})
+    return sequences[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+__all__ = ["chat", "chat_in_stream", "get_model_and_tokenizer_and_processor"]

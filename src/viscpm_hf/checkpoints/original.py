@@ -1,0 +1,413 @@
+"""Reading the original's files: what kind of checkpoint, with which sizes, and are all tensors there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from ..families import key_maps
+from ..modeling.configuration_cpm_bee import CpmBeeConfig
+from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from .archive import check_tensors, record_sizes
+from .errors import OriginalCheckpointError
+from .weight_transforms import KeyMatcher, shape_after
+
+
+logger = logging.get_logger(__name__)
+
+CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
+ORIGINAL_SUFFIXES = (".pt", ".bin", ".pth")
+ORIGINAL_WEIGHTS_NAME = "pytorch_model.bin"
+# The Hub's name first, then the GitHub repository's.
+ORIGINAL_CONFIG_NAMES = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
+VISION_CONFIG_NAME = "vision.json"
+VOCAB_NAME = "vocab.txt"
+# Paint's VAE as a file beside the weights: one of its parts, no alternative to them.
+VAE_NAMES = ("vae.bin", "vae.pt")
+ORIGINAL_MODEL_TYPES = ("viscpmchatbee", "cpmbee", "viscpmbee")
+
+# Names that only the original's language model configuration has, in the GitHub and in the Hub spelling.
+LLM_SIZE_KEYS = ("dim_model", "dim_ff", "dim_head", "position_bias_num_buckets")
+LLM_SPELLINGS = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("dim_model", "hidden_size"),
+    "intermediate_size": ("dim_ff", "intermediate_size"),
+    "num_hidden_layers": ("num_layers", "num_hidden_layers"),
+    "num_attention_heads": ("num_heads", "num_attention_heads"),
+    "head_dim": ("dim_head", "head_dim"),
+    "rms_norm_eps": ("eps", "rms_norm_eps"),
+    "position_bias_num_buckets": ("position_bias_num_buckets",),
+    "position_bias_num_segment_buckets": ("position_bias_num_segment_buckets",),
+    "position_bias_max_distance": ("position_bias_max_distance",),
+}
+VISION_SPELLINGS = {
+    "hidden_size": ("vision_dim",),
+    "num_attention_heads": ("vision_heads",),
+    "intermediate_size": ("vision_ffn", "vision_ffn_dim"),
+    "num_hidden_layers": ("vision_layers",),
+    "image_size": ("image_size", "img_size"),
+    "patch_size": ("patch_size",),
+    "num_query_tokens": ("query_num",),
+}
+VISION_HEAD_DIM = 64
+
+# What a weight may be stored in; anything else is a quantised checkpoint, or none.
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class CheckpointProblems:
+    """What is wrong with the tensors of a checkpoint."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshaped or self.mistyped)
+
+    def __str__(self) -> str:
+        def sample(names: list[str]) -> str:
+            return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+        parts = []
+        if self.missing:
+            parts.append(f"{len(self.missing)} tensors missing ({sample(self.missing)})")
+        if self.unexpected:
+            parts.append(f"{len(self.unexpected)} unknown tensors ({sample(self.unexpected)})")
+        if self.misshaped:
+            parts.append(f"{len(self.misshaped)} tensors of another shape ({sample(self.misshaped)})")
+        if self.mistyped:
+            parts.append(f"{len(self.mistyped)} tensors of no floating point type ({sample(self.mistyped)})")
+        return "; ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------- state dicts
+
+
+def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Maps an original file into memory; no tensor is read before it is used, and no code of the file ever runs.
+
+    Raises:
+        OriginalCheckpointError: if it isn't a flat dict of tensors, is damaged, or asks for code to be run.
+        OSError: if it can't be opened.
+    """
+    path = Path(path)
+    with path.open("rb") as file:  # the system's own words for a missing or forbidden file
+        file.read(1)
+    records = record_sizes(path)
+    try:
+        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own words advise to load the file nevertheless.
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else "its pickle has instructions that none of tensors needs"
+        raise OriginalCheckpointError(
+            f"{path} was refused: it holds more than tensors, and loading it could run code of its own ({reason}). "
+            "Get the checkpoint from its source again."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
+        size = path.stat().st_size
+        raise OriginalCheckpointError(
+            f"{path} ({size:,} bytes) is no readable PyTorch file: it is damaged, cut short, or of another format "
+            f"({str(error).splitlines()[0]})."
+        ) from error
+    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
+        state_dict = state_dict["state_dict"]
+    if not isinstance(state_dict, Mapping) or not state_dict:
+        raise OriginalCheckpointError(f"{path} holds a {type(state_dict).__name__}, not a dict of tensors.")
+    strange = [
+        name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
+    if strange:
+        raise OriginalCheckpointError(
+            f"{path} is no flat dict of tensors: {len(strange)} of {len(state_dict)} entries are none "
+            f"({', '.join(map(str, strange[:3]))})."
+        )
+    if records is not None:
+        check_tensors(path, state_dict, records)
+    return dict(state_dict)
+
+
+def checkpoint_kind(names: Mapping[str, Any]) -> str | None:
+    """What the names of a state dict are: `"chat"`, `"paint"`, `"cpm_bee"`, or None for none of ours."""
+    if any(name.startswith(("unet.", "trans_block.")) for name in names):
+        return PAINT
+    if any(name.startswith(("vpm.", "mapping.")) for name in names):
+        return CHAT
+    if any(name.removeprefix("llm.").startswith("encoder.layers.0.self_att.self_attention.") for name in names):
+        return CPM_BEE
+    return None
+
+
+def key_map_of(kind: str, names: Mapping[str, Any]) -> key_maps.KeyMap:
+    if kind == CHAT:
+        return key_maps.CHAT
+    if kind == PAINT:
+        return key_maps.PAINT_TEXT_ENCODER
+    return key_maps.CPM_BEE_WITHIN if any(name.startswith("llm.") for name in names) else key_maps.CPM_BEE
+
+
+def check_state_dict(
+    state_dict: Mapping[str, torch.Tensor], key_map: key_maps.KeyMap, expected: Mapping[str, torch.Size]
+) -> CheckpointProblems:
+    """Compares an original state dict with the model's own names and shapes.
+
+    Args:
+        state_dict: original names and tensors.
+        key_map: its map.
+        expected: our names and shapes, tied copies left out.
+    """
+    matcher = KeyMatcher(key_map)
+    unexpected, misshaped, mistyped, found = [], [], [], set()
+    for name, tensor in state_dict.items():
+        match = matcher.match(name)
+        if match is None:
+            if matcher.dropped_reason(name) is None:
+                unexpected.append(name)
+            continue
+        target, entry = match
+        if target not in expected:
+            unexpected.append(name)
+            continue
+        found.add(target)
+        if shape_after(entry.operation, tensor.shape) != expected[target]:
+            misshaped.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[target])}")
+        elif tensor.dtype not in WEIGHT_DTYPES:
+            mistyped.append(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}")
+    return CheckpointProblems([name for name in expected if name not in found], unexpected, misshaped, mistyped)
+
+
+# ----------------------------------------------------------------------------------------------------- configurations
+
+
+def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        OriginalCheckpointError: if the file holds none.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise OriginalCheckpointError(f"{what} {path} is no JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise OriginalCheckpointError(f"{what} {path} holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def _rows_and_columns(shapes: Mapping[str, torch.Size], name: str, ndim: int = 2) -> torch.Size | None:
+    """Shape of a tensor that sizes are read off; None if it isn't there.
+
+    Raises:
+        OriginalCheckpointError: if it has not `ndim` dimensions.
+    """
+    shape = shapes.get(name)
+    if shape is not None and len(shape) != ndim:
+        raise OriginalCheckpointError(
+            f"The checkpoint's tensor {name} has the shape {tuple(shape)}, but should have {ndim} dimensions: the "
+            "file is damaged, or of another model."
+        )
+    return shape
+
+
+def _num_layers(names: Iterable[str], prefix: str) -> int | None:
+    """Layers of a tower, by the numbers in its names; None if there are none."""
+    numbers = [match[1] for name in names if (match := re.match(re.escape(prefix) + r"(\d{1,6})\.", name))]
+    return max(map(int, numbers)) + 1 if numbers else None
+
+
+def _configured(config_class: type, **sizes: Any) -> Any:
+    """`config_class(**sizes)`.
+
+    Raises:
+        OriginalCheckpointError: for sizes that are none, such as a text.
+    """
+    try:
+        return config_class(**sizes)
+    except StrictDataclassError as error:  # no ValueError
+        raise OriginalCheckpointError(f"The configuration makes no sense: {' '.join(str(error).split())}") from error
+
+
+def _pick(source: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    return {
+        name: source[spelling]
+        for name, variants in spellings.items()
+        for spelling in reversed(variants)
+        if source.get(spelling) is not None
+    }
+
+
+def text_config(original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None) -> CpmBeeConfig:
+    """CPM-Bee's configuration from an original one; what it lacks comes from the tensors, then from the 10B model."""
+    sizes = _pick(original, LLM_SPELLINGS)
+    if shapes is not None:
+        shapes = {name.removeprefix("llm."): shape for name, shape in shapes.items()}
+        sizes = _text_sizes(shapes, sizes) | sizes
+    return _configured(CpmBeeConfig, **sizes)
+
+
+def text_encoder_config(
+    original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None
+) -> VisCPMPaintTextEncoderConfig:
+    """The configuration of VisCPM-Paint's text encoder from an original one."""
+    sizes = _pick(original, {"projection_dim": ("unet_cross_attention_dim",)})
+    llm_shapes = None
+    if shapes is not None:
+        llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
+        projection = _rows_and_columns(shapes, "trans_block.w_out_res.weight")
+        if projection is not None:
+            sizes = {"projection_dim": projection[0]} | sizes
+    llm = text_config(original, llm_shapes).to_diff_dict()
+    llm.pop("model_type")
+    return _configured(VisCPMPaintTextEncoderConfig, **llm, **sizes)
+
+
+def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    embedding = _rows_and_columns(shapes, "input_embedding.weight")
+    if embedding is not None:
+        sizes["vocab_size"], sizes["hidden_size"] = embedding
+    gate = _rows_and_columns(shapes, "encoder.layers.0.ffn.ffn.w_in.w_0.weight")
+    if gate is not None:
+        sizes["intermediate_size"] = gate[0]
+    layers = _num_layers(shapes, "encoder.layers.")
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    bias = _rows_and_columns(shapes, "position_bias.relative_attention_bias")
+    if bias is not None:
+        buckets, sizes["num_attention_heads"] = bias
+        default = CpmBeeConfig()
+        segment_buckets = known.get("position_bias_num_segment_buckets", default.position_bias_num_segment_buckets)
+        sizes["position_bias_num_segment_buckets"] = segment_buckets
+        sizes["position_bias_num_buckets"] = buckets - segment_buckets
+        query = _rows_and_columns(shapes, "encoder.layers.0.self_att.self_attention.project_q.weight")
+        if query is not None and sizes["num_attention_heads"]:
+            sizes["head_dim"] = query[0] // sizes["num_attention_heads"]
+    return sizes
+
+
+def chat_config(
+    original: Mapping[str, Any],
+    vision: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, torch.Size] | None = None,
+) -> VisCPMChatConfig:
+    """VisCPM-Chat's configuration from the original ones (the vision keys may be in either)."""
+    sizes = _pick({**original, **(vision or {})}, VISION_SPELLINGS)
+    if shapes is not None:
+        sizes = _vision_sizes(shapes) | sizes
+    if isinstance(sizes.get("hidden_size"), int) and "num_attention_heads" not in sizes:
+        sizes["num_attention_heads"] = max(1, sizes["hidden_size"] // VISION_HEAD_DIM)
+    llm_shapes = None
+    if shapes is not None:
+        llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
+    return _configured(VisCPMChatConfig, text_config=text_config(original, llm_shapes).to_dict(), vision_config=sizes)
+
+
+def _vision_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    queries = _rows_and_columns(shapes, "query")
+    if queries is not None:
+        sizes["num_query_tokens"], sizes["hidden_size"] = queries
+    patches = _rows_and_columns(shapes, "vpm.beit3.vision_embed.proj.weight", ndim=4)
+    positions = _rows_and_columns(shapes, "vpm.beit3.encoder.embed_positions.A.weight")
+    if patches is not None:
+        sizes["num_channels"], sizes["patch_size"] = patches[1], patches[-1]
+        if positions is not None:
+            # Two unused rows and the class token, then a square of patches.
+            sizes["image_size"] = round(max(1, positions[0] - 3) ** 0.5) * sizes["patch_size"]
+    query_positions = _rows_and_columns(shapes, "vpm.beit3.encoder.embed_positions.B.weight")
+    if query_positions is not None:
+        sizes["max_query_positions"] = query_positions[0]
+    feed_forward = _rows_and_columns(shapes, "vpm.beit3.encoder.layers.0.ffn.A.fc1.weight")
+    if feed_forward is not None:
+        sizes["intermediate_size"] = feed_forward[0]
+    layers = _num_layers(shapes, "vpm.beit3.encoder.layers.")
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    return sizes
+
+
+# -------------------------------------------------------------------------------------------------- original folders
+
+
+def is_original_config(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is one of the original's: its model types, or none beside CPM-Bee's own keys."""
+    model_type = config.get("model_type")
+    if model_type is None:
+        return sum(key in config for key in LLM_SIZE_KEYS) >= 2
+    return model_type in ORIGINAL_MODEL_TYPES
+
+
+def find_original_config(
+    name_or_path: Any, /, *, as_text_encoder: bool = False, **hub_kwargs
+) -> VisCPMChatConfig | CpmBeeConfig | None:
+    """The configuration of a folder or Hub id in the original's layout; None for anything else.
+
+    With `as_text_encoder` it is that of VisCPM-Paint's text encoder, not of the language model within.
+
+    Sizes come from `config.json`, then from the tensors if the weights are at hand (their names are looked at, not
+    their values), then from the 10B model.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
+        return None
+    # A Hub id is asked for the one file that its loading begins with anyway.
+    names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
+    candidates = (find_repository_file(name_or_path, name, **hub_kwargs) for name in names)
+    found = next((path for path in candidates if path is not None), None)
+    if found is None:
+        return None
+    try:
+        original = read_json(found, "The configuration")
+    except OriginalCheckpointError:
+        return None  # transformers has its own words for it
+    if not is_original_config(original):
+        return None
+    folder = Path(found).parent
+    vision_file = folder / VISION_CONFIG_NAME
+    vision = read_json(vision_file, "The vision configuration") if vision_file.is_file() else None
+    weights = folder / ORIGINAL_WEIGHTS_NAME
+    state_dict = load_state_dict(weights) if weights.is_file() else None
+    shapes = None if state_dict is None else {name: tensor.shape for name, tensor in state_dict.items()}
+    kind = checkpoint_kind(shapes) if shapes is not None else None
+    if kind is None:
+        is_chat = original.get("model_type") == "viscpmchatbee" or "query_num" in original or "vision_dim" in original
+        kind = CHAT if is_chat else CPM_BEE
+    if as_text_encoder:
+        config = text_encoder_config(original, shapes)
+    else:
+        config = chat_config(original, vision, shapes) if kind == CHAT else text_config(original, shapes)
+    config.name_or_path = str(name_or_path)
+    return config
+
+
+def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, **hub_kwargs) -> str | None:
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, hub_kwargs.get("subfolder") or "", filename)
+        return path if os.path.isfile(path) else None
+    known = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+    try:
+        return cached_file(
+            name_or_path,
+            filename,
+            **{key: hub_kwargs[key] for key in known if hub_kwargs.get(key) is not None},
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None  # transformers reports it when it looks itself

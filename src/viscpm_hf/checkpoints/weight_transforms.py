@@ -1,0 +1,187 @@
+"""The key maps at work: on single names, on tensors, and as transformers' own weight conversions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import (
+    WeightConverter,
+    WeightRenaming,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import ConversionOps
+
+from ..families.key_maps import AS_MATRIX, FOLD_WIDTH, KEEP, THIRDS, TRANSPOSED, WITHOUT_BATCH, Entry, KeyMap
+
+
+# Values that are scaled at a time.
+SCALED_VALUES = 2**18
+
+
+def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Original tensor -> ours."""
+    if operation == KEEP:
+        return tensor
+    if operation == FOLD_WIDTH:
+        return _scaled(tensor, factor_of(operation, tensor.shape))
+    if operation == AS_MATRIX:
+        return tensor.flatten(1) if tensor.ndim == 4 else tensor
+    if operation in THIRDS:
+        return tensor.tensor_split(3)[THIRDS.index(operation)]
+    if operation == WITHOUT_BATCH:
+        return tensor.squeeze(0)
+    if operation == TRANSPOSED:
+        return tensor.T.contiguous()
+    raise ValueError(f"unknown operation {operation!r}")
+
+
+def factor_of(operation: str, shape: torch.Size) -> float:
+    """What an operation multiplies the values by."""
+    return shape[-1] ** -0.5 if operation == FOLD_WIDTH else 1.0
+
+
+def shape_after(operation: str, shape: torch.Size) -> torch.Size:
+    """Shape of an original tensor -> ours."""
+    if operation == AS_MATRIX and len(shape) == 4:
+        return torch.Size((shape[0], shape[1:].numel()))
+    if operation in THIRDS:
+        return torch.Size((shape[0] // 3, *shape[1:]))
+    if operation == WITHOUT_BATCH and shape[:1] == (1,):
+        return shape[1:]
+    if operation == TRANSPOSED:
+        return shape[::-1]
+    return shape
+
+
+def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Our tensor -> the original's; of one that was split, the part."""
+    if operation in (KEEP, AS_MATRIX, *THIRDS):
+        return tensor
+    if operation == WITHOUT_BATCH:
+        return tensor.unsqueeze(0)
+    if operation == TRANSPOSED:
+        return tensor.T.contiguous()
+    if operation == FOLD_WIDTH:
+        return _scaled(tensor, tensor.shape[-1] ** 0.5)
+    raise ValueError(f"unknown operation {operation!r}")
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Scaled in a wider dtype, so that values are rounded once and there and back is at most one rounding off."""
+    if tensor.dtype != torch.float32 or tensor.device.type == "mps":
+        return tensor * factor  # torch itself multiplies half precision in fp32 and rounds once
+    if tensor.device.type != "cpu" or tensor.ndim < 2 or tensor.numel() <= SCALED_VALUES:
+        return (tensor.double() * factor).float()
+    # By the row: no second copy of a big tensor in fp64, and faster, since a piece stays in the cache.
+    scaled = torch.empty_like(tensor)
+    rows = max(1, SCALED_VALUES * tensor.shape[0] // tensor.numel())
+    for piece, into in zip(tensor.split(rows), scaled.split(rows), strict=True):
+        into.copy_(piece.double().mul_(factor))
+    return scaled
+
+
+class FoldWidth(ConversionOps):
+    """`FOLD_WIDTH` as transformers applies it while loading."""
+
+    operation = staticmethod(apply_operation)
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        full_layer_name: str,
+        **kwargs,
+    ) -> dict[str, Any]:
+        (tensors,) = input_dict.values()
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {full_layer_name: self.operation(FOLD_WIDTH, tensor)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return UnfoldWidth()
+
+
+class UnfoldWidth(FoldWidth):
+    """The reverse of [`FoldWidth`]."""
+
+    operation = staticmethod(revert_operation)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FoldWidth()
+
+
+def name_pattern(name: str) -> str:
+    return re.escape(name).replace(r"\{n\}", r"(\d+)").replace(r"\{name\}", r"(.+)")
+
+
+def target_pattern(entry: Entry) -> str:
+    return entry.target.replace("{n}", r"\1").replace("{name}", r"\1")
+
+
+class KeyMatcher:
+    """Finds the entry of an original name."""
+
+    def __init__(self, key_map: KeyMap):
+        self.key_map = key_map
+        self._patterns = [(re.compile(name_pattern(entry.source)), entry) for entry in key_map.entries]
+        self._target_patterns = [(re.compile(name_pattern(entry.target)), entry) for entry in key_map.entries]
+
+    def match(self, name: str) -> tuple[str, Entry] | None:
+        """Our name and the entry, or None for a name that the map doesn't have."""
+        for pattern, entry in self._patterns:
+            found = pattern.fullmatch(name)
+            if found:
+                return found.expand(target_pattern(entry)), entry
+        return None
+
+    def match_all(self, name: str) -> list[tuple[str, Entry]]:
+        """As [`match`], for a name that may be split: every part."""
+        first = self.match(name)
+        if first is None:
+            return []
+        return [
+            (found.expand(target_pattern(entry)), entry)
+            for pattern, entry in self._patterns
+            if entry.source == first[1].source and (found := pattern.fullmatch(name))
+        ]
+
+    def match_target(self, name: str) -> tuple[str, Entry] | None:
+        """The original name of one of ours, and the entry; the way back of [`match`]."""
+        for pattern, entry in self._target_patterns:
+            found = pattern.fullmatch(name)
+            if found:
+                original = re.sub(r"\{(n|name)\}", r"\\1", entry.source)
+                return found.expand(original), entry
+        return None
+
+    def dropped_reason(self, name: str) -> str | None:
+        """Why the map leaves a name out; None if it doesn't."""
+        for entry in self.key_map.dropped:
+            pattern = name_pattern(entry.source) + (".*" if entry.source.endswith(".") else "")
+            if re.fullmatch(pattern, name):
+                return entry.reason
+        return None
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether any of the names is of this map."""
+        return any(self.match(name) for name in names)
+
+
+def register_key_map(model_type: str, *key_maps: KeyMap) -> None:
+    """Lets `from_pretrained` load original files of these maps into models of `model_type`."""
+    transforms: list[WeightConverter | WeightRenaming] = []
+    for key_map in key_maps:
+        for entry in key_map.entries:
+            # To the end of the name: of ours, some begin like an original one.
+            source, target = f"^{name_pattern(entry.source)}(?![\\w.])", target_pattern(entry)
+            if entry.operation == KEEP:
+                transforms.append(WeightRenaming(source, target))
+            else:
+                transforms.append(WeightConverter(source, target, operations=[FoldWidth()]))
+    register_checkpoint_conversion_mapping(model_type, transforms, overwrite=True)

@@ -1,0 +1,1 @@
+"""What the systems are, as data: classes, key maps, presets and names."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a model: `from_pretrained` of our classes, placement, quantisation, streaming."""
