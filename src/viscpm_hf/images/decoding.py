@@ -1,8 +1,8 @@
 """Decoding of one image file, and what it may cost.
 
-A small file can ask for hours of work or gigabytes of memory. What a file's structure tells is checked before a decoder
-sees it; the rest is bounded by the process that runs this file as its program (see `workers.py`). It therefore needs
-nothing but Pillow and the standard library, and starts in a fraction of a second.
+A small file can ask for hours of work or gigabytes of memory. What a file's structure tells is checked before a
+decoder sees it; the rest is bounded by the process that runs this file as its program (see `workers.py`). It therefore
+needs nothing but Pillow and the standard library, and starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import resource
 import struct
 import sys
 from collections.abc import Callable
@@ -174,7 +173,7 @@ def _check_count(count: int, kind: str, what: str, limits: ImageLimits) -> None:
 # --------------------------------------------------------------------------------------------- between two processes
 #
 # To the process: the file's length in 8 bytes, and the file. Back: the length of a description in 4 bytes, the
-# description in JSON, and the pixels. Whoever reads it doesn't trust it: the process may be under a stranger's control.
+# description in JSON, and the pixels. Whoever reads it doesn't trust it: the process may be in a stranger's hands.
 
 MAX_DESCRIPTION = 1 << 16
 # "F" and "I" have 4 bytes a pixel, and no mode more.
@@ -218,11 +217,13 @@ def rebuild(description: dict[str, Any], pixels: Callable[[int], bytes], limits:
     return image
 
 
-# --------------------------------------------------------------------------------------------------- the process itself
+# -------------------------------------------------------------------------------------------------- the process itself
 
 
 def _bound_process(limits: ImageLimits) -> None:
     """No more memory than what the program takes already and what is allowed; no files, no dumps, and others first."""
+    import resource
+
     os.nice(10)
     statm = "/proc/self/statm"
     size = 0
@@ -236,6 +237,8 @@ def _bound_process(limits: ImageLimits) -> None:
 
 def _bound_time(limits: ImageLimits) -> None:
     """The parent ends a process that takes too long; this is for when there is no parent any more."""
+    import resource
+
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = math.ceil(used.ru_utime + used.ru_stime + limits.max_seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))

@@ -1,4 +1,4 @@
-"""Processes that decode image files: one that takes too long, too much memory or the process down costs nothing else."""
+"""Processes that decode image files: what takes too long or too much there costs nothing else."""
 
 from __future__ import annotations
 

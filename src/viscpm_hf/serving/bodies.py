@@ -65,8 +65,8 @@ def check_headers(content_type: str | None, encoding: str | None) -> None:
         raise BodyError(f"The header Content-Type {got}: send application/json.", status=415)
     if (encoding or "identity").strip().lower() != "identity":
         raise BodyError(
-            f"The body is compressed (Content-Encoding: {encoding[:MAX_NAME]!r}), which this server doesn't read: send "
-            "it as it is.",
+            f"The body is compressed (Content-Encoding: {encoding[:MAX_NAME]!r}), which this server doesn't read: "
+            "send it as it is.",
             status=415,
         )
 

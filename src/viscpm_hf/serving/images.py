@@ -78,9 +78,7 @@ def fetch(url: str, allowed_hosts: tuple[str, ...]) -> bytes:
     import httpx
 
     if not allowed_hosts:
-        raise BadImageError(
-            "This server fetches no images from addresses: send a data URI (data:image/...;base64,)."
-        )
+        raise BadImageError("This server fetches no images from addresses: send a data URI (data:image/...;base64,).")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]

@@ -182,9 +182,7 @@ def kind_of_stop(value: Any) -> str | None:
 
 Stop = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[Text], Field(max_length=MAX_STOPS), Tag("<texts>")],
-    Discriminator(
-        kind_of_stop, custom_error_type="stop_type", custom_error_message="A string, or a list of strings."
-    ),
+    Discriminator(kind_of_stop, custom_error_type="stop_type", custom_error_message="A string, or a list of strings."),
     BeforeValidator(check_stop),
 ]
 

@@ -63,7 +63,6 @@ class ServerSettings:
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{entry.name} must be greater than 0, got {value!r}.")
 
-
     @property
     def image_limits(self) -> ImageLimits:
         return ImageLimits(
