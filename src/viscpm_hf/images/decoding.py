@@ -172,9 +172,11 @@ def _check_count(count: int, kind: str, what: str, limits: ImageLimits) -> None:
 
 # --------------------------------------------------------------------------------------------- between two processes
 #
-# To the process: the file's length in 8 bytes, and the file. Back: the length of a description in 4 bytes, the
-# description in JSON, and the pixels. Whoever reads it doesn't trust it: the process may be in a stranger's hands.
+# When it has started, the process says `READY`. To the process: the file's length in 8 bytes, and the file. Back: the
+# length of a description in 4 bytes, the description in JSON, and the pixels. Whoever reads it doesn't trust it: the
+# process may be in a stranger's hands.
 
+READY = b"R"
 MAX_DESCRIPTION = 1 << 16
 # "F" and "I" have 4 bytes a pixel, and no mode more.
 MAX_PIXEL_BYTES = 4
@@ -261,6 +263,8 @@ def main(source: BinaryIO, sink: BinaryIO, limits: ImageLimits) -> None:
     PIL.Image.MAX_IMAGE_PIXELS = None  # ours is looked at before anything is decoded
     PIL.Image.init()  # the plug-ins, while there is memory
     _bound_process(limits)
+    sink.write(READY)
+    sink.flush()
     while len(head := source.read(8)) == 8:
         _bound_time(limits)
         description, pixels = _answer(source.read(int.from_bytes(head, "big")), limits)

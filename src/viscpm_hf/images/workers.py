@@ -17,12 +17,13 @@ from collections.abc import Callable
 import PIL.Image
 
 from . import decoding
-from .decoding import MAX_DESCRIPTION, BadImageError, ImageLimits, rebuild
+from .decoding import MAX_DESCRIPTION, READY, BadImageError, ImageLimits, rebuild
 
 
 # What a process gets of our environment: enough to start, and no secrets.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG")
 _SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_TO_START = 60.0
 SECONDS_UNTIL_SLOW = 1.0
 
 
@@ -42,6 +43,24 @@ class _TooLateError(Exception):
     pass
 
 
+class _Clock:
+    """Seconds until something has to be looked at again; raises when the time is over or nobody waits any more."""
+
+    def __init__(self, seconds: float, cancelled: threading.Event | None, place: _Place | None = None):
+        self._begin = time.monotonic()
+        self._seconds, self._cancelled, self._place = seconds, cancelled, place
+
+    def __call__(self) -> float:
+        if self._cancelled is not None and self._cancelled.is_set():
+            raise DecodingCancelledError
+        seconds = time.monotonic() - self._begin
+        if seconds >= self._seconds:
+            raise _TooLateError
+        if self._place is not None and seconds >= SECONDS_UNTIL_SLOW:
+            self._place.becomes_slow()
+        return min(self._seconds - seconds, _SECONDS_BETWEEN_LOOKS)
+
+
 class _Worker:
     """One process; not for several threads at once."""
 
@@ -57,25 +76,16 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=environment,
         )
+        self._is_ready = False
 
     def decode(self, data: bytes, place: _Place, cancelled: threading.Event | None) -> PIL.Image.Image:
         """Raises `OSError`, `ValueError` and the like if the process ended or answers nonsense."""
-        begin = time.monotonic()
+        if not self._is_ready:
+            self._is_ready = self._read(1, _Clock(_SECONDS_TO_START, cancelled)) == READY
         self.process.stdin.write(len(data).to_bytes(8, "big"))
         self.process.stdin.write(data)
         self.process.stdin.flush()
-
-        def look() -> float:
-            """Seconds until something has to be looked at again."""
-            if cancelled is not None and cancelled.is_set():
-                raise DecodingCancelledError
-            seconds = time.monotonic() - begin
-            if seconds >= self.limits.max_seconds:
-                raise _TooLateError
-            if seconds >= SECONDS_UNTIL_SLOW:
-                place.becomes_slow()
-            return min(self.limits.max_seconds - seconds, _SECONDS_BETWEEN_LOOKS)
-
+        look = _Clock(self.limits.max_seconds, cancelled, place)
         size = int.from_bytes(self._read(4, look), "big")
         if size > MAX_DESCRIPTION:
             raise ValueError(f"a description of {size} bytes")

@@ -123,7 +123,8 @@ def create_app(
             raise ModelNotFoundError(name, names)
         return ModelCard(id=name, created=begin)
 
-    @app.api_route("/health", methods=["GET", "HEAD"], response_model=Health, tags=["operation"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", response_model=Health, tags=["operation"])
     async def health():
         """Whether the server answers."""
         is_open = all(engine is None or engine.is_open for engine in (chat, paint))

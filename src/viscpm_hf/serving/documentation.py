@@ -31,6 +31,11 @@ def add_documentation(app: FastAPI) -> None:
             named = made.setdefault("components", {}).setdefault("schemas", {})
             for name, schema in bodies["$defs"].items():
                 named.setdefault(name, schema)
+            for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own, which nobody gets to see
+                named.pop(name, None)
+            for operations in made["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
             app.openapi_schema = as_openapi_3_0({**made, "openapi": "3.0.3"})
         return app.openapi_schema
 
