@@ -15,12 +15,14 @@ from typing import Any
 class Reply:
     """What comes back for a request: a review in the protocol's form, unless `body` is given."""
 
-    review: str = "8 9\nFine."
+    review: Any = "8 9\nFine."
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
-    usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 10})
+    usage: Any = field(default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 10})
     seconds: float = 0.0
+    drip: float | None = None
+    """Seconds between single bytes, which come until the client has had enough."""
 
 
 def failure(status: int, message: str = "no", **headers: str) -> Reply:
@@ -85,6 +87,9 @@ class JudgeServer:
         time.sleep(reply.seconds)
         with self._lock:
             self._at_once -= 1
+        if reply.drip is not None:
+            self._drip(handler, reply.drip)
+            return
         content = reply.body if reply.body is not None else json.dumps(completion(request, reply)).encode()
         handler.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
@@ -92,6 +97,18 @@ class JudgeServer:
         handler.send_header("Content-Length", str(len(content)))
         handler.end_headers()
         handler.wfile.write(content)
+
+    @staticmethod
+    def _drip(handler: BaseHTTPRequestHandler, seconds: float) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.close_connection = True
+        try:
+            for _ in range(1000):
+                handler.wfile.write(b" ")
+                time.sleep(seconds)
+        except OSError:
+            pass  # as it should be
 
     def __enter__(self) -> JudgeServer:
         self._thread.start()
@@ -105,7 +122,7 @@ class JudgeServer:
 
 def completion(request: Request, reply: Reply) -> dict[str, Any]:
     message = {"role": "assistant", "content": reply.review}
-    usage = reply.usage and {**reply.usage, "total_tokens": sum(reply.usage.values())}
+    usage = reply.usage
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",

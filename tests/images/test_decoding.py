@@ -24,6 +24,7 @@ from file_bombs import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from viscpm_hf import VisCPMImageProcessor
 from viscpm_hf.images import (
     BadImageError,
     DecoderBusyError,
@@ -71,6 +72,7 @@ PALETTE = NOISE.convert("RGB").quantize(64)
         encoded(NOISE.convert("RGB"), "PNG", transparency=(1, 2, 3)),
         encoded(GREY16, "PNG"),
         encoded(GREY16, "TIFF"),
+        encoded(GREY16.convert("I"), "PNG"),
         encoded(NOISE, "PNG", save_all=True, append_images=[PIL.Image.new("RGBA", NOISE.size)] * 3),
         encoded(PALETTE, "GIF", save_all=True, append_images=[PIL.Image.new("P", NOISE.size)] * 3),
         *(encoded(NOISE.convert("RGB"), "JPEG", exif=exif(orientation)) for orientation in (1, 3, 6, 8, 200)),
@@ -84,6 +86,10 @@ def test_the_pixels_are_pillows(decoder, data):
     for mode in ("RGB", "RGBA"):
         assert got.convert(mode).tobytes() == expected.convert(mode).tobytes() or got.mode in ("F", "LAB")
     assert got.tobytes() == expected.tobytes()
+    assert got.format == PIL.Image.open(io.BytesIO(data)).format
+    if expected.mode != "F":  # whose white is unknown
+        seen = [VisCPMImageProcessor()(image)["pixel_values"] for image in (data, got)]
+        assert np.array_equal(*seen)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +180,7 @@ def test_processes_end_with_their_decoder():
     [{"num_bytes": 10**12}, {"size": [10**6, 10**6]}, {"mode": "XYZ"}, {"num_bytes": 3}, {"palette": ["RGB", "AA"]}],
 )
 def test_what_a_process_says_is_not_trusted(change):
-    description = {"mode": "RGB", "size": [4, 4], "num_bytes": 48} | change
+    description = {"mode": "RGB", "size": [4, 4], "num_bytes": 48, "format": "PNG", "tags": {}} | change
     with pytest.raises(ValueError):
         rebuild(description, bytes, LIMITS)
 

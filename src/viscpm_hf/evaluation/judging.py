@@ -1,26 +1,30 @@
 """Judging answers with a model behind an OpenAI-compatible endpoint.
 
-The `openai` client does the talking: connections, retries with exponential back-off, `Retry-After`. What is here is
-the budget, what counts as a verdict, and what is kept. A judgement is appended to its file as soon as it arrives.
+`endpoint` does the talking. What is here is the budget, what counts as a verdict, and what is kept. A judgement is
+appended to its file as soon as it arrives. Nothing in a reply is believed unseen: neither its form nor its numbers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from transformers.utils import logging
 
 from ..batch.results import PartWriter, Place
 from ..batch.rows import InputRow
+from ..plain_text import plain
 from .budget import Budget, BudgetSpentError, Usage
 from .rules import Comparison, parse_scores
+
+
+if TYPE_CHECKING:
+    from .endpoint import Call
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +34,9 @@ JUDGEMENT_FIELDS = ("tuple",)
 
 # No tokenizer makes more tokens than bytes, but templates add some of their own.
 TEMPLATE_TOKENS = 64
+
+# A reply that claims more tokens is as little believed as one of none.
+MAX_CLAIMED_TOKENS = 10**9
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -58,7 +65,7 @@ class JudgeSettings:
     max_retries: int = 6
     """Of a request that fails on the way, with growing pauses."""
     timeout: float = 120.0
-    """Of a request, in seconds."""
+    """Seconds for a request, its reply included however slowly it comes."""
 
     def __post_init__(self):
         parts = urlsplit(self.base_url)
@@ -107,23 +114,16 @@ class Judge:
                 'Judging needs the openai client: pip install "viscpm-hf[eval]" (it works with any endpoint of that '
                 "protocol)."
             ) from error
+        from .endpoint import Endpoint
+
         self._openai = openai
         self._key = api_key or os.environ.get(KEY_VARIABLE)
         self.settings = settings
         self.budget = budget
-        self._thread = threading.local()
-        self._client = openai.OpenAI(
-            api_key=self._key or "none",  # the client insists on one
-            base_url=settings.base_url,
-            timeout=settings.timeout,
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [self._count_request]}),
-        )
-
-    def _count_request(self, request: Any) -> None:
-        self._thread.requests += 1
+        self._endpoint = Endpoint(settings.base_url, self._key, settings.timeout)
 
     def close(self) -> None:
-        self._client.close()
+        self._endpoint.close()
 
     def ask(self, comparison: Comparison) -> Verdict:
         """The judge's verdict; one without scores if it can't be had for this question.
@@ -143,56 +143,90 @@ class Judge:
                 if attempt == 0:
                     raise
                 break  # what was paid for is noted
-            verdict = None
-            self._thread.requests = 0
+            verdict, call = None, self._endpoint.new_call()
             try:
-                verdict = self._request(messages, granted, most)
+                verdict = self._request(call, messages, granted, most)
             except JudgeError as error:
                 self.budget.close()  # here, before another thread begins a request
-                error.usage = used + Usage(self._thread.requests)
+                error.usage = used + Usage(call.requests)
                 raise
             finally:
                 # Of a request that failed only the number is known.
-                spent = Usage(self._thread.requests) if verdict is None else verdict.usage
+                spent = Usage(call.requests) if verdict is None else verdict.usage
                 self.budget.settle(granted, spent)
             used += spent
             if verdict.scores is not None or verdict.review is None and verdict.error is not None:
                 return Verdict(used, verdict.scores, verdict.review, verdict.error)
-            problem = f"the judge's reply has no two scores from 0 to 10: {verdict.review!r:.80}"
+            problem = verdict.error or f"the judge's reply has no two scores from 0 to 10: {plain(verdict.review)!r}"
         return Verdict(used, error=problem)
 
-    def _request(self, messages: list[dict[str, str]], granted: Usage, most: Usage) -> Verdict:
+    def _request(self, call: Call, messages: list[dict[str, str]], granted: Usage, most: Usage) -> Verdict:
+        """One reply. A verdict with neither scores nor the review's absence is to be asked for again."""
         openai, settings = self._openai, self.settings
         options = {"temperature": settings.temperature, "seed": settings.seed}
         try:
-            completion = self._client.with_options(max_retries=granted.requests - 1).chat.completions.create(
+            completion = self._endpoint.complete(
+                call,
+                granted.requests - 1,
                 model=settings.model,
                 messages=messages,
                 max_tokens=settings.max_tokens,
                 **{name: value for name, value in options.items() if value is not None},
             )
-            review = completion.choices[0].message.content or ""
-            usage = completion.usage
+            review, usage, problem = review_of(completion), getattr(completion, "usage", None), None
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise JudgeError(self._say("refuses", error)) from None
         except (openai.APIConnectionError, openai.RateLimitError) as error:
             raise JudgeError(self._say("can't be had", error)) from None
         except openai.APIStatusError as error:
-            return Verdict(Usage(self._thread.requests), error=self._say("failed", error))
-        except (openai.OpenAIError, ValueError, AttributeError, TypeError, IndexError) as error:
+            if 300 <= error.status_code < 400:
+                where = plain(without_password(error.response.headers.get("location") or "another address"))
+                raise JudgeError(
+                    self._say("redirects", f"to {where}, which is not followed: give it as --base-url if it is yours")
+                ) from None
+            return Verdict(Usage(call.requests), error=self._say("failed", error))
+        except TimeoutError:
+            review, usage = "", None
+            problem = f"the judge's reply was not complete after {settings.timeout:g} s"
+        except Exception as error:  # noqa: BLE001, what a reply holds may be anything
             # A reply of another form, or none at all in JSON: it may have been cut off, so it is asked for again.
             logger.info("a reply of %s can't be read: %s", settings.model, type(error).__name__)
-            review, usage = "", None
-        tokens = (most.prompt_tokens, most.completion_tokens)  # the most, where the endpoint doesn't say
-        if usage is not None:
-            tokens = (usage.prompt_tokens, usage.completion_tokens)
-        return Verdict(Usage(self._thread.requests, *tokens), parse_scores(review), review)
+            review, usage, problem = "", None, f"the judge's reply can't be read ({type(error).__name__})"
+        # The most, where the endpoint doesn't say, or says what can't be.
+        prompt = _believed(usage, "prompt_tokens", 1) or most.prompt_tokens
+        completion_tokens = _believed(usage, "completion_tokens", 1 if review else 0)
+        if completion_tokens is None:
+            completion_tokens = most.completion_tokens
+        used = Usage(call.requests, prompt, completion_tokens)
+        return Verdict(used, parse_scores(review), review, problem)
 
-    def _say(self, what: str, error: Exception) -> str:
+    def _say(self, what: str, error: Exception | str) -> str:
         """An error without the key, which some endpoints repeat."""
-        said = " ".join(str(error).split())[:300]
-        text = f"The judge at {without_password(self.settings.base_url)} ({self.settings.model}) {what}: {said}"
-        return text.replace(self._key, "***") if self._key else text
+        said = str(error).replace(self._key, "***") if self._key else str(error)
+        return f"The judge at {without_password(self.settings.base_url)} ({self.settings.model}) {what}: {plain(said)}"
+
+
+def review_of(completion: Any) -> str:
+    """The text of a completion; one in parts is put together.
+
+    Raises:
+        Exception: of many kinds, for a completion of another form.
+    """
+    content = completion.choices[0].message.content
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
+    if content is not None and not isinstance(content, str):
+        raise TypeError(f"the content is a {type(content).__name__}")
+    return (content or "").encode("utf-8", "replace").decode("utf-8")  # lone surrogates fit into no file
+
+
+def _believed(usage: Any, name: str, least: int) -> int | None:
+    """A count of an endpoint's; None if it is none, or can't be."""
+    count = usage.get(name) if isinstance(usage, dict) else getattr(usage, name, None)
+    if isinstance(count, float) and count.is_integer():
+        count = int(count)
+    is_count = isinstance(count, int) and not isinstance(count, bool)
+    return count if is_count and least <= count <= MAX_CLAIMED_TOKENS else None
 
 
 @dataclass(frozen=True)
@@ -271,8 +305,18 @@ def judge_all(
 
 
 def earlier_usage(finished: Mapping[str, Place]) -> dict[str, Usage]:
-    """What the lines of earlier runs have used, by the keys of their rows."""
-    return {key: Usage(**line.get("usage", {})) for key, line in read_places(finished).items()}
+    """What the lines of earlier runs have used, by the keys of their rows.
+
+    Raises:
+        ValueError: for a line whose usage can't be.
+    """
+    used = {}
+    for key, line in read_places(finished).items():
+        counts = line.get("usage", {})
+        if not isinstance(counts, dict) or any(_believed(counts, name, 0) is None for name in counts):
+            raise ValueError(f"{finished[key].file} has a judgement with the usage {plain(counts)}: judge it anew.")
+        used[key] = Usage(**{name: counts[name] for name in asdict(Usage()) if name in counts})
+    return used
 
 
 def read_places(finished: Mapping[str, Place]) -> dict[str, dict[str, Any]]:

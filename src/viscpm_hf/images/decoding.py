@@ -180,11 +180,15 @@ READY = b"R"
 MAX_DESCRIPTION = 1 << 16
 # "F" and "I" have 4 bytes a pixel, and no mode more.
 MAX_PIXEL_BYTES = 4
+# Of a TIFF: how many bits a sample has, and whether zero is white.
+DEPTH_TAGS = (258, 262)
 
 
 def describe(image: PIL.Image.Image) -> dict[str, Any]:
     """All of an image but its pixels that its colours depend on."""
-    description: dict[str, Any] = {"mode": image.mode, "size": image.size}
+    description: dict[str, Any] = {"mode": image.mode, "size": image.size, "format": image.format}
+    tags = getattr(image, "tag_v2", {})
+    description["tags"] = {tag: tags[tag] for tag in DEPTH_TAGS if isinstance(tags.get(tag), (int, tuple))}
     if image.mode in ("P", "PA"):
         palette = bytes(image.getpalette(None) or b"")
         description["palette"] = [image.palette.mode, base64.b64encode(palette).decode()]
@@ -208,6 +212,11 @@ def rebuild(description: dict[str, Any], pixels: Callable[[int], bytes], limits:
     if not 0 < num_bytes <= MAX_PIXEL_BYTES * width * height:
         raise ValueError(f"{num_bytes} bytes are no {width} x {height} pixels")
     image = PIL.Image.frombytes(mode, (width, height), pixels(num_bytes))
+    image.format = description["format"] if description["format"] in FORMATS else None
+    if description["tags"]:
+        image.tag_v2 = {
+            int(tag): tuple(value) if isinstance(value, list) else value for tag, value in description["tags"].items()
+        }
     if "palette" in description:
         palette_mode, palette = description["palette"]
         image.putpalette(base64.b64decode(palette), palette_mode)

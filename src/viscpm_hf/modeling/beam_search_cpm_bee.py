@@ -245,7 +245,7 @@ class _GrowingDecoding:
         outputs = self.language_model(
             inputs_embeds=embeddings,
             position_bias=self.language_model.merge_bias(bias, visible, embeddings.dtype),
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
         )
         return self.vocabulary.logits(outputs.last_hidden_state)
@@ -275,7 +275,7 @@ class ReferenceBeamSearch:
         attention_mask, device = inputs["attention_mask"], inputs["attention_mask"].device
 
         cache = CpmBeeCache()
-        self.model.model(**inputs, past_key_values=cache, use_cache=True)
+        self.model.model(**inputs, cache=cache, use_cache=True)
 
         if decoder is not None:
             steps = decoder.begin(self.model, inputs, cache, num_beams)

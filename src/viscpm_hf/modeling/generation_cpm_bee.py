@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
+from .compatibility import CACHE, named_cache
 from .document_cpm_bee import EncodedDocument, fill_document
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
 
 
 DEFAULT_MAX_NEW_TOKENS = 512
+# Of the generation_config.json of CPM-Bee's Hub repositories, what today's libraries have no word for.
+HUB_GENERATION_KEYS = ("is_constraint_gen_mode", "is_contrastive_search_gen_mode", "num_beam_groups", "vocab_size")
 
 
 class ExtensionTokenProcessor(LogitsProcessor):
@@ -79,9 +81,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
         return self.model
 
     def set_default_generation(self) -> None:
-        """Fills what a `generation_config.json` leaves open (the original has none): CPM-Bee's tokens, and the
-        original's length of answers. Greedy, since streamers take one sequence."""
+        """Fills what a `generation_config.json` leaves open: CPM-Bee's tokens, and the original's length of answers.
+        Greedy, since streamers take one sequence. Of the Hub's own files only what has a meaning stays."""
         config, defaults = self.config.get_text_config(decoder=True), self.generation_config
+        if any(hasattr(defaults, name) for name in HUB_GENERATION_KEYS):
+            for name in HUB_GENERATION_KEYS:
+                defaults.__dict__.pop(name, None)
+            defaults.pad_token_id = None  # that of cpm-bee-10b is a space
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(defaults, name) is None:
                 setattr(defaults, name, getattr(config, name))
@@ -129,15 +135,16 @@ class CpmBeeGenerationMixin(GenerationMixin):
             config = self.config.get_text_config(decoder=True)
             own_strings = ExtensionTokenProcessor(extension_mask, config.unk_token_id, config.vocab_size)
             logits_processor = LogitsProcessorList([own_strings, *(logits_processor or [])])
+        kwargs = named_cache(kwargs)
         if not self._decodes_fast(fast):
             return super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("Fast decoding has a cache of its own: leave out past_key_values, or say fast=False.")
+        if kwargs.get(CACHE) is not None:
+            raise ValueError(f"Fast decoding has a cache of its own: leave out {CACHE}, or say fast=False.")
         with self.fast_decoder.lock:
-            kwargs["past_key_values"] = FastDecodingCache(self.fast_decoder)
+            kwargs[CACHE] = FastDecodingCache(self.fast_decoder)
             outputs = super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
         if not isinstance(outputs, torch.Tensor):
-            outputs.past_key_values = None  # it holds the prompt alone
+            setattr(outputs, CACHE, None)  # it holds the prompt alone
         return outputs
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
@@ -146,34 +153,32 @@ class CpmBeeGenerationMixin(GenerationMixin):
         return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):
+        if isinstance(model_kwargs.get(CACHE), FastDecodingCache):
             check_fast_generation(generation_config, generation_mode)
         wants_default = generation_config.cache_implementation in (None, "dynamic")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False and wants_default:
-            model_kwargs["past_key_values"] = CpmBeeCache()
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False and wants_default:
+            model_kwargs[CACHE] = CpmBeeCache()
             return
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        if not is_given and model_kwargs.get("past_key_values") is not None:
+        if not is_given and model_kwargs.get(CACHE) is not None:
             # The library makes an entry for every layer, but pruned ones have no keys and values.
-            del model_kwargs["past_key_values"].layers[self.language_model().config.num_attention_layers :]
+            del model_kwargs[CACHE].layers[self.language_model().config.num_attention_layers :]
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):
+        if isinstance(model_kwargs.get(CACHE), FastDecodingCache):
             return True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     @staticmethod
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
-    ) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
         """For a static cache: a mask of constant shape, since a growing one would need a new graph for every token.
 
         The model merges mask and bias itself; places that are still free are hidden by causality.
         """
         if attention_mask is None:
             return None
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        missing = kwargs[CACHE].get_max_length() - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, missing), value=1)
 
     def reference_search(

@@ -16,6 +16,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .compatibility import CACHE, WithImageOutputs, cache_of, only_known_arguments, takes_cache
 from .configuration_viscpm_chat import VisCPMChatConfig
 from .generation_cpm_bee import CpmBeeGenerationMixin
 from .modeling_beit3 import Beit3Model
@@ -23,17 +24,17 @@ from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_voc
 
 
 @dataclass
-class VisCPMChatModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states (images, queries, hidden)`: the images as the language model sees them."""
+class VisCPMChatModelOutputWithPast(WithImageOutputs, BaseModelOutputWithPast):
+    """`image_outputs`: what [`VisCPMChatModel.get_image_features`] returned; None without images."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class VisCPMChatCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`image_hidden_states (images, queries, hidden)`: the images as the language model sees them."""
+class VisCPMChatCausalLMOutputWithPast(WithImageOutputs, CausalLMOutputWithPast):
+    """`image_outputs`: what [`VisCPMChatModel.get_image_features`] returned; None without images."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class VisCPMChatProjector(nn.Module):
@@ -97,6 +98,8 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    @only_known_arguments
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -107,7 +110,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         segment_ids: torch.LongTensor | None = None,
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -124,8 +127,8 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed(input_ids, extension_table)
         if image_outputs is None and pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        image_features = None
+            wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, return_dict=True, **wanted)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             if not isinstance(image_features, torch.Tensor):
@@ -140,16 +143,16 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
             token_type_ids=token_type_ids,
             segment_ids=segment_ids,
             segment_relations=segment_relations,
-            past_key_values=past_key_values,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
         return VisCPMChatModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_outputs=image_outputs,
         )
 
 
@@ -179,6 +182,8 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model.language_model, extension_table)
 
+    @only_known_arguments
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -190,7 +195,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
         extension_mask: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
@@ -222,7 +227,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
             segment_ids=segment_ids,
             segment_relations=segment_relations,
             extension_table=extension_table,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
@@ -236,10 +241,10 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         return VisCPMChatCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 
