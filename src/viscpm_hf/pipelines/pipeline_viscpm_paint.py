@@ -191,7 +191,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         """
         check_savable(self.components)
         super().save_pretrained(save_directory, *args, **kwargs)
-        save_code(save_directory)
+        save_code(save_directory, type(self).__module__.rpartition(".")[2], type(self).__name__)
 
     def load_lora_weights(
         self,
@@ -248,6 +248,11 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "VisCPMPaintPipeline":
         """As [`DiffusionPipeline.from_pipe`]; what a freed text encoder left of the empty prompt comes along."""
+        if kwargs.get("adapter") is not None:
+            raise NotImplementedError(
+                "T2I-Adapters aren't supported: there is none for Stable Diffusion 2.1's UNet. ControlNets for it "
+                "are, with VisCPMPaintControlNetPipeline."
+            )
         new = super().from_pipe(pipeline, **kwargs)
         if new.text_encoder is None:
             new._empty_prompt = getattr(pipeline, "_empty_prompt", None)
@@ -392,6 +397,19 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             torch.nn.utils.rnn.pad_sequence(column, batch_first=True) if column else None for column in columns
         )
         return prompt, negative
+
+    def load_ip_adapter(self, *args, **kwargs):
+        raise NotImplementedError(
+            "IP-Adapters aren't supported: they are made for the UNets of Stable Diffusion 1 and XL, and states of "
+            "CLIP. An image may be the start (VisCPMPaintImg2ImgPipeline) or the outline "
+            "(VisCPMPaintControlNetPipeline)."
+        )
+
+    def load_textual_inversion(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Textual inversions are words of CLIP, which VisCPM-Paint doesn't have: its text encoder is CPM-Bee. A "
+            "LoRA for the UNet can be loaded (load_lora_weights)."
+        )
 
     def free_text_encoder(self) -> None:
         """Drops the text encoder, nine tenths of the weights. Embeddings of the empty prompt are kept.
