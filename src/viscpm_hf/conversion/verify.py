@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
-from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
+from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
 
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ def compare(source: torch.Tensor, written: torch.Tensor | None, transfer: Tensor
     ):
         result.is_equal = False
         return result
-    before_parts = pieces(rearranged(source, transfer))
-    parts = zip(converted_pieces(source, transfer, report), pieces(written), before_parts, strict=False)
+    before_parts = rearranged(source, transfer)
+    written_parts = written_pieces(written, transfer)
+    parts = zip(converted_pieces(source, transfer, report), written_parts, before_parts, strict=False)
     for expected, actual, before in parts:
         result.is_equal &= torch.equal(_bits(expected), _bits(actual.reshape(expected.shape)))
         result.num_nonfinite_source += _num_nonfinite(before)
