@@ -4,11 +4,14 @@ Source: VisCPM (arXiv:2308.12038). The structure is LLaVA's in transformers; wha
 extension tokens) is explained in `document_cpm_bee`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel  # noqa: F401
+from transformers import GenerationConfig, PreTrainedModel  # noqa: F401
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -18,9 +21,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .compatibility import CACHE, WithImageOutputs, cache_of, only_known_arguments, takes_cache
 from .configuration_viscpm_chat import VisCPMChatConfig
-from .generation_cpm_bee import CpmBeeGenerationMixin
+from .document_call_cpm_bee import check_document_call, document_decoding
+from .document_cpm_bee import EncodedDocument
+from .generation_cpm_bee import CpmBeeGenerationMixin, encode_for_filling, fill_in_batches
+from .image_processing_viscpm import images_in_order
 from .modeling_beit3 import Beit3Model
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_vocabulary
+from .processing_viscpm_chat import IMAGE_TOKEN, VisCPMChatProcessor
 
 
 @dataclass
@@ -87,7 +94,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         """Where the placeholders are, `(batch, sequence, 1)`; their number must be that of the image features."""
         if input_ids is None:
             token = torch.full((1, 1), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.language_model.embed(token)).all(-1)
+            mask = (inputs_embeds == self.language_model.embed_tokens(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
         num_tokens = mask.sum()
@@ -124,8 +131,12 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
+        embeddings = inputs_embeds
         if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed(input_ids, extension_table)
+            missing = {self.config.image_token_id} if pixel_values is None and image_outputs is None else set()
+            self.language_model.check_ids(input_ids, extension_table, missing)
+            embeddings = self.language_model.embed_tokens(input_ids)
+        inputs_embeds = self.language_model.fill_slots(embeddings, input_ids, extension_table)
         if image_outputs is None and pixel_values is not None:
             wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
             image_outputs = self.get_image_features(pixel_values, return_dict=True, **wanted)
@@ -157,7 +168,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
 
 
 class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenerationMixin):
-    """VisCPM-Chat. Logits have `vocab_size + E` columns, the last ones for the extension tokens of the batch."""
+    """VisCPM-Chat. The logits' columns of slots are the row's own extension tokens, or masked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -174,12 +185,67 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
     def language_model(self) -> CpmBeeModel:
         return self.model.language_model
 
+    @property
+    def query_num(self) -> int:
+        """Placeholders of one image, by the original's name: `tokenizer.unk_token * model.query_num`."""
+        return self.config.num_query_tokens
+
+    def generate_documents(
+        self,
+        documents: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tokenizer=None,
+        processor=None,
+        image: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        fast: bool | None = None,
+        **generation,
+    ) -> list[dict[str, Any]]:
+        """`generate(documents, tokenizer, processor, image)`, the call of the Hub's own class.
+
+        Args:
+            documents: one or several, such as `{"context": "", "question": "...", "image": "<image>", "<ans>": ""}`,
+                in document syntax; in place of `<image>` the original's `tokenizer.unk_token * model.query_num`.
+            tokenizer: the model's `CpmBeeTokenizer`.
+            processor: the model's image processor, or the `VisCPMChatProcessor` that has it.
+            image: one image, a list for all documents in order, or a list of lists, one for each document.
+            generation_config, fast, generation: see [`CpmBeeGenerationMixin.generate_documents`].
+
+        Returns, raises:
+            As there; a ValueError too if images and placeholders don't match in number.
+        """
+        documents = check_document_call(documents, tokenizer)
+        decoding = document_decoding(self.generation_config, generation, generation_config)
+        image_processor = getattr(processor, "image_processor", processor)
+        if image is not None and not callable(image_processor):
+            raise ValueError(
+                "To look at images, generate needs the model's image processor: "
+                "model.generate(documents, tokenizer, processor, image)."
+            )
+        whole = VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=self.query_num)
+
+        def encode(document: Mapping[str, Any]) -> EncodedDocument:
+            return whole.encode_prompt(whole.parse_prompt(document))
+
+        def num_images(document: EncodedDocument) -> int:
+            return sum(end - begin for begin, end in document.image_bounds) // self.query_num
+
+        encoded = [encode_for_filling(document, encode, index) for index, document in enumerate(documents)]
+        images = images_in_order(image, list(map(num_images, encoded)), image_processor, IMAGE_TOKEN)
+        pixel_values = iter(image_processor(images, return_tensors="pt")["pixel_values"] if images else ())
+
+        def fill(batch: list[EncodedDocument]) -> list[list[str | None]]:
+            rows = list(islice(pixel_values, sum(map(num_images, batch))))
+            return self._fill_by_reference(batch, tokenizer, decoding, fast, torch.stack(rows) if rows else None)
+
+        return fill_in_batches(documents, encoded, fill)
+
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`VisCPMChatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
-        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
+        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model.language_model, extension_table)
 
     @only_known_arguments
@@ -194,7 +260,6 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         segment_ids: torch.LongTensor | None = None,
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
-        extension_mask: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -203,7 +268,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisCPMChatCausalLMOutputWithPast:
         """See [`VisCPMChatModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross
-        entropy over vocabulary and extension tokens. `extension_mask` matters to `generate` alone.
+        entropy over vocabulary and extension tokens.
 
         ```python
         >>> import viscpm_hf
