@@ -1,4 +1,4 @@
-"""`accelerate launch` with the configurations that are shipped: two processes train what one does with accumulation."""
+"""`accelerate launch` with the shipped configurations: two processes train what one does with accumulation."""
 
 import json
 from importlib.util import find_spec

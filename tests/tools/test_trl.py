@@ -1,4 +1,4 @@
-"""TRL's trainers on conversations with pictures and on text: they train on the answers' tokens, and on nothing else."""
+"""TRL's trainers on conversations with pictures and on text: they train on the answers' tokens and nothing else."""
 
 import json
 
@@ -11,7 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
 # Of different lengths, so that a batch has padding; "🦄" has no token of its own.
-TALKS = [("What colour is the shape?", "Red."), ("有几个图形？", "三个。"), ("Is there a 🦄 in the picture at all?", "No.")]
+TALKS = [
+    ("What colour is the shape?", "Red."),
+    ("有几个图形？", "三个。"),
+    ("Is there a 🦄 in the picture?", "No."),
+]
 ARGUMENTS = {"report_to": "none", "use_cpu": True, "max_length": None, "per_device_train_batch_size": 3}
 
 
@@ -70,8 +74,12 @@ def test_sft_with_pictures(kind, model, processor, images, expected, tmp_path):
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(
-            output_dir=str(tmp_path), max_steps=1, logging_steps=1, learning_rate=1e-3,
-            assistant_only_loss=kind == "messages", **ARGUMENTS,
+            output_dir=str(tmp_path),
+            max_steps=1,
+            logging_steps=1,
+            learning_rate=1e-3,
+            assistant_only_loss=kind == "messages",
+            **ARGUMENTS,
         ),  # fmt: skip
         train_dataset=Dataset.from_list(rows(kind, images)),
         processing_class=processor,
