@@ -5,6 +5,7 @@ import json
 import paint_support
 import pytest
 import torch
+import transformers
 from support import PRUNED_CASE, Golden
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -234,7 +235,7 @@ def test_cpm_bees_released_sizes(name, gigabytes):
     plan = memory_plan(f"openbmb/cpm-bee-{name}", machine=MACHINE)
     assert (plan.kind, plan.title) == ("cpm_bee", "CPM-Bee")
     found = rows(plan)
-    assert float(f"{found['half', 'GPU'].weights / 1e9:.3g}") == gigabytes
+    assert found["half", "GPU"].weights / 1e9 == pytest.approx(gigabytes, abs=0.005 if name == "1b" else 0.05)
     num_attention_layers, width = (48, 4096) if name == "10b" else (19, 32 * {"1b": 40, "2b": 64, "5b": 128}[name])
     places = cache_places(164, 514 * 3, 3)
     assert found["half", "GPU"].kv_cache == 2 * 2 * num_attention_layers * width * places
@@ -247,9 +248,10 @@ def test_cpm_bee_alone(case, tmp_path):
     AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
     plans = [memory_plan(folder, machine=MACHINE) for folder in (source, tmp_path / "saved")]
     assert len({tuple(row.weights for row in plan.rows) for plan in plans}) == 1
+    names = ("AutoModelForCausalLM", "BitsAndBytesConfig")
     for row in plans[0].rows:
         if row.placement in ("CPU", "CPU + disk") and row.precision != "nf4":  # too narrow for 4 bits
-            model = eval(row.command)
+            model = eval(row.command, {name: getattr(transformers, name) for name in names})
             if row.placement == "CPU":
                 assert loaded_bytes(model) == row.weights
     assert "nf4" in {row.precision for row in plans[0].rows}
