@@ -393,6 +393,7 @@ class AnswerText:
             is_byte = _BYTE.fullmatch(self.processor.tokenizer.convert_ids_to_tokens(ids[-1])) is not None
             if is_byte or not self.processor.answer_text(ids[-1:]):  # bytes with a special token between are one run
                 return ""
+            ids = ids[: self.processor.num_settled(ids)]
         text = self.processor.answer_text(ids)
         if not text.startswith(self._told):
             return ""

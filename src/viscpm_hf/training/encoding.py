@@ -13,7 +13,7 @@ import torch
 
 from ..modeling.document_cpm_bee import IGNORE_INDEX, EncodedDocument
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
-from ..modeling.processing_vision_resampler import ESCAPE, VisionResamplerProcessor
+from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from .records import ChatSample
 
 
@@ -81,7 +81,7 @@ class ConversationEncoding:
         prompt = self.processor.expand(prompt, images)
         before = self.processor.encode(prompt)
         # Together with what is before it, an answer may be cut into other tokens than alone.
-        ids = self.processor.encode(prompt + sample.answer.replace("<", f"<{ESCAPE}"))
+        ids = self.processor.encode(prompt + self.processor.escape_answer(sample.answer))
         same = (place for place, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other)
         prompt_length = next(same, min(len(before), len(ids)))
         return EncodedConversation([*ids, self.processor.tokenizer.eos_token_id], prompt_length, len(sizes))
