@@ -111,7 +111,7 @@ class Constraints:
             schema: a JSON schema.
 
         Raises:
-            ValueError: for one that is too large, wrong, or has what isn't supported; or if llguidance isn't installed.
+            ValueError: for one that is too large, wrong, or has what isn't supported, and without llguidance.
         """
         try:
             from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper

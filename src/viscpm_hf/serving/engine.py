@@ -22,10 +22,10 @@ from transformers.utils import logging
 
 from ..chat.chat import VisCPMChat
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from .constraints import Constraints
 from .continuous_batch import ContinuousBatch, Row
 from .image_cache import ImageCache
 from .preparing import ImageEncoder, PromptPreparer
-from .constraints import Constraints
 from .sampling import Sampler, SamplingSettings, TokenScore
 from .tickets import (
     Answer,
@@ -171,10 +171,7 @@ class ChatEngine:
         self._num_searching = 0
         self._search_waits = False
         """There is a search for which the batch leaves no room."""
-        tokenizer = chat.processor.tokenizer
-        self.constraints = Constraints(
-            lambda: [self._token_bytes(token) for token in range(len(tokenizer))], tokenizer.eos_token_id
-        )
+        self.constraints = Constraints(self._vocabulary, chat.processor.tokenizer.eos_token_id)
         self._thread = threading.Thread(target=self._run, name="viscpm-hf-engine", daemon=True)
         self._thread.start()
 
@@ -483,12 +480,16 @@ class ChatEngine:
         best = tuple((self._token_bytes(token, row), logprob) for token, logprob in score.best)
         return TextScore(self._token_bytes(score.token, row), score.logprob, best)
 
-    def _token_bytes(self, token: int, row: Row | None = None) -> bytes:
-        """What a token adds to a text; its name, if it is no text. Without a row, nothing for those that are none."""
+    def _token_bytes(self, token: int, row: Row) -> bytes:
+        """What a token adds to a text, or its name if that is nothing."""
         tokenizer = self.chat.processor.tokenizer
-        if row is None and (token in tokenizer.special_ids or not tokenizer.has_text(token)):
-            return b""
-        return tokenizer.unescape(tokenizer.decode([token], extension_table=row and row.strings)).encode()
+        return tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings)).encode()
+
+    def _vocabulary(self) -> list[bytes]:
+        """What each token adds to any text: nothing for special ones, and those that a prompt brings are not there."""
+        tokenizer = self.chat.processor.tokenizer
+        words = [tokenizer.unescape(tokenizer.decode([token])).encode() for token in range(len(tokenizer.vocab))]
+        return [b"" if token in tokenizer.special_ids else word for token, word in enumerate(words)]
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         self.statistics.failed += 1
