@@ -92,6 +92,12 @@ class Golden:
             shutil.copy(self.folder / "vision.json", folder)
         if way.startswith("chat"):
             shutil.copy(self.weights, folder)
+            named = {
+                "image_processor_type": "VisCpmChatBeeImageProcessor",
+                "input_size": vision["image_size"],
+                "auto_map": {"AutoImageProcessor": "processing_viscpmchatbee.VisCpmChatBeeImageProcessor"},
+            }
+            (folder / "preprocessor_config.json").write_text(json.dumps(named), "utf-8")
         else:
             llm_tensors = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("llm.")}
             if way == "cpm-bee with bare names":
