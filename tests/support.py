@@ -17,6 +17,8 @@ from viscpm_hf import VisCPMChat
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT_CASES = ("chat_a", "chat_b")
+# CPM-Bee alone, with blocks that pruning removed.
+PRUNED_CASE = "pruned_1"
 
 # The GitHub spelling of the language model's sizes -> the Hub's.
 HUB_SPELLING = {"dim_model": "hidden_size", "num_heads": "num_attention_heads", "num_layers": "num_hidden_layers"}
@@ -73,7 +75,7 @@ class Golden:
 
     def write_layout(self, folder: Path, way: str = "chat") -> Path:
         """Writes a folder in the original's layout; `way` is one of `CHAT_LAYOUTS` or `CPM_BEE_LAYOUTS`."""
-        llm, vision = self.llm_config, self.vision_config
+        llm, vision = self.llm_config, self.vision_config if way.startswith("chat") else {}
         in_hub_spelling = {HUB_SPELLING.get(key, key): value for key, value in llm.items()}
         config = {
             "chat": {"model_type": "viscpmchatbee", **llm, **vision},
@@ -99,7 +101,8 @@ class Golden:
             }
             (folder / "preprocessor_config.json").write_text(json.dumps(named), "utf-8")
         else:
-            llm_tensors = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("llm.")}
+            tensors = self.state_dict()
+            llm_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("llm.")} or tensors
             if way == "cpm-bee with bare names":
                 llm_tensors = {name.removeprefix("llm."): tensor for name, tensor in llm_tensors.items()}
             torch.save(llm_tensors, folder / "pytorch_model.bin")

@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import GOLDEN, Golden, reference_options
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from support import CHAT_CASES, CPM_BEE_LAYOUTS, GOLDEN, PRUNED_CASE, Golden, reference_options
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import viscpm_hf
 import viscpm_hf.conversion.convert as convert_module
-from viscpm_hf import ConversionError, VisCPMChat, convert
+from viscpm_hf import ConversionError, VisCPMChat, convert, inspect
 from viscpm_hf.checkpoints.tensor_files import ArchiveWriter, TensorSpec
 from viscpm_hf.checkpoints.weight_transforms import KeyMatcher
 from viscpm_hf.conversion.convert import parse_dtype, parse_size
+from viscpm_hf.conversion.quantized import convert_quantized
 from viscpm_hf.families import key_maps
+from viscpm_hf.modeling.generation_cpm_bee import HUB_GENERATION_KEYS
 
 
 PAINT = GOLDEN / "paint_a"
@@ -97,6 +99,79 @@ def test_card_is_bilingual_and_names_the_source(golden, converted):
     card = (converted / "README.md").read_text("utf-8")
     for text in (manifest["source"]["sha256"], manifest["command"], "licence", "许可证", "base_model: openbmb/VisCPM"):
         assert text in card
+
+
+# Of cpm-bee-2b; that of -10b has another `pad_token_id`, which is a space.
+HUB_GENERATION = {
+    "num_beams": 3, "num_beam_groups": 1, "do_sample": False, "is_constraint_gen_mode": False,
+    "is_contrastive_search_gen_mode": False, "pad_token_id": 5, "eos_token_id": 7, "bos_token_id": 6,
+    "max_length": 100, "vocab_size": 86583,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*CHAT_CASES, PRUNED_CASE])
+def test_cpm_bee_with_the_hubs_generation_config(case, tmp_path, caplog):
+    """Kept on the way to us and back; what has no meaning goes quietly."""
+    source = Golden(case).write_layout(tmp_path / "original", "cpm-bee in Hub spelling")
+    (source / "generation_config.json").write_text(json.dumps(HUB_GENERATION), "utf-8")
+    convert(source, tmp_path / "out")
+    convert_quantized(source, tmp_path / "int8", "8bit")
+    for folder in (source, tmp_path / "out", tmp_path / "int8"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder).generation_config
+        assert (loaded.num_beams, loaded.max_length, loaded.max_new_tokens) == (3, 100, None), folder
+        assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (6, 7, 0), folder
+        assert not HUB_GENERATION.keys() - {*vars(loaded), *HUB_GENERATION_KEYS}
+        assert not any(hasattr(loaded, name) for name in HUB_GENERATION_KEYS)
+    convert(tmp_path / "out", tmp_path / "back", to="original")
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text("utf-8")) == HUB_GENERATION
+    assert not [record for record in caplog.records if "generation" in record.getMessage()]
+
+
+@pytest.mark.parametrize("way", CPM_BEE_LAYOUTS)
+def test_pruned_there_and_back(tmp_path, way):
+    golden = Golden(PRUNED_CASE)
+    source = golden.write_layout(tmp_path / "original", way)
+    assert inspect(source).is_complete
+    result = convert(source, tmp_path / "out", verify=True, max_shard_size="50KB")
+    assert result.verification.loading.is_output_equal and len(result.files) > 1
+    model, tokenizer = (
+        loader.from_pretrained(tmp_path / "out", **options)
+        for loader, options in ((AutoModelForCausalLM, {"dtype": torch.float32}), (AutoTokenizer, {}))
+    )
+    assert model.config.mask_modules == golden.llm_config["mask_modules"]
+    case = golden.expected["documents"][0]
+    filled = model.fill(case["documents"], tokenizer, **reference_options(case["generate"]))
+    assert [document["<ans>"] for document in filled] == case["results"]
+    convert(tmp_path / "out", tmp_path / "back", to="original", verify=True)
+    before, after = golden.state_dict(), torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
+    assert before.keys() == after.keys()
+    configs = [json.loads((folder / "config.json").read_text("utf-8")) for folder in (source, tmp_path / "back")]
+    assert configs[0]["mask_modules"] == configs[1]["mask_modules"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({(0, 0): True}, r"unknown tensors \(encoder\.layers\.0\.self_att"),
+        ({(1, 0): False}, r"tensors missing \(model\.layers\.1\.input_layernorm"),
+        ({(5, 1): False}, r"tensors missing \(model\.layers\.5\.post_attention_layernorm"),
+        (None, "tensors missing"),
+        ([], "mask_modules has entries for 0 layers, but num_hidden_layers is 6"),
+    ],
+)
+def test_a_pruned_file_and_another_pattern_is_one_clear_error(tmp_path, change, complaint):
+    source = Golden(PRUNED_CASE).write_layout(tmp_path / "original", "cpm-bee")
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    if isinstance(change, dict):
+        (((layer, block), missing),) = change.items()
+        config["mask_modules"][layer][block] = missing
+    else:
+        config["mask_modules"] = change
+    (source / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ValueError, match=complaint):
+        AutoModelForCausalLM.from_pretrained(source)
+    with pytest.raises(ValueError, match=complaint):
+        convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("way", ["cpm-bee", "cpm-bee with bare names"])

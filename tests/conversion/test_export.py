@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from support import PRUNED_CASE, Golden
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -153,9 +154,10 @@ def test_chat_without_the_package(golden, converted, tmp_path):
     assert auto_map.keys() == json.loads((converted / "config.json").read_text())["auto_map"].keys()
 
 
-@pytest.mark.parametrize("golden", ["chat_a"], indirect=True)
-def test_cpm_bee_without_the_package(golden, tmp_path):
+def test_cpm_bee_without_the_package(tmp_path):
+    """Pruned layers included."""
     folder = tmp_path / "converted"
+    golden = Golden(PRUNED_CASE)
     convert(golden.write_layout(tmp_path / "original", "cpm-bee"), folder)
     run_remote(CPM_BEE, folder, tmp_path / "1.safetensors", tmp_path / "again", cache=tmp_path / "modules")
     torch.set_num_threads(1)

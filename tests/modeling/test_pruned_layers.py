@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support import Golden, reference_options
+from support import PRUNED_CASE, Golden, reference_options
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
@@ -13,7 +13,7 @@ from viscpm_hf.modeling import fast_decoding_cpm_bee
 from viscpm_hf.modeling.cache_cpm_bee import CpmBeeCache
 
 
-GOLDEN = Golden("pruned_1")
+GOLDEN = Golden(PRUNED_CASE)
 # (attention, feed-forward) of every layer; true: not there.
 PATTERNS = {
     "as recorded": GOLDEN.llm_config["mask_modules"],

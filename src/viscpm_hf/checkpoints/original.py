@@ -49,6 +49,7 @@ LLM_SPELLINGS = {
     "position_bias_num_buckets": ("position_bias_num_buckets",),
     "position_bias_num_segment_buckets": ("position_bias_num_segment_buckets",),
     "position_bias_max_distance": ("position_bias_max_distance",),
+    "mask_modules": ("mask_modules",),
 }
 VISION_SPELLINGS = {
     "hidden_size": ("vision_dim",),
@@ -60,9 +61,10 @@ VISION_SPELLINGS = {
     "num_query_tokens": ("query_num",),
 }
 VISION_HEAD_DIM = 64
-# Of CPM-Bee alone or within VisCPM, as its authors or the Hub's own class saved it.
+# Of CPM-Bee alone or within VisCPM, as its authors or the Hub's own class saved it. Of a pruned one any block may be
+# missing, the first layer's too.
 LLM_PREFIX = re.compile(r"(llm\.|cpmbee\.)?")
-LLM_LAYER = re.compile(LLM_PREFIX.pattern + r"encoder\.layers\.\d+\.(self_att|ffn)\.")
+LLM_LAYER = re.compile(LLM_PREFIX.pattern + r"encoder\.layers\.\d+\.(self_att\.self_attention|ffn\.ffn)\.")
 
 # What a weight may be stored in; anything else is a quantised checkpoint, or none.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -234,6 +236,14 @@ def _num_layers(names: Iterable[str], prefix: str) -> int | None:
     return max(map(int, numbers)) + 1 if numbers else None
 
 
+def _in_any_layer(names: Iterable[str], name: str) -> str:
+    """The full name of a layer's tensor in a layer that has it; that of the first one if none does."""
+    return next(
+        (full for full in names if re.fullmatch(rf"encoder\.layers\.\d+\.{re.escape(name)}", full)),
+        f"encoder.layers.0.{name}",
+    )
+
+
 def _configured(config_class: type, **sizes: Any) -> Any:
     """`config_class(**sizes)`.
 
@@ -285,7 +295,7 @@ def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> d
     embedding = _rows_and_columns(shapes, "input_embedding.weight")
     if embedding is not None:
         sizes["vocab_size"], sizes["hidden_size"] = embedding
-    gate = _rows_and_columns(shapes, "encoder.layers.0.ffn.ffn.w_in.w_0.weight")
+    gate = _rows_and_columns(shapes, _in_any_layer(shapes, "ffn.ffn.w_in.w_0.weight"))
     if gate is not None:
         sizes["intermediate_size"] = gate[0]
     layers = _num_layers(shapes, "encoder.layers.")
@@ -298,7 +308,7 @@ def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> d
         segment_buckets = known.get("position_bias_num_segment_buckets", default.position_bias_num_segment_buckets)
         sizes["position_bias_num_segment_buckets"] = segment_buckets
         sizes["position_bias_num_buckets"] = buckets - segment_buckets
-        query = _rows_and_columns(shapes, "encoder.layers.0.self_att.self_attention.project_q.weight")
+        query = _rows_and_columns(shapes, _in_any_layer(shapes, "self_att.self_attention.project_q.weight"))
         if query is not None and sizes["num_attention_heads"]:
             sizes["head_dim"] = query[0] // sizes["num_attention_heads"]
     return sizes

@@ -16,7 +16,7 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..checkpoints.location import MANIFEST_NAME, json_object
 from ..checkpoints.original import (
@@ -61,7 +61,8 @@ def export_transformers_folder(
     config.auto_map = auto_map(config, AUTO_CLASSES.get(checkpoint.kind, VISION_LANGUAGE))
     save_code(model, folder)
     config.save_pretrained(folder)
-    (checkpoint.generation_config() or model.generation_config).save_pretrained(folder)
+    checkpoint.set_generation(model)
+    model.generation_config.save_pretrained(folder)
     save_processor(folder, checkpoint)
     write_index(folder, plan, "model")
     write_json(folder / MANIFEST_NAME, manifest)
@@ -123,8 +124,9 @@ def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mappi
     before = _original_configs(checkpoint)
     config = {"model_type": ORIGINAL_MODEL_TYPE[checkpoint.kind], **_original_sizes(checkpoint)}
     write_json(folder / "config.json", {**config, **before.get("config.json", {})})
-    if VISION_CONFIG_NAME in before:
-        write_json(folder / VISION_CONFIG_NAME, before[VISION_CONFIG_NAME])
+    for name in (VISION_CONFIG_NAME, GENERATION_CONFIG_NAME):
+        if name in before:
+            write_json(folder / name, before[name])
     shutil.copyfile(checkpoint.vocab, folder / VOCAB_NAME)
     write_json(folder / MANIFEST_NAME, manifest)
     if checkpoint.kind == PAINT:
@@ -143,6 +145,7 @@ def _original_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     text = config.get_text_config(decoder=True)
     sizes = {spellings[0]: getattr(text, name) for name, spellings in LLM_SPELLINGS.items()}
+    sizes = {name: value for name, value in sizes.items() if value is not None}  # nothing was pruned
     if checkpoint.kind == CHAT:
         sizes |= {spellings[0]: getattr(config.vision_config, name) for name, spellings in VISION_SPELLINGS.items()}
     if checkpoint.kind == PAINT:

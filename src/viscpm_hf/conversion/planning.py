@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import (
@@ -34,6 +35,7 @@ from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..checkpoints.transfer import TensorTransfer
 from ..checkpoints.weight_transforms import KeyMatcher, shape_after
 from ..families import key_maps
+from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 
 
 # Names of weights without the endings, as the two libraries have them.
@@ -88,8 +90,16 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if matcher.dropped_reason(name) is None}
 
     def generation_config(self) -> GenerationConfig | None:
-        """The checkpoint's own, if it has one; else the model's."""
-        return None
+        """The checkpoint's own, if it has one."""
+        if not (self.location.folder / GENERATION_CONFIG_NAME).is_file():
+            return None
+        return GenerationConfig.from_pretrained(self.location.folder)
+
+    def set_generation(self, model: Any) -> None:
+        """Gives a model of the checkpoint its generation configuration."""
+        model.generation_config = self.generation_config() or model.generation_config
+        if isinstance(model, CpmBeeGenerationMixin):
+            model.set_default_generation()
 
     def source_name(self, path: Path) -> str:
         """The name of one of the files of weights."""
@@ -183,6 +193,9 @@ def open_original(
     original_configs = {"config.json": llm}
     if kind == CHAT and vision:
         original_configs["vision.json"] = vision
+    generation_file = location.folder / GENERATION_CONFIG_NAME
+    if generation_file.is_file():
+        original_configs[GENERATION_CONFIG_NAME] = read_json(generation_file, "The generation configuration")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     words = vocab_file(location, vocab)
     if kind == PAINT:

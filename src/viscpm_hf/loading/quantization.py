@@ -25,6 +25,7 @@ from ..checkpoints.original import CPM_BEE, checkpoint_kind, key_map_of
 from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, factor_of
 from ..families.key_maps import Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
+from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 
 
 if TYPE_CHECKING:
@@ -282,7 +283,10 @@ def _load_on_cpu(
     kwargs |= {"device_map": {"": "cpu"}, "dtype": dtype}
     loaded = load(None, config=config, state_dict=loaded_weights, **kwargs)
     if name_or_path is not None and (Path(name_or_path) / "generation_config.json").is_file():
-        _model_of(loaded).generation_config = GenerationConfig.from_pretrained(name_or_path)
+        model = _model_of(loaded)
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path)
+        if isinstance(model, CpmBeeGenerationMixin):
+            model.set_default_generation()
     return _prepared(loaded)
 
 

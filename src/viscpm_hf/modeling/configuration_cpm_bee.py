@@ -36,7 +36,7 @@ class CpmBeeConfig(PreTrainedConfig):
 
     model_type = "viscpm_cpm_bee"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # before and since transformers 5.24
     attribute_map = {
         "dim_model": "hidden_size",
         "num_heads": "num_attention_heads",

@@ -30,6 +30,7 @@ class VisCPMChatConfig(PreTrainedConfig):
     """
 
     model_type = "viscpm_chat"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
     sub_configs_defaults = {"text_config": CpmBeeConfig, "vision_config": Beit3Config}
 
     text_config: dict | PreTrainedConfig | None = None

@@ -130,6 +130,7 @@ class VisionResamplerConfig(PreTrainedConfig):
     """
 
     model_type = "vision_resampler"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
     sub_configs_defaults = _specification(_MINICPM, _TIMM_TOWERS[_SIGLIP], {"key_positions": "computed"})
 
     text_config: dict | PreTrainedConfig | None = None

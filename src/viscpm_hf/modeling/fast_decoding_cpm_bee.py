@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from .cache_cpm_bee import CpmBeeCache
+from .compatibility import CACHE
 
 
 logger = logging.get_logger(__name__)
@@ -168,7 +168,7 @@ class DecodingGraph:
 
         cache = PlacedKeys(self.keys, self.values, places)
         for layer in self.language_model.layers:
-            hidden_states = layer(hidden_states, bias, past_key_values=cache)
+            hidden_states = layer(hidden_states, bias, cache=cache)
         hidden_states = self.language_model.norm(hidden_states)
         extension_logits = torch.matmul(hidden_states, self.extensions.transpose(1, 2))
         return torch.cat([self.lm_head(hidden_states), extension_logits], dim=-1)
@@ -363,16 +363,17 @@ class FastDecodingCache(CpmBeeCache):
         decoding = self._decoding
         positions = torch.full_like(input_ids, decoding.end)
         logits = decoding.step(input_ids, self._parents, positions, decoding.last_segments)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=self)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: self})
 
 
 def with_graphs(model, compiled_call: Callable[..., Any]) -> Callable[..., Any]:
     """What `generate` calls for a token: the cache's graph if it has one, else the `compiled_call`."""
 
-    def call(input_ids: torch.Tensor, past_key_values: Cache | None = None, **inputs) -> Any:
-        if isinstance(past_key_values, FastDecodingCache):
-            return past_key_values.decode(model, input_ids, inputs)
-        return compiled_call(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+    def call(input_ids: torch.Tensor, **inputs) -> Any:
+        cache = inputs.get(CACHE)
+        if isinstance(cache, FastDecodingCache):
+            return cache.decode(model, input_ids, inputs)
+        return compiled_call(input_ids=input_ids, **inputs)
 
     return call
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
+from .compatibility import CACHE, named_cache
+from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
 
 
 DEFAULT_MAX_NEW_TOKENS = 512
+# Documents decoded together.
+FILL_BATCH_SIZE = 16
+# Of the generation_config.json of CPM-Bee's Hub repositories, what today's libraries have no word for.
+HUB_GENERATION_KEYS = ("is_constraint_gen_mode", "is_contrastive_search_gen_mode", "num_beam_groups", "vocab_size")
 
 
 class ExtensionTokenProcessor(LogitsProcessor):
@@ -79,9 +84,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
         return self.model
 
     def set_default_generation(self) -> None:
-        """Fills what a `generation_config.json` leaves open (the original has none): CPM-Bee's tokens, and the
-        original's length of answers. Greedy, since streamers take one sequence."""
+        """Fills what a `generation_config.json` leaves open: CPM-Bee's tokens, and the original's length of answers.
+        Greedy, since streamers take one sequence. Of the Hub's own files only what has a meaning stays."""
         config, defaults = self.config.get_text_config(decoder=True), self.generation_config
+        if any(hasattr(defaults, name) for name in HUB_GENERATION_KEYS):
+            for name in HUB_GENERATION_KEYS:
+                defaults.__dict__.pop(name, None)
+            defaults.pad_token_id = None  # that of cpm-bee-10b is a space
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(defaults, name) is None:
                 setattr(defaults, name, getattr(config, name))
@@ -116,7 +125,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         """As `GenerationMixin.generate`; `extension_mask (batch, 1 + E)` comes with the tokenizer's inputs. `fast`
-        decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if None, as `fast_decoder.enabled` says."""
+        decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if None, as `fast_decoder.enabled` says.
+
+        Given documents and their tokenizer, it fills them as the Hub's own class does: see [`generate_documents`]."""
+        documents = kwargs.pop("data_list", inputs)
+        if is_document_call(documents):
+            given = {"extension_mask": extension_mask, "logits_processor": logits_processor, "fast": fast}
+            return self.generate_documents(documents, *args, **kwargs, **given)
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError(
                 "prefill_chunk_size can't be used with CPM-Bee: its prompt attends in both directions, so it has to "
@@ -129,15 +144,16 @@ class CpmBeeGenerationMixin(GenerationMixin):
             config = self.config.get_text_config(decoder=True)
             own_strings = ExtensionTokenProcessor(extension_mask, config.unk_token_id, config.vocab_size)
             logits_processor = LogitsProcessorList([own_strings, *(logits_processor or [])])
+        kwargs = named_cache(kwargs)
         if not self._decodes_fast(fast):
             return super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("Fast decoding has a cache of its own: leave out past_key_values, or say fast=False.")
+        if kwargs.get(CACHE) is not None:
+            raise ValueError(f"Fast decoding has a cache of its own: leave out {CACHE}, or say fast=False.")
         with self.fast_decoder.lock:
-            kwargs["past_key_values"] = FastDecodingCache(self.fast_decoder)
+            kwargs[CACHE] = FastDecodingCache(self.fast_decoder)
             outputs = super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
         if not isinstance(outputs, torch.Tensor):
-            outputs.past_key_values = None  # it holds the prompt alone
+            setattr(outputs, CACHE, None)  # it holds the prompt alone
         return outputs
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
@@ -146,35 +162,69 @@ class CpmBeeGenerationMixin(GenerationMixin):
         return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):
+        if isinstance(model_kwargs.get(CACHE), FastDecodingCache):
             check_fast_generation(generation_config, generation_mode)
         wants_default = generation_config.cache_implementation in (None, "dynamic")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False and wants_default:
-            model_kwargs["past_key_values"] = CpmBeeCache()
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False and wants_default:
+            model_kwargs[CACHE] = CpmBeeCache()
             return
-        is_given = model_kwargs.get("past_key_values") is not None
+        is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
-        if not is_given and model_kwargs.get("past_key_values") is not None:
+        if not is_given and model_kwargs.get(CACHE) is not None:
             # The library makes an entry for every layer, but pruned ones have no keys and values.
-            del model_kwargs["past_key_values"].layers[self.language_model().config.num_attention_layers :]
+            del model_kwargs[CACHE].layers[self.language_model().config.num_attention_layers :]
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        if isinstance(model_kwargs.get("past_key_values"), FastDecodingCache):
+        if isinstance(model_kwargs.get(CACHE), FastDecodingCache):
             return True
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     @staticmethod
-    def create_masks_for_generate(
-        attention_mask: torch.Tensor | None, past_key_values: Cache, **kwargs
-    ) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
         """For a static cache: a mask of constant shape, since a growing one would need a new graph for every token.
 
         The model merges mask and bias itself; places that are still free are hidden by causality.
         """
         if attention_mask is None:
             return None
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        missing = kwargs[CACHE].get_max_length() - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, missing), value=1)
+
+    def generate_documents(
+        self,
+        documents: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tokenizer=None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        fast: bool | None = None,
+        **generation,
+    ) -> list[dict[str, Any]]:
+        """`generate(documents, tokenizer)`, the call of the Hub's own class.
+
+        Args:
+            documents: one or several, such as `{"input": "...", "<ans>": ""}`, in document syntax; answers may be
+                nested, and other keys are context.
+            tokenizer: the model's `CpmBeeTokenizer`.
+            generation_config: in place of the model's.
+            fast: whether to decode with [`FastDecoder`]'s graphs; if None, as `fast_decoder.enabled` says.
+            generation: `num_beams` (that of the generation configuration, or 3), `max_new_tokens` or `max_length` (of
+                the answer), `min_new_tokens` or `min_length` (likewise), `repetition_penalty` (on what is generated),
+                `length_penalty`, `temperature`.
+
+        Returns:
+            A list of copies of the documents with the answers, in document syntax, in place; `None` for a slot that
+            the length limit left unreached.
+
+        Raises:
+            ValueError: for a malformed document, one without an empty answer slot, or a bad parameter.
+        """
+        documents = check_document_call(documents, tokenizer)
+        decoding = document_decoding(self.generation_config, generation, generation_config)
+        encoded = [
+            encode_for_filling(document, tokenizer.encode_document, index) for index, document in enumerate(documents)
+        ]
+        fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
+        return fill_in_batches(documents, encoded, fill)
 
     def reference_search(
         self,
@@ -205,7 +255,7 @@ class CpmBeeGenerationMixin(GenerationMixin):
         tokenizer,
         *,
         mode: str = "reference",
-        batch_size: int = 16,
+        batch_size: int = FILL_BATCH_SIZE,
         fast: bool | None = None,
         **generation,
     ) -> list[dict[str, Any]]:
@@ -229,7 +279,9 @@ class CpmBeeGenerationMixin(GenerationMixin):
         if isinstance(documents, Mapping):
             raise ValueError("fill takes a list of documents; put a single one into a list.")
         documents = list(documents)
-        encoded = [encode_for_filling(document, tokenizer, index) for index, document in enumerate(documents)]
+        encoded = [
+            encode_for_filling(document, tokenizer.encode_document, index) for index, document in enumerate(documents)
+        ]
         if mode == "reference":
             decoding = reference_decoding(generation)
             fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
@@ -237,23 +289,23 @@ class CpmBeeGenerationMixin(GenerationMixin):
             fill = partial(self._fill_by_generate, tokenizer=tokenizer, generation={**generation, "fast": fast})
         else:
             raise ValueError(f'mode is "reference" or "generate", got {mode!r}.')
-
-        filled = []
-        for begin in range(0, len(documents), batch_size):
-            batch = encoded[begin : begin + batch_size]
-            for document, source, answers in zip(documents[begin:], batch, fill(batch), strict=False):
-                by_path = {slot.path: answer for slot, answer in zip(source.answer_slots, answers, strict=True)}
-                filled.append(fill_document(document, by_path))
-        return filled
+        return fill_in_batches(documents, encoded, fill, batch_size)
 
     def _fill_by_reference(
-        self, batch: list[EncodedDocument], tokenizer, decoding: ReferenceDecodingConfig, fast: bool | None
+        self,
+        batch: list[EncodedDocument],
+        tokenizer,
+        decoding: ReferenceDecodingConfig,
+        fast: bool | None,
+        pixel_values: torch.Tensor | None = None,
     ) -> list[list[str | None]]:
         inputs = tokenizer.collate(
             [document.prompt() for document in batch], padding_side="left", return_tensors="pt"
         ).to(self.device)
         segments = [[slot.segment_id for slot in document.answer_slots] for document in batch]
         strings = inputs.extension_strings
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values.to(self.device)
         results = self.reference_search(inputs, segments, decoding, fast=fast)
         return [
             [None if ids is None else tokenizer.decode(ids, extension_table=row) for ids in result.token_ids]
@@ -309,10 +361,28 @@ def reference_decoding(generation: Mapping[str, Any]) -> ReferenceDecodingConfig
     return ReferenceDecodingConfig(**generation)
 
 
-def encode_for_filling(document: Mapping[str, Any], tokenizer, index: int) -> EncodedDocument:
+def fill_in_batches(
+    documents: Sequence[Mapping[str, Any]],
+    encoded: Sequence[EncodedDocument],
+    fill: Callable[[list[EncodedDocument]], list[list[str | None]]],
+    batch_size: int = FILL_BATCH_SIZE,
+) -> list[dict[str, Any]]:
+    """Copies of the documents with the answers that `fill` gives for a batch of them."""
+    filled = []
+    for begin in range(0, len(documents), batch_size):
+        batch = list(encoded[begin : begin + batch_size])
+        for document, source, answers in zip(documents[begin:], batch, fill(batch), strict=False):
+            by_path = {slot.path: answer for slot, answer in zip(source.answer_slots, answers, strict=True)}
+            filled.append(fill_document(document, by_path))
+    return filled
+
+
+def encode_for_filling(
+    document: Mapping[str, Any], encode: Callable[[Mapping[str, Any]], EncodedDocument], index: int
+) -> EncodedDocument:
     """Encodes a document whose answer slots are all empty."""
     try:
-        encoded = tokenizer.encode_document(document)
+        encoded = encode(document)
     except ValueError as error:
         raise ValueError(f"Document {index}: {error}") from error
     if not encoded.answer_slots:

@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compatibility import only_known_arguments
 from .configuration_beit3 import POSITION_OFFSET, Beit3Config
 
 
@@ -295,6 +296,7 @@ class Beit3Model(Beit3PreTrainedModel):
         embeddings.image_position_embedding = nn.Embedding.from_pretrained(table, freeze=not old.weight.requires_grad)
         embeddings.grid_size, self.config.image_size = grid_size, image_size
 
+    @only_known_arguments
     @merge_with_config_defaults
     @capture_outputs
     def forward(

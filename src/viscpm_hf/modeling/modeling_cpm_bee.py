@@ -7,7 +7,8 @@ the weights, so all layers are plain `nn.Linear` and the head is tied to the emb
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_cpm_bee import CpmBeeCache
+from .compatibility import CACHE, CACHE_NAMES, cache_of, only_known_arguments, takes_cache
 from .configuration_cpm_bee import CpmBeeConfig
 from .fast_decoding_cpm_bee import with_graphs
 from .fused_projections_cpm_bee import (
@@ -33,6 +35,9 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+
+
+logger = logging.get_logger(__name__)
 
 
 class CpmBeeRMSNorm(nn.Module):
@@ -141,14 +146,14 @@ class CpmBeeAttention(FusibleModule):
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
         blind_queries: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query, key, value = (states.view(hidden_shape).transpose(1, 2) for states in self.project(hidden_states))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -204,12 +209,13 @@ class CpmBeeDecoderLayer(GradientCheckpointingLayer):
             self.post_attention_layernorm = CpmBeeRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.mlp = CpmBeeMLP(config)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_bias: torch.Tensor,
         blind_queries: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
         if self.self_attn is not None:
@@ -217,7 +223,7 @@ class CpmBeeDecoderLayer(GradientCheckpointingLayer):
                 self.input_layernorm(hidden_states),
                 position_bias,
                 blind_queries,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
             hidden_states = (hidden_states + attention_output) * self.residual_scale
@@ -232,7 +238,7 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CpmBeeDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False  # its kernels take no additive bias
@@ -245,6 +251,11 @@ class CpmBeePreTrainedModel(PreTrainedModel):
         """Where inputs belong. With a `device_map` accelerate's hook knows; the first weight may be on the disk."""
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return super().device if device is None else torch.device(device)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "hf_device_map" and isinstance(value, Mapping):
+            check_whole_layers(self, value)
+        super().__setattr__(name, value)
 
     # diffusers reads the signature to see which arguments there are.
     @functools.wraps(PreTrainedModel.save_pretrained, assigned=(), updated=())
@@ -263,6 +274,35 @@ class CpmBeePreTrainedModel(PreTrainedModel):
 
     def get_compiled_call(self, *args, **kwargs):
         return with_graphs(self, super().get_compiled_call(*args, **kwargs))
+
+
+def check_whole_layers(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Warns of a device map that divides layers, which scripts for the Hub's own class make: it knows other names.
+
+    Raises:
+        ValueError: if parts of a layer would compute on different devices, which can't be.
+    """
+    layers = {name for name, module in model.named_modules() if isinstance(module, CpmBeeDecoderLayer)}
+    places: dict[str, set[str]] = {}
+    for name, place in device_map.items():
+        parts = name.split(".")
+        for layer in layers.intersection(".".join(parts[:end]) for end in range(1, len(parts))):
+            places.setdefault(layer, set()).add(str(place))
+    divided = {layer: found for layer, found in places.items() if len(found) > 1}
+    if not divided:
+        return
+    layer, found = next(iter(divided.items()))
+    message = (
+        f"The device map divides {len(divided)} layers ({layer}: {', '.join(sorted(found))}). Layers are to "
+        f'stay whole: no_split_module_classes=["{CpmBeeDecoderLayer.__name__}"], which the Hub\'s own class calls '
+        "CpmBeeTransformerBlock."
+    )
+    # What is kept on the CPU or the disk computes on the first GPU, if there is one.
+    offloaded = {"cpu", "disk"}
+    main = next((place for place in map(str, device_map.values()) if place not in offloaded), "cpu")
+    if any(len({main if place in offloaded else place for place in found}) > 1 for found in divided.values()):
+        raise ValueError(message)
+    logger.warning(message)
 
 
 class CpmBeeModel(CpmBeePreTrainedModel):
@@ -351,6 +391,8 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         hidden = torch.finfo(dtype).min / 2
         return torch.where(visible[:, None], position_bias.to(visible.device, dtype), hidden).contiguous()
 
+    @only_known_arguments
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -361,7 +403,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         segment_ids: torch.LongTensor | None = None,
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         position_bias: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -371,13 +413,13 @@ class CpmBeeModel(CpmBeePreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, extension_table)
-        if use_cache and past_key_values is None:
-            past_key_values = CpmBeeCache()
+        if use_cache and cache is None:
+            cache = CpmBeeCache()
 
         blind_queries = None
         if position_bias is None:
             position_bias, blind_queries = self.prepare_bias(
-                inputs_embeds, attention_mask, token_type_ids, segment_ids, segment_relations, past_key_values
+                inputs_embeds, attention_mask, token_type_ids, segment_ids, segment_relations, cache
             )
 
         hidden_states = inputs_embeds
@@ -387,10 +429,9 @@ class CpmBeeModel(CpmBeePreTrainedModel):
                 # accelerate's hook would move the bias for this layer alone; so it goes to every device once.
                 position_bias = position_bias.to(device)
                 blind_queries = None if blind_queries is None else blind_queries.to(device)
-            hidden_states = layer(
-                hidden_states, position_bias, blind_queries, past_key_values=past_key_values, **kwargs
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            # By the installed release's name: gradient checkpointing takes it away.
+            hidden_states = layer(hidden_states, position_bias, blind_queries, **{CACHE: cache}, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def prepare_bias(
         self,
@@ -399,16 +440,16 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         token_type_ids: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
         segment_relations: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The merged bias of this forward pass, and which queries see no key at all (None: no such query)."""
         num_queries, device = inputs_embeds.shape[1], inputs_embeds.device
         num_past, num_keys = 0, num_queries
-        if past_key_values is not None:
-            num_past = past_key_values.get_seq_length()
+        if cache is not None:
+            num_past = cache.get_seq_length()
             if isinstance(num_past, torch.Tensor):  # the static cache counts in place
                 num_past = num_past.clone().to(device)
-            num_keys, _ = past_key_values.get_mask_sizes(num_queries, 0)
+            num_keys, _ = cache.get_mask_sizes(num_queries, 0)
         query_index = torch.arange(num_queries, device=device) + num_past
         key_index = torch.arange(num_keys, device=device)
 
@@ -449,6 +490,8 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model, extension_table)
 
+    @only_known_arguments
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -459,7 +502,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
         extension_mask: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -475,7 +518,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
             segment_ids=segment_ids,
             segment_relations=segment_relations,
             extension_table=extension_table,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -488,7 +531,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -4,11 +4,14 @@ Source: VisCPM (arXiv:2308.12038). The structure is LLaVA's in transformers; wha
 extension tokens) is explained in `document_cpm_bee`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel  # noqa: F401
+from transformers import GenerationConfig, PreTrainedModel  # noqa: F401
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -16,24 +19,29 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .compatibility import CACHE, WithImageOutputs, cache_of, only_known_arguments, takes_cache
 from .configuration_viscpm_chat import VisCPMChatConfig
-from .generation_cpm_bee import CpmBeeGenerationMixin
+from .document_call_cpm_bee import check_document_call, document_decoding
+from .document_cpm_bee import EncodedDocument
+from .generation_cpm_bee import CpmBeeGenerationMixin, encode_for_filling, fill_in_batches
+from .image_processing_viscpm import images_in_order
 from .modeling_beit3 import Beit3Model
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_vocabulary
+from .processing_viscpm_chat import IMAGE_TOKEN, VisCPMChatProcessor
 
 
 @dataclass
-class VisCPMChatModelOutputWithPast(BaseModelOutputWithPast):
-    """`image_hidden_states (images, queries, hidden)`: the images as the language model sees them."""
+class VisCPMChatModelOutputWithPast(WithImageOutputs, BaseModelOutputWithPast):
+    """`image_outputs`: what [`VisCPMChatModel.get_image_features`] returned; None without images."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class VisCPMChatCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`image_hidden_states (images, queries, hidden)`: the images as the language model sees them."""
+class VisCPMChatCausalLMOutputWithPast(WithImageOutputs, CausalLMOutputWithPast):
+    """`image_outputs`: what [`VisCPMChatModel.get_image_features`] returned; None without images."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class VisCPMChatProjector(nn.Module):
@@ -97,6 +105,8 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    @only_known_arguments
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -107,7 +117,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         segment_ids: torch.LongTensor | None = None,
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -124,8 +134,8 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.language_model.embed(input_ids, extension_table)
         if image_outputs is None and pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        image_features = None
+            wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, return_dict=True, **wanted)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             if not isinstance(image_features, torch.Tensor):
@@ -140,16 +150,16 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
             token_type_ids=token_type_ids,
             segment_ids=segment_ids,
             segment_relations=segment_relations,
-            past_key_values=past_key_values,
+            cache=cache,
             return_dict=True,
             **kwargs,
         )
         return VisCPMChatModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_outputs=image_outputs,
         )
 
 
@@ -171,6 +181,61 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
     def language_model(self) -> CpmBeeModel:
         return self.model.language_model
 
+    @property
+    def query_num(self) -> int:
+        """Placeholders of one image, by the original's name: `tokenizer.unk_token * model.query_num`."""
+        return self.config.num_query_tokens
+
+    def generate_documents(
+        self,
+        documents: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tokenizer=None,
+        processor=None,
+        image: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        fast: bool | None = None,
+        **generation,
+    ) -> list[dict[str, Any]]:
+        """`generate(documents, tokenizer, processor, image)`, the call of the Hub's own class.
+
+        Args:
+            documents: one or several, such as `{"context": "", "question": "...", "image": "<image>", "<ans>": ""}`,
+                in document syntax; in place of `<image>` the original's `tokenizer.unk_token * model.query_num`.
+            tokenizer: the model's `CpmBeeTokenizer`.
+            processor: the model's image processor, or the `VisCPMChatProcessor` that has it.
+            image: one image, a list for all documents in order, or a list of lists, one for each document.
+            generation_config, fast, generation: see [`CpmBeeGenerationMixin.generate_documents`].
+
+        Returns, raises:
+            As there; a ValueError too if images and placeholders don't match in number.
+        """
+        documents = check_document_call(documents, tokenizer)
+        decoding = document_decoding(self.generation_config, generation, generation_config)
+        image_processor = getattr(processor, "image_processor", processor)
+        if image is not None and not callable(image_processor):
+            raise ValueError(
+                "To look at images, generate needs the model's image processor: "
+                "model.generate(documents, tokenizer, processor, image)."
+            )
+        whole = VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=self.query_num)
+
+        def encode(document: Mapping[str, Any]) -> EncodedDocument:
+            return whole.encode_prompt(whole.parse_prompt(document))
+
+        def num_images(document: EncodedDocument) -> int:
+            return sum(end - begin for begin, end in document.image_bounds) // self.query_num
+
+        encoded = [encode_for_filling(document, encode, index) for index, document in enumerate(documents)]
+        images = images_in_order(image, list(map(num_images, encoded)), image_processor, IMAGE_TOKEN)
+        pixel_values = iter(image_processor(images, return_tensors="pt")["pixel_values"] if images else ())
+
+        def fill(batch: list[EncodedDocument]) -> list[list[str | None]]:
+            rows = list(islice(pixel_values, sum(map(num_images, batch))))
+            return self._fill_by_reference(batch, tokenizer, decoding, fast, torch.stack(rows) if rows else None)
+
+        return fill_in_batches(documents, encoded, fill)
+
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`VisCPMChatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
@@ -179,6 +244,8 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model.language_model, extension_table)
 
+    @only_known_arguments
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -190,7 +257,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
         extension_mask: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
@@ -222,7 +289,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
             segment_ids=segment_ids,
             segment_relations=segment_relations,
             extension_table=extension_table,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
@@ -236,10 +303,10 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         return VisCPMChatCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
 

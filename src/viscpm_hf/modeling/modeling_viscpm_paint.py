@@ -10,6 +10,7 @@ from transformers import PreTrainedModel  # noqa: F401
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from .compatibility import only_known_arguments
 from .configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel
 
@@ -46,6 +47,7 @@ class VisCPMPaintTextEncoder(CpmBeePreTrainedModel):
         self.layer_norm = nn.LayerNorm(config.projection_dim, eps=config.projection_layer_norm_eps)
         self.post_init()
 
+    @only_known_arguments
     @can_return_tuple
     def forward(
         self,

@@ -17,16 +17,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
 from .chat_minicpmv import MiniCPMVChatMixin
+from .compatibility import CACHE, CACHE_NAMES, WithImageOutputs, only_known_arguments, takes_cache
 from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisionResamplerConfig, VisualCLAConfig
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
 from .sibling_towers import VISION_TOWERS
 
 
 @dataclass
-class VisionResamplerCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`image_hidden_states (views, queries, hidden)`: the views as the language model sees them."""
+class VisionResamplerCausalLMOutputWithPast(WithImageOutputs, CausalLMOutputWithPast):
+    """`image_outputs`: what [`VisionResamplerForConditionalGeneration.get_image_features`] returned; None without."""
 
-    image_hidden_states: torch.FloatTensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -56,7 +57,7 @@ class VisionResamplerPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -117,6 +118,7 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Ge
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
+    @only_known_arguments
     @can_return_tuple
     def get_image_features(
         self,
@@ -186,6 +188,8 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Ge
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    @only_known_arguments(attention_arguments=True)
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -195,7 +199,7 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Ge
         num_views: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         labels: torch.LongTensor | None = None,
@@ -227,8 +231,8 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Ge
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, image_sizes, num_views, return_dict=True)
-        image_features = None
+            wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, image_sizes, num_views, return_dict=True, **wanted)
         if image_outputs is not None:
             image_features = image_outputs.pooler_output
             if not isinstance(image_features, torch.Tensor):
@@ -241,13 +245,13 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Ge
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
             **kwargs,
         )
-        return VisionResamplerCausalLMOutputWithPast(**outputs, image_hidden_states=image_features)
+        return VisionResamplerCausalLMOutputWithPast(**outputs, image_outputs=image_outputs)
 
     def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args, **kwargs):
         """The originals generate from embeddings, so that no penalty of theirs knows the prompt."""

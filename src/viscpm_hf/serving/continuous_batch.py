@@ -164,7 +164,7 @@ class ContinuousBatch:
             encoded = torch.cat([image.to(self.model.device, self.model.dtype) for image in images])
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
         cache = CpmBeeCache()
-        outputs = self.model.model(**inputs, past_key_values=cache, use_cache=True)
+        outputs = self.model.model(**inputs, cache=cache, use_cache=True)
         vocabulary = RowVocabulary(self.model, inputs["extension_table"], extension_mask)
         logits = vocabulary.logits(outputs.last_hidden_state[:, -1:])[:, 0]
         tokens = choose_tokens(logits, [row.sampler for row in rows])
@@ -196,9 +196,7 @@ class ContinuousBatch:
         )
         embeddings = vocabulary.embed(state.tokens)
         bias = self.language_model.merge_bias(bias, state.visible[:, None].to(bias.device), embeddings.dtype)
-        outputs = self.language_model(
-            inputs_embeds=embeddings, position_bias=bias, past_key_values=state.cache, use_cache=True
-        )
+        outputs = self.language_model(inputs_embeds=embeddings, position_bias=bias, cache=state.cache, use_cache=True)
         logits = vocabulary.logits(outputs.last_hidden_state)[:, 0]
         tokens = choose_tokens(logits, [row.sampler for row in self.rows])
         state.tokens = tokens[:, None].to(state.tokens.device)

@@ -71,7 +71,7 @@ class SiblingBatch:
         prompts = [[*row.prompt, *row.answer] for row in rows]
         inputs = model_inputs(self.model, self.processor, prompts, [row.image for row in rows])
         visible, cache = inputs["attention_mask"], DynamicCache()
-        logits = self._logits(position_ids=(visible.cumsum(-1) - 1).clamp(min=0), past_key_values=cache, **inputs)
+        logits = self._logits(position_ids=(visible.cumsum(-1) - 1).clamp(min=0), cache=cache, **inputs)
         tokens = choose_tokens(logits, [row.sampler for row in rows])
         joining = _State(cache, tokens[:, None].to(self.model.device), visible)
         self._state = joining if self._state is None else self._together(self._state, joining)
@@ -87,7 +87,7 @@ class SiblingBatch:
             input_ids=state.tokens,
             attention_mask=state.visible,
             position_ids=state.visible.sum(-1, keepdim=True) - 1,
-            past_key_values=state.cache,
+            cache=state.cache,
         )
         tokens = choose_tokens(logits, [row.sampler for row in self.rows])
         state.tokens = tokens[:, None].to(state.tokens.device)
