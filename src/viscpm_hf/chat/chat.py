@@ -153,7 +153,7 @@ class VisCPMChat:
                 )
             source = find_original(model_path) or model_path
         model, self.processor = self._load(source, vocab_path)
-        tokens, rows = len(self.processor.tokenizer), model.config.text_config.vocab_size
+        tokens, rows = self.processor.tokenizer.num_words, model.config.text_config.num_words
         if tokens != rows:
             raise OriginalCheckpointError(
                 f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."
