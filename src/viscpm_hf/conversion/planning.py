@@ -17,7 +17,8 @@ from ..checkpoints.location import (
     Location,
     file_beside,
     llm_config_file,
-    original_weights,
+    original_weight_files,
+    tensors_of,
     vision_config_file,
     vocab_file,
 )
@@ -27,7 +28,6 @@ from ..checkpoints.original import (
     chat_config,
     checkpoint_kind,
     key_map_of,
-    load_state_dict,
     read_json,
     text_config,
 )
@@ -35,7 +35,9 @@ from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..checkpoints.transfer import TensorTransfer
 from ..checkpoints.weight_transforms import KeyMatcher, shape_after
 from ..families import key_maps
+from ..families.key_maps import TOKEN_ROWS
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
+from ..modeling.token_space_cpm_bee import padded_vocab_size
 
 
 # Names of weights without the endings, as the two libraries have them.
@@ -86,7 +88,8 @@ class Checkpoint:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors as `from_pretrained` takes them."""
-        return dict(self.tensors)
+        matcher = KeyMatcher(self.parts[0].key_map)
+        return {name: tensor for name, tensor in self.tensors.items() if matcher.dropped_reason(name) is None}
 
     def generation_config(self) -> GenerationConfig | None:
         """The checkpoint's own, if it has one."""
@@ -178,8 +181,8 @@ def open_original(
 
         return open_sibling(location)
     vae_file = Path(vae) if vae is not None else None
-    weights = original_weights(location, except_for=vae_file)
-    tensors = load_state_dict(weights)
+    files = original_weight_files(location, except_for=vae_file)
+    weights, tensors = files[0], tensors_of(files)
     kind = checkpoint_kind(tensors)
     if kind is None:
         raise OriginalCheckpointError(
@@ -215,14 +218,14 @@ def open_original(
     check_original_weights(tensors, model_class, config, weights)
     check_vocabulary(words, config)
     part = Part("", TRANSFORMERS_WEIGHTS, key_map_of(kind, tensors))
-    return Checkpoint(location, kind, tensors, [part], [weights], config, words, original_configs)
+    return Checkpoint(location, kind, tensors, [part], files, config, words, original_configs)
 
 
 def check_vocabulary(vocab: Path, config: PreTrainedConfig) -> None:
     """Raises [`OriginalCheckpointError`] if the vocabulary isn't the model's."""
     from ..modeling.tokenization_cpm_bee import load_vocab
 
-    tokens, rows = len(load_vocab(vocab)), config.get_text_config(decoder=True).vocab_size
+    tokens, rows = len(load_vocab(vocab)), config.get_text_config(decoder=True).num_words
     if tokens != rows:
         raise OriginalCheckpointError(
             f"The vocabulary {vocab} has {tokens:,} tokens, but the model {rows:,}: they are not of the same "
@@ -338,7 +341,10 @@ def plan_original(
             original, entry = match
             before = known.get(name.removeprefix(part.source_prefix), {}).get("source_dtype")
             new_dtype = dtype or (getattr(torch, before) if before else tensor.dtype)
-            target = TensorSpec(original, new_dtype, tuple(tensor.shape))
+            shape = tuple(tensor.shape)
+            if entry.operation == TOKEN_ROWS:
+                shape = (num_words_of(checkpoint), *shape[1:])
+            target = TensorSpec(original, new_dtype, shape)
             transfers[name] = TensorTransfer(spec_of(name, tensor), target, entry.operation, is_reverted=True)
     dropped_before = {entry["source"] for entry in _entries(manifest, "dropped")}
     for name, tensor in checkpoint.tensors.items():
@@ -351,6 +357,23 @@ def plan_original(
             f"({', '.join(strange[:3])}): was it saved with an adapter, or quantised?"
         )
     return ConversionPlan((FilePlan(weights_name, tuple(transfers.values())),), {}, dtype)
+
+
+def num_words_of(checkpoint: Checkpoint) -> int:
+    """Rows of the original's embedding.
+
+    Raises:
+        ConversionError: if tokens were added, for which an original file has no place.
+    """
+    config = checkpoint.config.get_text_config(decoder=True)
+    num_added = config.vocab_size - padded_vocab_size(config.num_words)
+    if num_added:
+        raise ConversionError(
+            f"{checkpoint.location.name} has {num_added:,} tokens more than its vocabulary of {config.num_words:,} "
+            "words and their slots: tokens were added, which the original's format can't hold. Resize the embedding "
+            f"to {padded_vocab_size(config.num_words):,} rows first."
+        )
+    return config.num_words
 
 
 def _entries(manifest: Mapping[str, Any], key: str = "tensors") -> Iterable[dict[str, Any]]:

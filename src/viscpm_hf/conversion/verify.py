@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
-from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
+from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
+from ..families.family import FAMILIES
 
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ def compare(source: torch.Tensor, written: torch.Tensor | None, transfer: Tensor
     ):
         result.is_equal = False
         return result
-    before_parts = pieces(rearranged(source, transfer))
-    parts = zip(converted_pieces(source, transfer, report), pieces(written), before_parts, strict=False)
+    before_parts = rearranged(source, transfer)
+    written_parts = written_pieces(written, transfer)
+    parts = zip(converted_pieces(source, transfer, report), written_parts, before_parts, strict=False)
     for expected, actual, before in parts:
         result.is_equal &= torch.equal(_bits(expected), _bits(actual.reshape(expected.shape)))
         result.num_nonfinite_source += _num_nonfinite(before)
@@ -166,13 +168,9 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
 
 def empty_model(config) -> torch.nn.Module:
     """A model of `config` whose weights take no memory."""
-    from ..loading.sibling_models import MODEL_CLASSES
-    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
-    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-
-    classes = {"viscpm_chat": VisCPMChatForConditionalGeneration, **MODEL_CLASSES}
+    family = next(family for family in FAMILIES.values() if family.config_class is type(config))
     with torch.device("meta"):
-        return classes.get(config.model_type, CpmBeeForCausalLM)(config)
+        return family.model_class(config)
 
 
 def check_transformers_folder(folder: Path) -> torch.nn.Module:
@@ -244,8 +242,7 @@ def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool
 def _inputs(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(RUN_SEED)
     config = model.config
-    vocab_size = config.get_text_config(decoder=True).vocab_size
-    text = torch.randint(vocab_size, (1, RUN_TEXT_TOKENS), generator=generator)
+    text = torch.randint(config.get_text_config(decoder=True).num_words, (1, RUN_TEXT_TOKENS), generator=generator)
     if kind == CPM_BEE:
         return {"input_ids": text}
     image = torch.full((1, config.num_query_tokens), config.image_token_id)
