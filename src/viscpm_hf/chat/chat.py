@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
-from transformers import AutoConfig, AutoProcessor, BatchFeature, TextStreamer
+from transformers import AutoConfig, AutoProcessor, BatchFeature, GenerationConfig, TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
@@ -34,7 +35,7 @@ from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
 from ..modeling.fused_projections_cpm_bee import fusing_problem
-from ..modeling.generation_cpm_bee import reference_decoding
+from ..modeling.generation_cpm_bee import RowSampling, reference_decoding
 from ..modeling.image_processing_viscpm import VisCPMImageProcessor
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
@@ -301,11 +302,12 @@ class VisCPMChat:
                 return self._refuse(question, context, begin)
             vision_hidden_states = self.encode_image(picture)
         document = {"context": context, "question": escaped, "<ans>": ""}
-        with seeded(seed, self.device):
-            if mode == "reference":
-                ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
-            else:
-                ids, strings = self._generate(document, vision_hidden_states, {**generation, "fast": fast}, on_text)
+        if mode == "reference":
+            ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
+        else:
+            with sampling([seed], generation, self.model.generation_config, self.device) as options:
+                options = {**generation, **options, "fast": fast}
+                ids, strings = self._generate(document, vision_hidden_states, options, on_text)
         answer = self.processor.tokenizer.decode(ids, extension_table=strings)
         return ChatTurn(
             question=question,
@@ -418,6 +420,8 @@ class VisCPMChat:
 
     def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
         """The new tokens of every row of a batch, without what ends them."""
+        if generation.get("stop_strings") is not None:
+            options["tokenizer"] = self.processor.tokenizer
         sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
         end = self.processor.tokenizer.eos_token_id
         return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
@@ -479,6 +483,39 @@ def check_generation(generation: Mapping[str, Any]) -> None:
     value = generation.get("max_new_tokens")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {value!r}.")
+    if (generation.get("num_return_sequences") or 1) != 1:
+        raise ValueError(
+            f"num_return_sequences is {generation['num_return_sequences']!r}, but a question gets one answer: ask "
+            "it several times with other seeds, or call model.generate."
+        )
+    if generation.get("return_dict_in_generate"):
+        raise ValueError("return_dict_in_generate is for model.generate; here the answer is what is returned.")
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextlib.contextmanager
+def sampling(
+    seeds: Sequence[int | None], generation: Mapping[str, Any], defaults: GenerationConfig, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Options for `generate` with which every row that has a seed draws by it alone, whatever is drawn elsewhere.
+
+    Args:
+        seeds: of the rows; None for any.
+        generation, defaults: the call's options, and the model's.
+    """
+    samples = generation.get("do_sample", defaults.do_sample)
+    if not samples or all(seed is None for seed in seeds):
+        yield {}
+    elif (generation.get("num_beams", defaults.num_beams) or 1) == 1:
+        chosen = [int(torch.randint(2**31, (1,))) if seed is None else seed for seed in seeds]
+        drawing = RowSampling([torch.Generator(device).manual_seed(seed) for seed in chosen])
+        yield {"logits_processor": [*(generation.get("logits_processor") or []), drawing]}
+    else:
+        # Beams are drawn together, by torch's generators for the whole process.
+        with _ONE_AT_A_TIME, seeded(seeds[0], device):
+            yield {}
 
 
 @contextlib.contextmanager

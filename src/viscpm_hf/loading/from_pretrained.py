@@ -118,6 +118,7 @@ def register() -> None:
     for names in (
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,  # its labels are shifted
     ):
         names[VisCPMChatConfig.model_type] = VisCPMChatForConditionalGeneration.__name__
     modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CpmBeeConfig.model_type] = CpmBeeForCausalLM.__name__

@@ -68,6 +68,7 @@ def register_sibling_models() -> None:
         for names in (
             modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
             modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+            modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,  # its labels are shifted
         ):
             names[model_type] = model_class.__name__
         _complete_configuration(config_class)

@@ -172,11 +172,12 @@ def flatten_document(document: Mapping[str, Any]) -> list[Segment]:
 
 def segment_relations(segments: Sequence[Segment]) -> list[list[int]]:
     """Relation bucket of every pair of segments: how far up to the common ancestor, and down again from it."""
-    return [list(row) for row in _relations(tuple(segment.ancestors for segment in segments))]
+    return [list(row) for row in relations_of_ancestors(tuple(segment.ancestors for segment in segments))]
 
 
 @functools.lru_cache(maxsize=64)  # documents come in few shapes: all turns of all chats share two
-def _relations(ancestors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def relations_of_ancestors(ancestors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The same of each segment's ids from the root down to itself."""
     limit = MAX_DEPTH_DIFFERENCE
 
     def relation(first: tuple[int, ...], second: tuple[int, ...]) -> int:

@@ -19,6 +19,7 @@ from .document_cpm_bee import (
     own_strings,
     segment_relations,
 )
+from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import image_token_id, num_extension_slots
 
 
@@ -383,8 +384,8 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             if segment.is_answer:
                 encoded.answer_slots.append(AnswerSlot(segment.path, segment_id, begin, len(ids)))
         encoded.extension_table = table
-        numbered = self._number_extensions(table, table.values())
-        in_prompt = self._number_extensions(table, names)
+        numbered = self.number_extensions(table, table.values())
+        in_prompt = self.number_extensions(table, names)
         encoded.prompt_strings = {pair: table[index] for index, pair in in_prompt.items()}
         encoded.prompt_numbers = {place: in_prompt[index][1] for place, index in enumerate(ids) if index in in_prompt}
         encoded.extension_strings = {pair: table[index] for index, pair in numbered.items()}
@@ -394,7 +395,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             encoded.sub_ids.append(sub)
         return encoded
 
-    def _number_extensions(self, table: Mapping[int, str], names: Iterable[str]) -> dict[int, tuple[int, int]]:
+    def number_extensions(self, table: Mapping[int, str], names: Iterable[str]) -> dict[int, tuple[int, int]]:
         """Extension id -> (base id, number within the base); `names` are the strings in order, and those of slots."""
         counts: dict[int, int] = {}
         numbered, ids = {}, {string: index for index, string in table.items()}
@@ -476,6 +477,22 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         return self.collate(encoded, with_labels=True, padding_side="right", return_tensors="pt")
 
     # ----------------------------------------------------------------------------------------------- tokens -> text
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
+        """As in transformers. What `generate` returned brings its strings along; for ids of other origin they are
+        given as `extension_table`, `id -> string`."""
+        if isinstance(token_ids, TokenSequences) and "extension_table" not in kwargs:
+            if token_ids.ndim == 2:
+                return [self.decode(row, skip_special_tokens, **kwargs) for row in token_ids]
+            kwargs["extension_table"] = next(iter(token_ids.extension_strings), None)
+            token_ids = token_ids.tolist()
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, *args, **kwargs) -> list[str]:
+        """As [`decode`]."""
+        if isinstance(sequences, TokenSequences) and sequences.ndim == 2:
+            return self.decode(sequences, skip_special_tokens, **kwargs)
+        return super().batch_decode(sequences, skip_special_tokens, *args, **kwargs)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         return "".join(tokens)
