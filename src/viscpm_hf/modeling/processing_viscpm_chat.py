@@ -6,8 +6,8 @@ The text form of a prompt is document syntax, the special tokens marking the seg
         <s>question</s><s>...</s><s><ans></s><s>
 
 The chat template writes it and doubles every `<` of a message, so no message can forge a special token. A text that
-doesn't begin so is tokenised as it is, as a text of one segment: plain text, or, with `<s>` or `</s>` in it, a piece of
-a rendered template.
+doesn't begin so is tokenised as it is, as one segment: plain text, or, with `<s>` or `</s>` in it, a piece of a
+rendered template.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Libraries for training know of `input_ids`, `attention_mask`, `labels` and perhaps `token_type_ids`. They join a prompt
 and its completion, move padding to the other side, or put virtual tokens in front, and leave `segment_ids` as they
-were, or out. All of it can be told from the tokens again, since every segment is `<s> ... </s>`; what can't is refused.
+were, or out. It can be told from the tokens again, since every segment is `<s> ... </s>`; what can't is refused.
 """
 
 from __future__ import annotations
@@ -216,8 +216,8 @@ def answers_alone(labels: torch.Tensor, structure: Structure, begin_id: int | No
     labels = labels.masked_fill(is_prompt, IGNORE_INDEX)
     if (labels == IGNORE_INDEX).all():
         raise ValueError(
-            f"All {num_prompt:,} labels are of the prompt, which attends in both directions, so nothing can be learned "
-            "of them: label the answer's tokens (return_labels=True)."
+            f"All {num_prompt:,} labels are of the prompt, which attends in both directions, so nothing can be "
+            "learned of them: label the answer's tokens (return_labels=True)."
         )
     logger.warning_once(
         f"{num_prompt:,} labels of the prompt are left out of the loss: a prompt attends in both directions, so each "
