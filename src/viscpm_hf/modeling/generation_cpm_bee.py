@@ -148,6 +148,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
                     setattr(outputs, CACHE, None)  # it holds the prompt alone
         return with_strings(outputs, kwargs.get("extension_table"), 0 if ids is None else ids.shape[1])
 
+    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
+        cache = kwargs.get(CACHE)
+        if not is_first_iteration and cache is not None and not cache.is_compileable:
+            # The library takes no step of an assistant for the first one, but its prompt has images too.
+            is_first_iteration = cache.get_seq_length() == 0
+        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
+
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         # `max_new_tokens` as the model's default is not to win against a `max_length` that was asked for.

@@ -21,6 +21,7 @@ from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from .continued_messages import CONTINUED_BRACKET, with_brackets, with_continued_brackets
 from .document_cpm_bee import IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 from .sequences_cpm_bee import TokenSequences
@@ -82,9 +83,6 @@ CHAT_TEMPLATE = """\
     {%- generation -%}{{- turn.answer -}}</s>{%- endgeneration -%}
 {%- endif -%}
 """
-
-# Stands for a `<` of an answer to go on with, which transformers looks for as it is; no character of any text.
-CONTINUED_BRACKET = "\ufdd0"
 
 
 class VisCPMChatFeatures(BatchFeature):
@@ -222,13 +220,12 @@ class VisCPMChatProcessor(ProcessorMixin):
         """As in transformers. `assistant_masks` are of the last answer: those before it are part of the prompt, which
         attends in both directions, so nothing can be learned of them."""
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        if kwargs.get("continue_final_message"):
-            conversation = _with_continued_brackets(conversation)
+        continues = kwargs.get("continue_final_message")
+        if continues:
+            conversation = with_continued_brackets(conversation)
         result = super().apply_chat_template(conversation, *args, **kwargs)
-        if isinstance(result, (str, list)) and kwargs.get("continue_final_message"):
-            texts = [result] if isinstance(result, str) else result
-            texts = [text.replace(CONTINUED_BRACKET, "<<") if isinstance(text, str) else text for text in texts]
-            result = texts[0] if isinstance(result, str) else texts
+        if continues:
+            result = with_brackets(result, "<<")
         if wants_mask:
             if not isinstance(result, BatchFeature):
                 raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True.")
@@ -400,22 +397,6 @@ class VisCPMChatProcessor(ProcessorMixin):
         """Every image takes the same number of tokens, whatever its size."""
         count = len(image_sizes or ())
         return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)
-
-
-def _with_continued_brackets(conversation: Any) -> Any:
-    """A conversation, or several, with [`CONTINUED_BRACKET`] for every `<` of the last message."""
-    if conversation and isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
-        return [_with_continued_brackets(getattr(entry, "messages", entry)) for entry in conversation]
-    *earlier, last = conversation
-    content = last["content"]
-    if isinstance(content, str):
-        content = content.replace("<", CONTINUED_BRACKET)
-    else:
-        content = [
-            {**part, "text": part["text"].replace("<", CONTINUED_BRACKET)} if part.get("type") == "text" else part
-            for part in content
-        ]
-    return [*earlier, {**last, "content": content}]
 
 
 __all__ = ["VisCPMChatProcessor"]

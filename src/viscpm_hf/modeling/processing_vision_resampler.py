@@ -16,6 +16,7 @@ from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from .continued_messages import CONTINUED_BRACKET, with_brackets, with_continued_brackets
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 
 
@@ -93,6 +94,8 @@ class VisionResamplerProcessor(ProcessorMixin):
     """Tokens around and between an image's placeholders, and these: no message can contain one."""
     answer_tokens: ClassVar[tuple[str, ...]] = ()
     """Special tokens that the model writes in its answers: in those of a conversation they stay such tokens."""
+    prompt_begins: ClassVar[tuple[str, ...]] = ("<s>",)
+    """What a prompt as the chat template writes it begins with, one of them."""
     strips_answers: ClassVar[bool] = True
     """Whether an answer is told without the white space around it, as the original did."""
     image_token_id: int
@@ -127,7 +130,8 @@ class VisionResamplerProcessor(ProcessorMixin):
         """
         Args:
             images: one image, a list for all texts in order, or a list of lists, one for each text.
-            text: one or several prompts as the chat template writes them.
+            text: one or several prompts as the chat template writes them, or pieces of such prompts.
+            add_special_tokens: with False, what doesn't begin as a prompt does is tokenised without `<s>`.
             max_length: the most tokens of a prompt, `max_input_length` unless given; longer ones are an error, never
                 cut.
 
@@ -167,7 +171,10 @@ class VisionResamplerProcessor(ProcessorMixin):
         rows = []
         replacements = iter(expansions)
         for index, entry in enumerate(texts):
-            ids = self.encode(self.expand(entry, [next(replacements) for _ in range(num_images[index])]))
+            entry = entry.replace(CONTINUED_BRACKET, f"<{ESCAPE}")
+            expanded = self.expand(entry, [next(replacements) for _ in range(num_images[index])])
+            is_piece = text_kwargs.get("add_special_tokens") is False and not entry.startswith(self.prompt_begins)
+            ids = self.encode(expanded, is_piece=is_piece)
             self._check(ids, index, num_views[index] if num_views else 0, text_kwargs.get("max_length"))
             rows.append(ids)
         padding = text_kwargs.get("padding")
@@ -216,10 +223,11 @@ class VisionResamplerProcessor(ProcessorMixin):
         texts = [self.image_text(grid) for grid in grids] if grids else [self.image_text()] * count
         return self.expand(text, texts).replace(ESCAPE, "")
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of an expanded prompt, `<s>` first; what messages have of special tokens stays text."""
+    def encode(self, text: str, *, is_piece: bool = False) -> list[int]:
+        """Token ids of an expanded prompt, `<s>` first unless it is a piece of one; what messages have of special
+        tokens stays text."""
         bos = self.tokenizer.bos_token
-        ids = [] if bos is None or text.startswith(bos) else [self.tokenizer.bos_token_id]
+        ids = [] if is_piece or bos is None or text.startswith(bos) else [self.tokenizer.bos_token_id]
         special = {*self.tokenizer.all_special_tokens, *self.image_tokens}
         endings = "|".join(re.escape(token[1:]) for token in special if token.startswith("<"))
         # A cut behind its `<` keeps a typed special token from being seen as one, by whatever vocabulary.
@@ -264,10 +272,14 @@ class VisionResamplerProcessor(ProcessorMixin):
         """As in transformers; a conversation that the template refuses is a `ValueError`."""
         if isinstance(conversation, Sequence) and not conversation:
             raise ValueError("The conversation has no messages.")
+        continues = kwargs.get("continue_final_message")
+        if continues:
+            conversation = with_continued_brackets(conversation)
         try:
-            return super().apply_chat_template(conversation, *args, **kwargs)
+            result = super().apply_chat_template(conversation, *args, **kwargs)
         except TemplateError as error:
             raise ValueError(str(error)) from error
+        return with_brackets(result, f"<{ESCAPE}") if continues else result
 
     def _expansions(self, features: BatchFeature, num_images: int) -> tuple[list[str], list[int]]:
         """The texts of the images and their numbers of views; takes out of `features` what only this needs."""

@@ -45,6 +45,8 @@ class Structure:
             ValueError: if it doesn't belong to the tokens, and they are no whole document.
         """
         given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            return self  # the model's own words for it
         num_queries = given.shape[1]
         if num_queries == 1 or given.device.type == "meta" or torch.compiler.is_compiling():
             return self
