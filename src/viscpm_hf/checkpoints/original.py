@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +19,10 @@ from ..families import key_maps
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
-from .archive import check_tensors, record_sizes
+from ..plain_text import plain
+from .archive import RefusedError, StoredTensor, UnreadableError, check_tensors, map_tensors, read_archive
 from .errors import OriginalCheckpointError
+from .tensor_files import LFS_ADVICE, is_lfs_pointer
 from .weight_transforms import KeyMatcher, shape_after
 
 
@@ -112,38 +113,33 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     with path.open("rb") as file:  # the system's own words for a missing or forbidden file
         file.read(1)
-    records = record_sizes(path)
     try:
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to load the file nevertheless.
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "its pickle has instructions that none of tensors needs"
+        content, records = read_archive(path)
+    except RefusedError as error:
         raise OriginalCheckpointError(
-            f"{path} was refused: it holds more than tensors, and loading it could run code of its own ({reason}). "
-            "Get the checkpoint from its source again."
+            f"{path} was refused: it holds more than tensors, and loading it could run code of its own ({error}). Get "
+            "the checkpoint from its source again."
         ) from error
-    except (RuntimeError, EOFError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        size = path.stat().st_size
+    except UnreadableError as error:
+        hint = LFS_ADVICE if is_lfs_pointer(path) else ""
         raise OriginalCheckpointError(
-            f"{path} ({size:,} bytes) is no readable PyTorch file: it is damaged, cut short, or of another format "
-            f"({str(error).splitlines()[0]})."
+            f"{path} ({path.stat().st_size:,} bytes) is no readable PyTorch file: it is damaged, cut short, or of "
+            f"another format ({error}).{hint}"
         ) from error
-    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
-        state_dict = state_dict["state_dict"]
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise OriginalCheckpointError(f"{path} holds a {type(state_dict).__name__}, not a dict of tensors.")
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise OriginalCheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
     strange = [
-        name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+        name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, StoredTensor))
     ]
     if strange:
         raise OriginalCheckpointError(
-            f"{path} is no flat dict of tensors: {len(strange)} of {len(state_dict)} entries are none "
-            f"({', '.join(map(str, strange[:3]))})."
+            f"{path} is no flat dict of tensors: {len(strange):,} of {len(content):,} entries are none "
+            f"({', '.join(map(plain, strange[:3]))})."
         )
-    if records is not None:
-        check_tensors(path, state_dict, records)
-    return dict(state_dict)
+    check_tensors(path, content, records)
+    return map_tensors(path, content, records)
 
 
 def checkpoint_kind(names: Mapping[str, Any]) -> str | None:

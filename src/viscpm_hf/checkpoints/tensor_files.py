@@ -51,6 +51,9 @@ SAFETENSORS_DTYPES = {
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_ADVICE = " It is Git LFS's pointer to the file: fetch the file itself with git lfs pull."
+
 # Alignment of a tensor's bytes, as torch.save and safetensors have it.
 ARCHIVE_ALIGNMENT = 64
 HEADER_ALIGNMENT = 8
@@ -383,7 +386,7 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, TensorSpec]:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ConversionError(
                 f"{path} is no safetensors file: its header claims {length:,} bytes, but the file has {size:,} and "
-                f"the format allows {MAX_HEADER_BYTES:,}."
+                f"{MAX_HEADER_BYTES:,} is the limit here.{LFS_ADVICE if is_lfs_pointer(path) else ''}"
             )
         text = file.read(length)
     try:
@@ -424,6 +427,12 @@ def _size(value: Any) -> int:
 def _span(offsets: Any) -> tuple[int, int]:
     begin, stop = map(_size, offsets)
     return begin, stop
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is what Git leaves of a big one if Git LFS isn't installed."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 class SafetensorsFolder:
