@@ -23,13 +23,13 @@ import torch
 
 from ..plain_text import plain
 from .errors import OriginalCheckpointError
+from .tensor_files import MAX_TENSORS
 
 
 # The pickle of a state dict holds about 100 bytes a tensor; the released files' have 0.2 MB.
 MAX_PICKLE_BYTES = 64 * 2**20
 
 # The released files have 1,400 tensors at most, each of some 40 instructions.
-MAX_TENSORS = 20_000
 MAX_INSTRUCTIONS = 50 * MAX_TENSORS
 
 # Of the archive: what lies beside the tensors, and the list of all records with some 80 bytes each.
@@ -99,7 +99,7 @@ class Record:
     nbytes: int
 
 
-# ---------------------------------------------------------------------------------------------------------- the archive
+# --------------------------------------------------------------------------------------------------------- the archive
 
 
 def read_archive(path: Path) -> tuple[Any, dict[str, Record]]:
@@ -202,7 +202,7 @@ def _content(file: BinaryIO, record: Record) -> bytes:
     return file.read(min(record.nbytes, MAX_PICKLE_BYTES))
 
 
-# ----------------------------------------------------------------------------------------------------------- the pickle
+# ---------------------------------------------------------------------------------------------------------- the pickle
 
 
 @dataclass(frozen=True)
@@ -378,7 +378,7 @@ def _call(name: str, arguments: tuple) -> Any:
     raise RefusedError(f"it asks for {plain(name)}")
 
 
-# ---------------------------------------------------------------------------------------------------------- the tensors
+# --------------------------------------------------------------------------------------------------------- the tensors
 
 
 def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[str, Record]) -> None:

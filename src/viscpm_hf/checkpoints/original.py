@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..plain_text import plain
 from .archive import RefusedError, StoredTensor, UnreadableError, check_tensors, map_tensors, read_archive
 from .errors import OriginalCheckpointError
+from .json_files import load_json
 from .tensor_files import LFS_ADVICE, is_lfs_pointer
 from .weight_transforms import KeyMatcher, shape_after
 
@@ -86,7 +86,7 @@ class CheckpointProblems:
 
     def __str__(self) -> str:
         def sample(names: list[str]) -> str:
-            return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            return ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")
 
         parts = []
         if self.missing:
@@ -201,9 +201,8 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
         OriginalCheckpointError: if the file holds none.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = load_json(path)
+    except ValueError as error:
         raise OriginalCheckpointError(f"{what} {path} is no JSON file: {error}.") from error
     if not isinstance(content, dict):
         raise OriginalCheckpointError(f"{what} {path} holds a {type(content).__name__}, not an object.")

@@ -28,6 +28,7 @@ from ..loading.paint import (
     VAE_NAME,
     reference_scheduler,
 )
+from ..modeling.configuration_limits import check_layers
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
@@ -140,6 +141,7 @@ def open_vae(place: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def empty_part(model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
     """A diffusers model whose weights take no memory."""
+    check_layers(config)
     with torch.device("meta"):
         return model_class.from_config(dict(config))
 

@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_limits import check_layers
+
 
 # Keys of the original configuration files without a counterpart here.
 ORIGINAL_KEYS_WITHOUT_MEANING = ("half", "distance_scale", "dropout_p", "scale", "half_precision")
@@ -76,6 +78,7 @@ class CpmBeeConfig(PreTrainedConfig):
         for original, name in self.attribute_map.items():
             if original in kwargs:
                 setattr(self, name, kwargs.pop(original))
+        check_layers({"num_hidden_layers": self.num_hidden_layers})
         super().__post_init__(**kwargs)
         if self.position_bias_num_buckets % 4:
             raise ValueError(
