@@ -42,10 +42,12 @@ MAX_SECONDS = 10
 MAX_GROWTH_BYTES = 2**30
 
 TOKENS = (
+    # of pickles
     b"\x80\x02", b"cposix\nsystem\n", b"c__builtin__\nbytearray\n", b"J\xff\xff\xff\x7f", b"\x85R",
-    b"r\xff\xff\xff\x7f", b"Q", b"(", b"t", b"}", b"u", b".", b"h\x00", b"\x86", b"\x8a\xff", b"PK\x03\x04", b"PK\x05\x06", b"\xff" * 8,
-    b"\0" * 8, b"1" * 400, b"[" * 2000, b'{"a":', b"null", b"-1", b"1e999", b"NaN", b"\xff\xd8",
-    b"\xff\xda", b"IDAT", b"IHDR",
+    b"r\xff\xff\xff\x7f", b"Q", b"(", b"t", b"}", b"u", b".", b"h\x00", b"\x86", b"\x8a\xff",
+    # of archives, JSON and images
+    b"PK\x03\x04", b"PK\x05\x06", b"\xff" * 8, b"\0" * 8, b"1" * 400, b"[" * 2000, b'{"a":', b"null", b"-1", b"1e999",
+    b"NaN", b"\xff\xd8", b"\xff\xda", b"IDAT", b"IHDR",
 )  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def rebuilt(archive: bytes, chance: random.Random) -> bytes:
     return target.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------------- targets
+# ------------------------------------------------------------------------------------------------------------- targets
 
 Target = Callable[[random.Random, Path], Iterator[bytes]]
 
@@ -202,7 +204,7 @@ def image(chance: random.Random, folder: Path) -> Iterator[bytes]:
 TARGETS: dict[str, Target] = {"archive": archive, "safetensors": safetensors, "folder": folder, "image": image}
 
 
-# -------------------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------------------------- running
 
 
 def check_sentence(error: Exception) -> None:

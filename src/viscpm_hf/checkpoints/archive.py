@@ -404,7 +404,7 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
                 f"{path} was refused: {plain(name)} claims {storage.nbytes:,} bytes, and the file has no record of "
                 "that size for it."
             )
-        if tensor.end > storage.numel:
+        if tensor.numel and tensor.end > storage.numel:
             raise OriginalCheckpointError(
                 f"{path} was refused: {plain(name)} reaches to number {tensor.end:,} of {storage.numel:,} that the "
                 "file holds of it."

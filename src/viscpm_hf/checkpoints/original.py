@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -246,8 +245,10 @@ def _configured(config_class: type, **sizes: Any) -> Any:
     """
     try:
         return config_class(**sizes)
-    except StrictDataclassError as error:  # no ValueError
-        raise OriginalCheckpointError(f"The configuration makes no sense: {' '.join(str(error).split())}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001, of a wrong type may be anything
+        raise OriginalCheckpointError(f"The configuration makes no sense: {plain(error, 500)}") from error
 
 
 def _pick(source: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from ..checkpoints.configurations import read_config
 from ..checkpoints.errors import OriginalCheckpointError
 from ..checkpoints.location import Location
 from ..checkpoints.sibling_original import (
@@ -139,7 +140,7 @@ def model_class_of(kind: str) -> type[PreTrainedModel]:
 
 def open_converted_sibling(location: Location) -> SiblingCheckpoint:
     """Maps a converted folder."""
-    config: VisionResamplerConfig = AutoConfig.from_pretrained(location.path)
+    config: VisionResamplerConfig = read_config(location.path)
     weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
     part = Part("", TRANSFORMERS_WEIGHTS, KEY_MAPS[location.kind])
     files = [location.path / file for file in weights.files]

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
 from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged
+from ..plain_text import plain
 
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class VerificationReport:
 
 def _sample(names) -> str:
     names = list(names)
-    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+    return ", ".join(map(plain, names[:MAX_NAMED])) + (", ..." if len(names) > MAX_NAMED else "")
 
 
 def verify_files(
@@ -171,8 +173,7 @@ def empty_model(config) -> torch.nn.Module:
     from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 
     classes = {"viscpm_chat": VisCPMChatForConditionalGeneration, **MODEL_CLASSES}
-    with torch.device("meta"):
-        return classes.get(config.model_type, CpmBeeForCausalLM)(config)
+    return without_weights(lambda: classes.get(config.model_type, CpmBeeForCausalLM)(config))
 
 
 def check_transformers_folder(folder: Path) -> torch.nn.Module:
@@ -181,9 +182,7 @@ def check_transformers_folder(folder: Path) -> torch.nn.Module:
     Raises:
         ConversionError: if tensors are missing, surplus or of another shape.
     """
-    from transformers import AutoConfig
-
-    model = empty_model(AutoConfig.from_pretrained(folder))
+    model = empty_model(read_config(folder))
     check_weights(model, folder, "model")
     return model
 
