@@ -39,6 +39,9 @@ MAX_DIRECTORY_BYTES = 8 * 2**20
 MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 1000
 
+# The two that are one tensor where a language model was saved with its weights tied.
+TIED_NAMES = {"embed_tokens.weight", "lm_head.weight"}
+
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 LOCAL_SIGNATURE = b"PK\x03\x04"
 
@@ -386,7 +389,7 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
 
     Raises:
         OriginalCheckpointError: if a tensor has more values than bytes, more bytes than its record, or shares them
-            with another tensor; if there are too many.
+            with another tensor (only a language model's head may be its embedding); if there are too many.
     """
     if len(tensors) > MAX_TENSORS:
         raise OriginalCheckpointError(_too_many(path, len(tensors), "tensors"))
@@ -415,10 +418,17 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
     spans.sort()
     for (_, end, name), (begin, _, follower) in zip(spans, spans[1:], strict=False):
         if begin < end:
+            if _are_tied((name, tensors[name]), (follower, tensors[follower])):
+                continue
             raise OriginalCheckpointError(
                 f"{path} was refused: {plain(name)} and {plain(follower)} share {end - begin:,} bytes; tensors of a "
                 "checkpoint have their own."
             )
+
+
+def _are_tied(one: tuple[str, StoredTensor], other: tuple[str, StoredTensor]) -> bool:
+    """Whether two tensors are one, a language model's embedding and its head."""
+    return {name.rpartition("model.")[2] for name, _ in (one, other)} == TIED_NAMES and one[1] == other[1]
 
 
 def map_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[str, Record]) -> dict[str, torch.Tensor]:

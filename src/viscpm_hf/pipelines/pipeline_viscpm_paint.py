@@ -371,7 +371,6 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             )
         # One place more than needed: its row is that of all padding.
         inputs = self.tokenizer.collate(documents, padding_side="right", min_length=longest + 1, return_tensors="pt")
-        inputs.pop("extension_mask")  # says what generation may use
         return list(map(len, documents)), inputs
 
     def _text_encoder_device(self) -> torch.device:
