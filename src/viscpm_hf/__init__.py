@@ -12,8 +12,8 @@ from .version import __version__
 
 # transformers imports torchao where it is installed, which warns of kernels that can't be had here.
 with quiet("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"):
+    from .loading.diffusers import register_pipelines
     from .loading.from_pretrained import register
-    from .pipelines.registration import register_pipelines
 
 
 register()

@@ -39,8 +39,8 @@ MAX_DIRECTORY_BYTES = 8 * 2**20
 MAX_DIMENSIONS = 8
 MAX_NAME_LENGTH = 1000
 
-# The two that are one tensor where a language model was saved with its weights tied.
-TIED_NAMES = {"embed_tokens.weight", "lm_head.weight"}
+# Two that are one tensor where a language model was saved with its weights tied: the last two words of their names.
+TIED_NAMES = ({"embed_tokens.weight", "lm_head.weight"}, {"input_embedding.weight", "lm_head.weight"})
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -428,7 +428,8 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
 
 def _are_tied(one: tuple[str, StoredTensor], other: tuple[str, StoredTensor]) -> bool:
     """Whether two tensors are one, a language model's embedding and its head."""
-    return {name.rpartition("model.")[2] for name, _ in (one, other)} == TIED_NAMES and one[1] == other[1]
+    names = {".".join(name.split(".")[-2:]) for name, _ in (one, other)}
+    return names in TIED_NAMES and one[1] == other[1] and one[1].numel == one[1].storage.numel
 
 
 def map_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[str, Record]) -> dict[str, torch.Tensor]:

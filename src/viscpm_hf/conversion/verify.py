@@ -16,6 +16,7 @@ from ..checkpoints.errors import ConversionError
 from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
 from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
+from ..families.family import FAMILIES
 from ..plain_text import plain
 
 
@@ -169,12 +170,12 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
 
 def empty_model(config) -> torch.nn.Module:
     """A model of `config` whose weights take no memory."""
-    from ..loading.sibling_models import MODEL_CLASSES
-    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
-    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 
-    classes = {"viscpm_chat": VisCPMChatForConditionalGeneration, **MODEL_CLASSES}
-    return without_weights(lambda: classes.get(config.model_type, CpmBeeForCausalLM)(config))
+    def build() -> torch.nn.Module:
+        family = next(family for family in FAMILIES.values() if family.config_class is type(config))
+        return family.model_class(config)
+
+    return without_weights(build)
 
 
 def check_transformers_folder(folder: Path) -> torch.nn.Module:

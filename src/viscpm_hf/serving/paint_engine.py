@@ -40,6 +40,8 @@ class Drawing:
 
     request: PaintRequest
     settings: DrawingSettings = DrawingSettings()
+    is_repeatable: bool = False
+    """Drawn beside no other request: the UNet's last bits depend on how many images it draws at once."""
     on_step: Callable[[int, int], None] | None = None
     """Called with the steps done and the steps in all, from the engine's thread."""
     result: Future = field(default_factory=Future)
@@ -150,7 +152,9 @@ class PaintEngine:
         self._forget_cancelled()
         for drawing in self._waiting:
             count = drawing.settings.num_images * per_image
-            if not group or (drawing.settings == group[0].settings and (len(group) + 1) * count <= self.max_together):
+            is_alone = drawing.is_repeatable or (group and group[0].is_repeatable)
+            is_like = not is_alone and group and drawing.settings == group[0].settings
+            if not group or (is_like and (len(group) + 1) * count <= self.max_together):
                 # From here on nobody but this thread ends it.
                 if drawing.result.set_running_or_notify_cancel():
                     group.append(drawing)

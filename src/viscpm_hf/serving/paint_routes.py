@@ -56,7 +56,7 @@ def paint_router(engine: PaintEngine, names: Sequence[str], settings: ServerSett
             seed=random.getrandbits(31) if body.seed is None else body.seed,
         )
         await places.run(check_paint_request, engine.painter, paint)
-        drawing = engine.submit(Drawing(paint, drawing_settings(body, settings)))
+        drawing = engine.submit(Drawing(paint, drawing_settings(body, settings), is_repeatable=body.seed is not None))
         try:
             result = await unless_gone(request, asyncio.wrap_future(drawing.result), settings.timeout)
         finally:

@@ -387,7 +387,8 @@ class DrawnImage(BaseModel):
     url: str | None = None
     revised_prompt: None = None
     seed: int | None = None
-    """Extension: draws this very picture again."""
+    """Extension: draws this image again. To the last bit, if it was asked for with a seed; what is drawn beside other
+    requests may differ from that by a level of 255."""
     flagged: bool = False
     """Extension: whether a checker flagged it; it is black then."""
 
