@@ -408,3 +408,14 @@ def test_unknown_policy():
 def test_checker_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match="can't be loaded from .*nowhere.*image_safety_checker=False"):
         GOLDEN_A.load_chat(image_safety_checker=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "float16", "fp16", "half", "torch.float16", "torch.half"])
+def test_names_of_a_dtype(golden, dtype):
+    assert golden.load_chat(dtype=dtype).model.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["nn", "int8", torch.int8, "torch.auto", "", 16, "float64"])
+def test_what_is_no_dtype(golden, dtype):
+    with pytest.raises(ValueError, match="A model's dtype is one of float32, float16, bfloat16, auto .*got"):
+        golden.load_chat(dtype=dtype)

@@ -65,6 +65,28 @@ def test_json_objects(capsys):
     assert "图片是什么颜色？" in out  # not as \\u escapes
 
 
+@pytest.mark.parametrize("arguments", [("颜色",), ("", "颜色"), ("what shape is this", "颜色")])
+def test_questions_without_a_picture(capsys, arguments):
+    questions = [argument for argument in arguments if argument]
+    chat, context, answers = GOLDEN_A.load_chat(), "", []
+    for question in questions:
+        answer, context, _ = chat.chat(None, question, context, max_new_tokens=6)
+        answers.append(answer)
+    capsys.readouterr()
+    for order in ((MODEL, *arguments, "--json", *SHORT), (MODEL, "--json", *arguments, *SHORT)):
+        status, out, err = run(capsys, *order)
+        assert (status, err) == (0, "")
+        assert [turn["question"] for turn in objects(out)] == questions
+        assert [turn["answer"] for turn in objects(out)] == answers
+
+
+@pytest.mark.parametrize("image", ["photo.jp", "photo of a cat.jpg", "figures/a cat", "C:\\my photos", "cat"])
+def test_a_mistyped_picture_is_no_question(capsys, image):
+    status, out, err = run(capsys, MODEL, image, "颜色")
+    assert status != 0 and out == ""
+    assert "neither an image file" in err
+
+
 @pytest.mark.parametrize("mode", ["reference", "generate"])
 def test_text_output(capsys, mode):
     chat = GOLDEN_A.load_chat()
@@ -240,3 +262,10 @@ def test_real_process_fails_without_traceback():
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("viscpm-hf: error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["fp16", "half", "torch.float16"])
+def test_other_names_of_a_dtype(capsys, name):
+    options = ("--json", "--max-new-tokens", "2", "--device", "cpu")
+    answers = [run(capsys, MODEL, IMAGE, "颜色", "--dtype", dtype, *options)[1] for dtype in (name, "float16")]
+    assert objects(answers[0])[0]["answer"] == objects(answers[1])[0]["answer"]

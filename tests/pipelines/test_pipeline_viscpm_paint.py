@@ -1,8 +1,10 @@
 """The pipelines: parity with the reference, what diffusers' users expect, and what is refused."""
 
+import copy
 import gc
 import inspect
 import json
+import pickle
 import weakref
 
 import diffusers
@@ -175,26 +177,59 @@ def test_padding_can_be_hidden(original):
     )
 
 
-def test_cond_and_uncond_take_one_pass_and_the_empty_prompt_is_kept(pipe):
+def test_cond_and_uncond_take_one_pass_with_each_text_once(pipe):
     sizes = []
     pipe.text_encoder.register_forward_hook(
         lambda module, args, kwargs, output: sizes.append(output.prompt_embeds.shape[0]), with_kwargs=True
     )
-    first = pipe.encode_prompt("蓝色")
-    again = pipe.encode_prompt("蓝色")
-    assert sizes == [2, 1]  # both in one pass, then the prompt alone
-    for side in (0, 1):
-        close(first[side], again[side])
+    pipe.encode_prompt("蓝色")
     pipe.encode_prompt(["蓝色", "蓝色", "a"], negative_prompt="bad")
-    assert sizes[2:] == [3]  # each text once
+    assert sizes == [2, 3]
 
 
-def test_the_kept_empty_prompt_follows_the_weights(pipe):
-    _, before = pipe.encode_prompt("蓝色")
-    with torch.no_grad():
-        pipe.text_encoder.layer_norm.bias.add_(1.0)
-    _, after = pipe.encode_prompt("蓝色")
-    close(after, before + 1)
+def lora_on(text_encoder):
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    text_encoder.add_adapter(config, "style")
+
+
+CHANGES = {
+    "in place": lambda pipe: pipe.text_encoder.layer_norm.bias.requires_grad_(False).add_(1.0),
+    "through .data": lambda pipe: pipe.text_encoder.layer_norm.bias.data.add_(1.0),
+    "averages copied": lambda pipe: [weight.data.mul_(1.1) for weight in pipe.text_encoder.parameters()],
+    "another tensor": lambda pipe: setattr(pipe.text_encoder.layer_norm.bias, "data", torch.ones(24)),
+    "loaded": lambda pipe: lora_on(pipe.text_encoder),
+    "fused": lambda pipe: (lora_on(pipe.text_encoder), pipe.fuse_lora(components=["text_encoder"])),
+    "unloaded": lambda pipe: (lora_on(pipe.text_encoder), pipe.encode_prompt("a"), pipe.unload_lora_weights()),
+    "half": lambda pipe: pipe.text_encoder.to(torch.bfloat16),
+    "another encoder": lambda pipe: setattr(pipe, "text_encoder", components(seed=1)["text_encoder"]),
+    "freed and replaced": lambda pipe: (
+        pipe.free_text_encoder(),
+        setattr(pipe, "text_encoder", components(seed=1)["text_encoder"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_nothing_stale_is_drawn_with(pipe, change):
+    """Images after a change of the text encoder are those of a pipeline that never drew anything before."""
+    pipe("蓝色", **QUICK)
+    CHANGES[change](pipe)
+    fresh = quiet(VisCPMPaintPipeline(**pipe.components))
+    images = [each("蓝色", generator=seeded(0), **QUICK).images for each in (pipe, fresh)]
+    assert torch.equal(*images)
+
+
+def test_what_a_freed_text_encoder_left_goes_with_it(pipe):
+    pipe.free_text_encoder()
+    other = quiet(VisCPMPaintPipeline.from_pipe(pipe))
+    empty = [each.encode_prompt("", do_classifier_free_guidance=False)[0] for each in (pipe, other)]
+    assert torch.equal(*empty)
+    other.text_encoder = components(seed=1)["text_encoder"]
+    other.text_encoder = None
+    with pytest.raises(ValueError, match="no text encoder"):
+        other.encode_prompt("", do_classifier_free_guidance=False)
 
 
 def test_the_text_encoder_can_be_freed(pipe):
@@ -367,9 +402,8 @@ def test_image_to_image_at_full_strength_is_text_to_image(original, picture):
 
 def test_image_to_image_stays_nearer_with_less_strength(original, picture):
     img2img = quiet(VisCPMPaintImg2ImgPipeline.from_pipe(original))
-    latents = img2img.encode_image(
-        img2img.image_processor.preprocess(picture), 1, torch.float32, torch.device("cpu"), seeded(0)
-    )
+    pixels = img2img.image_processor.preprocess(picture)
+    latents = img2img.encode_image(pixels, 1, torch.float32, torch.device("cpu"), seeded(0))
     distances = []
     for strength in (0.1, 0.5, 0.9):
         result = img2img(
@@ -385,8 +419,55 @@ def test_image_to_image_batches(original, picture):
     together = img2img(["蓝色", OTHER], [picture, picture.rotate(90)], generator=seeded(1, 2), **arguments).images
     alone = img2img(OTHER, picture.rotate(90), generator=seeded(2), **arguments).images
     close(together[1:], alone)
-    with pytest.raises(ValueError, match="2 images can't be shared out to 3"):
+    with pytest.raises(ValueError, match="2 images can't be shared out to 3 results of 3 prompts"):
         img2img([OTHER] * 3, [picture, picture], **arguments)
+
+
+def test_image_to_image_takes_arrays_and_tensors(original, picture):
+    img2img = quiet(VisCPMPaintImg2ImgPipeline.from_pipe(original))
+    array = np.asarray(picture)
+    kinds = [picture, array, torch.from_numpy(array / np.float32(255)).permute(2, 0, 1)[None]]
+    arguments = {"num_inference_steps": 4, "strength": 0.5, "output_type": "pt"}
+    images = [img2img("蓝色", kind, generator=seeded(0), **arguments).images for kind in kinds]
+    close(images[0], images[1])
+    close(images[0], images[2])
+
+
+def test_latents_are_images_too(original):
+    """Drawn small, enlarged as latents, and drawn over."""
+    img2img = quiet(VisCPMPaintImg2ImgPipeline.from_pipe(original))
+    inpaint = quiet(VisCPMPaintInpaintPipeline.from_pipe(original))
+    latents = original("蓝色", num_inference_steps=2, generator=seeded(0), output_type="latent").images
+    large = torch.nn.functional.interpolate(latents, scale_factor=2)
+    arguments = {"num_inference_steps": 4, "strength": 0.5}
+    image = img2img("蓝色", large, generator=seeded(0), output_type="pt", **arguments).images
+    assert image.shape == (1, 3, 32, 32)
+    # Nothing is encoded: latents are what the VAE would have made of the image.
+    kept = inpaint("蓝色", large, np.zeros((32, 32)), generator=seeded(0), output_type="latent", **arguments).images
+    close(kept, large)
+    with pytest.raises(ValueError, match=r"latents of 16 x 16, which is 32 x 32 pixels, but 16 x 24"):
+        img2img("蓝色", large, height=16, width=24, **arguments)
+    without = quiet(VisCPMPaintImg2ImgPipeline(**{**original.components, "vae": None}))
+    assert without("蓝色", latents, output_type="latent", **arguments).images.shape == latents.shape
+
+
+def test_masks_one_a_prompt(original, picture, left_half):
+    inpaint = quiet(VisCPMPaintInpaintPipeline.from_pipe(original))
+    right_half = ~(np.asarray(left_half) > 0)
+    arguments = {"num_inference_steps": 3, "output_type": "pt"}
+    together = inpaint(["蓝色"] * 2, picture, [left_half, right_half], generator=seeded(1, 2), **arguments).images
+    close(together[1:], inpaint("蓝色", picture, right_half, generator=seeded(2), **arguments).images)
+    with pytest.raises(ValueError, match="2 masks can't be shared out to 1"):
+        inpaint("蓝色", picture, [left_half, right_half], **arguments)
+
+
+def test_the_size_is_the_images(original):
+    img2img = quiet(VisCPMPaintImg2ImgPipeline.from_pipe(original))
+    assert img2img("蓝色", PIL.Image.new("RGB", (29, 17)), **QUICK).images.shape == (1, 3, 16, 24)
+    with pytest.raises(ValueError, match="5 x 40 pixels, but 8 x 8 is the least"):
+        img2img("蓝色", PIL.Image.new("RGB", (5, 40)), **QUICK)
+    with pytest.raises(ValueError, match=r"`latents` has shape \(1, 4, 4, 4\)"):
+        img2img("蓝色", PIL.Image.new("RGB", (16, 16)), latents=torch.zeros(1, 4, 4, 4), **QUICK)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -594,6 +675,26 @@ def test_call_signature_has_what_users_of_stable_diffusion_pass():
     assert [name for name in ours if name in stable_diffusion] == shared  # and in the same order
 
 
+def test_copies_and_pickles_draw_the_same(pipe):
+    arguments = {"generator": seeded(0), **QUICK}
+    expected = pipe("蓝色", **arguments).images
+    for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        close(quiet(other)("蓝色", generator=seeded(0), **QUICK).images, expected)
+    pipe.free_text_encoder()
+    embeds = torch.ones(1, 5, 24)
+    images = [
+        quiet(each)(prompt_embeds=embeds, generator=seeded(0), **QUICK).images
+        for each in (pipe, pickle.loads(pickle.dumps(pipe)))
+    ]
+    close(*images)
+
+
+def test_numpy_integers(original):
+    sizes = {"height": np.int64(16), "width": np.int32(24)}
+    counts = {"num_inference_steps": np.int64(2), "num_images_per_prompt": np.int8(1)}
+    assert original("蓝色", output_type="pt", **sizes, **counts).images.shape == (1, 3, 16, 24)
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 
@@ -607,6 +708,8 @@ def test_call_signature_has_what_users_of_stable_diffusion_pass():
         ({"height": 800_000}, "`height` is 800,000, more than the 4,096"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"output_type": "jpg"}, "output_type"),
         ({"image_policy": "none"}, "image_policy"),
         ({"negative_prompt": ["a", "b"]}, "batch size 2, but `prompt` has batch size 1"),

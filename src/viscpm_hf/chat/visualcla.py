@@ -21,6 +21,7 @@ import PIL.Image
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from ..checkpoints.tensor_files import named_dtype
 from ..loading.options import default_device, default_dtype, usable_device
 from ..loading.quantization import quantization_config
 from ..modeling.configuration_vision_resampler import VisualCLAConfig
@@ -38,7 +39,7 @@ def get_model_and_tokenizer_and_processor(
     text_model: str | os.PathLike | None = None,
     vision_model: str | os.PathLike | None = None,
     lora_model: str | os.PathLike | None = None,
-    torch_dtype: torch.dtype | None = None,
+    torch_dtype: str | torch.dtype | None = None,
     default_device: str | torch.device | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     load_in_8bit: bool = False,
@@ -66,7 +67,7 @@ def get_model_and_tokenizer_and_processor(
     if load_in_8bit and visualcla_model is None:
         raise ValueError("load_in_8bit takes a merged model: `viscpm-hf merge visualcla` makes one.")
     device = _device(default_device)
-    dtype = torch_dtype or default_dtype(device, torch.float16)
+    dtype = default_dtype(device, torch.float16) if torch_dtype is None else named_dtype(torch_dtype)
     options: dict[str, Any] = {"dtype": dtype}
     if load_in_8bit:
         options["quantization_config"] = quantization_config("8bit", dtype)

@@ -77,6 +77,37 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
+# What a model's dtype is called, with or without `torch.` before it.
+DTYPE_NAMES = {
+    "float32": "float32", "fp32": "float32", "float": "float32",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+}  # fmt: skip
+
+
+def full_dtype_name(name: str) -> str:
+    """`"fp16"`, `"torch.float16"` ... -> `"float16"`; other texts as they are."""
+    return DTYPE_NAMES.get(name.removeprefix("torch."), name)
+
+
+def named_dtype(dtype: str | torch.dtype, *others: str) -> torch.dtype | str:
+    """The dtype of any of its names.
+
+    Args:
+        others: words of another meaning (`"auto"`), which are returned as they are.
+
+    Raises:
+        ValueError: for anything but float32, bfloat16 and float16.
+    """
+    if dtype in others:
+        return dtype
+    name = full_dtype_name(str(dtype))
+    if name not in DTYPE_NAMES.values():
+        names = ", ".join((*dict.fromkeys(DTYPE_NAMES.values()), *others))
+        raise ValueError(f"A model's dtype is one of {names} (fp32, bf16 and fp16 are the same), got {dtype!r}.")
+    return getattr(torch, name)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """`"float16"` and so on."""
     return str(dtype).removeprefix("torch.")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL.Image import registered_extensions
 
 from .errors import describe
 from .model_options import add_model_options, load_chat
@@ -25,6 +29,18 @@ HELP = """\
 # The reference decoding has no sampling; these ask for `generate`.
 GENERATE_ONLY = ("top_p",)
 GENERATION_OPTIONS = ("num_beams", "max_new_tokens", "temperature", "repetition_penalty", "length_penalty", "top_p")
+
+
+class IntermixedParser(argparse.ArgumentParser):
+    """Takes options before, between and after the arguments, also where some of these may be missing."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parse = super().parse_known_args
+        self.parse_known_args = parse  # which the way of parsing below asks for
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            del self.parse_known_args
 
 
 def positive(kind: type) -> Any:
@@ -55,9 +71,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Ask questions about an image, in one conversation. Without a question: an interactive prompt. / "
         "就一张图片在同一段对话中提问；不给问题则进入交互模式。",
     )
+    parser.__class__ = IntermixedParser
     parser.add_argument("model", metavar="MODEL", help="folder, Hub id, or original .pt/.bin file / 模型")
-    parser.add_argument("image", metavar="IMAGE", help="picture to ask about / 图片")
-    parser.add_argument("questions", metavar="QUESTION", nargs="*", help="questions, asked in turn / 问题")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        nargs="?",
+        help='picture to ask about; none, or "", for questions without a picture / 图片，可省略',
+    )
+    parser.add_argument("questions", metavar="QUESTION", nargs="*", default=[], help="questions, asked in turn / 问题")
     parser.add_argument(
         "--mode",
         choices=("reference", "generate"),
@@ -69,6 +91,16 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a turn / 每轮输出一个 JSON 对象")
     add_model_options(parser)
     parser.set_defaults(run=run)
+
+
+def is_question(text: str) -> bool:
+    """Whether the first argument after the model, the image's place, is a question instead: a text that no file, URL
+    or base64 would be, so that a mistyped path stays one."""
+    if not text or os.path.exists(text):
+        return False
+    looks_like_path = any(sign in text for sign in "/\\") or Path(text).suffix.lower() in registered_extensions()
+    has_words = not text.isascii() or len(text.split()) > 1
+    return has_words and not looks_like_path
 
 
 def generation_options(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
@@ -86,17 +118,21 @@ def generation_options(arguments: argparse.Namespace, mode: str) -> dict[str, An
 
 
 def run(arguments: argparse.Namespace) -> int:
-    is_interactive = not arguments.questions
+    image, questions = arguments.image, arguments.questions
+    if image is not None and is_question(image):
+        image, questions = None, [image, *questions]
+    is_interactive = not questions
     mode = arguments.mode or ("generate" if is_interactive or arguments.top_p is not None else "reference")
     options = {"mode": mode, "seed": arguments.seed, **generation_options(arguments, mode)}
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
 
-    VisCPMImageProcessor()(arguments.image)  # a bad picture is known before minutes of loading
+    if image:
+        VisCPMImageProcessor()(image)  # a bad picture is known before minutes of loading
     chat = load_chat(arguments)
-    conversation = Conversation(chat, arguments.image, options, as_json=arguments.json)
+    conversation = Conversation(chat, image or None, options, as_json=arguments.json)
     if is_interactive:
         return conversation.interact()
-    for question in arguments.questions:
+    for question in questions:
         if not arguments.json:
             print(f"Q: {question}")
         conversation.ask(question)
@@ -104,18 +140,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """A conversation about one picture, in a terminal."""
+    """A conversation about one picture, or none, in a terminal."""
 
-    def __init__(self, chat: VisCPMChat, image: str, options: dict[str, Any], as_json: bool):
+    def __init__(self, chat: VisCPMChat, image: str | None, options: dict[str, Any], as_json: bool):
         self.chat = chat
         self.options = options
         self.as_json = as_json
         self.image = image
         self.change_image(image)
 
-    def change_image(self, image: str) -> None:
+    def change_image(self, image: str | None) -> None:
         """Another picture and a new conversation; a picture that can't be used changes nothing."""
-        self.chat.processor.image_processor(image)
+        if image is not None:
+            self.chat.processor.image_processor(image)
         self.image = image
         self.encoded_image = None
         self.clear()

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from ..checkpoints.tensor_files import full_dtype_name
 from ..loading.quantization import QUANTIZATIONS
 
 
@@ -31,7 +32,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--vae", metavar="FILE_OR_FOLDER", help="Paint's VAE, if not in vae/ beside it / VAE")
     parser.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the weights / 词表")
     parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32", "keep"), default="keep", help="of OUT (keep) / 精度"
+        "--dtype",
+        type=full_dtype_name,
+        choices=("float16", "bfloat16", "float32", "keep"),
+        default="keep",
+        help="of OUT (keep) / 精度",
     )
     parser.add_argument(
         "--quantize", choices=tuple(QUANTIZATIONS), help="the language model's layers; no way back / 量化语言模型"

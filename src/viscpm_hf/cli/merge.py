@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ..checkpoints.tensor_files import full_dtype_name
 from .convert import describe
 
 
@@ -38,7 +39,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="one model, or the adapter in two halves (no bases needed) / 目标格式",
     )
     visualcla.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of OUT (float16) / 精度"
+        "--dtype",
+        type=full_dtype_name,
+        choices=("float16", "bfloat16", "float32"),
+        default="float16",
+        help="of OUT (float16) / 精度",
     )
     visualcla.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (5GB) / 分片大小")
     visualcla.add_argument("--dry-run", action="store_true", help="only say what would be done / 仅预览")

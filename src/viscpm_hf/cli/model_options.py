@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.tensor_files import full_dtype_name
 from ..loading.quantization import QUANTIZATIONS
 
 
@@ -40,7 +41,9 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
     """Adds MODEL's options (not MODEL itself) of Chat, or of Paint; [`load_chat`] and [`load_paint`] read them."""
     group = parser.add_argument_group("model / 模型")
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu ... / 设备")
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights / 精度")
+    group.add_argument(
+        "--dtype", type=full_dtype_name, choices=("float32", "bfloat16", "float16"), help="of the weights / 精度"
+    )
     what = "text encoder" if paint else "language model"
     group.add_argument("--quantization", choices=tuple(QUANTIZATIONS), help=f"precision of the {what} / 量化")
     part = "unet" if paint else "vision"

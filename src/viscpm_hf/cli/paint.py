@@ -62,6 +62,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if (arguments.prompt is None) == (arguments.prompts_file is None):
         raise ValueError("Give either a prompt or --prompts-file.")
     if arguments.prompt is not None:
+        if not arguments.prompt.strip():
+            raise ValueError("The prompt is empty: say what to draw.")
         return [arguments.prompt]
     if arguments.prompts_file == "-":
         lines = sys.stdin.read().splitlines()

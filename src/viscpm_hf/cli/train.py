@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..checkpoints.tensor_files import full_dtype_name
 from ..training.chat_config import ChatTrainingConfig
 from ..training.options import add_config_options, config_from_arguments
 from . import train_paint
@@ -55,7 +56,9 @@ def _add_merge(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="that it was trained on / 基座模型")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="what training left / 适配器文件夹")
     parser.add_argument("output", metavar="OUT", help="new folder; complete or not there at all / 输出文件夹")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of OUT (as stored) / 精度")
+    parser.add_argument(
+        "--dtype", type=full_dtype_name, choices=("float32", "bfloat16", "float16"), help="of OUT (as stored) / 精度"
+    )
     parser.add_argument("--llm-config", metavar="JSON", help="original file: language model / 语言模型配置")
     parser.add_argument("--vision-config", metavar="JSON", help="original file: vision tower / 视觉编码器配置")
     parser.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")

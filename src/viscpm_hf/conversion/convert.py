@@ -27,12 +27,13 @@ from transformers.utils import logging
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
-from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, sha256_of
+from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
 from ..loading.quantization import stored_quantization
 from ..version import __version__
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
 from .planning import Checkpoint, ConversionPlan, open_converted, open_original, plan_conversion, plan_original
+from .source_files import SourceChangedError, SourceFiles
 from .verify import VerificationReport, verify_files, verify_loading
 from .workspace import Workspace
 
@@ -40,7 +41,6 @@ from .workspace import Workspace
 logger = logging.get_logger(__name__)
 
 TO_HUGGINGFACE, TO_ORIGINAL = "huggingface", "original"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KEEP_DTYPE = "keep"
 MANIFEST_FORMAT = 1
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -203,23 +203,27 @@ def run_plan(
     if dry_run:
         return replace(result, seconds=time.perf_counter() - begin)
 
-    workspace.open(fingerprint)
-    try:
-        _check_space(workspace, plan)
-    except OSError:
-        workspace.discard_unless_begun()
-        raise
     conversion = _Conversion(checkpoint, plan, workspace, to, show_progress)
-    conversion.write_weights()
-    manifest = conversion.manifest(result)
-    conversion.write_rest(manifest)
-    report = None
-    if verify:
-        report = verify_files(checkpoint.tensors, plan, workspace.path, show_progress)
-        report.raise_for_differences()
-        if to == TO_HUGGINGFACE:
-            report = replace(report, loading=verify_loading(checkpoint, workspace.path))
-    workspace.complete()
+    with workspace.open(fingerprint):
+        _check_space(workspace, plan)
+        try:
+            conversion.write_weights()
+            conversion.check_source()
+            manifest = conversion.manifest(result)
+            conversion.write_rest(manifest)
+            report = None
+            if verify:
+                report = verify_files(checkpoint.tensors, plan, workspace.path, show_progress)
+                report.raise_for_differences()
+                if to == TO_HUGGINGFACE:
+                    report = replace(report, loading=verify_loading(checkpoint, workspace.path))
+            conversion.check_source()
+            workspace.complete()
+        except SourceChangedError:
+            workspace.discard()
+            raise
+        except OSError as error:
+            raise conversion.explained(error) from error
     return replace(
         result,
         source_sha256=manifest["source"]["sha256"],
@@ -239,6 +243,7 @@ class _Conversion:
         self.show_progress = show_progress
         self.num_resumed_files = 0
         self.source_checksums: dict[str, str] = {}
+        self._source_files = SourceFiles.of(checkpoint)
         self._source_bytes: float = 0  # converted so far
         self._is_cancelled = False
 
@@ -257,8 +262,6 @@ class _Conversion:
                             self._write(file, progress.update)
                 self._source_bytes = math.inf
                 self.source_checksums = checksums.result()
-            except OSError as error:
-                raise self._explained(error) from error
             finally:
                 self._is_cancelled = True
 
@@ -270,6 +273,7 @@ class _Conversion:
         try:
             for tensor in file.tensors:
                 source = self.checkpoint.tensors[tensor.source.name]
+                self.check_source()  # a mapped file that became shorter would end the process
                 writer.write(tensor.target.name, converted_pieces(source, tensor, report))
                 self._source_bytes += tensor.source.nbytes
             digest = writer.finish()
@@ -279,15 +283,26 @@ class _Conversion:
         self.workspace.file_finished(file.path, path.stat().st_size, digest)
 
     def _source_checksums(self) -> dict[str, str]:
-        known = self.workspace.recall("source_checksums")
-        if known is None:
-            known, begin = {}, 0
-            for path in self.checkpoint.weight_files:
-                known[self.checkpoint.source_name(path)] = sha256_of(path, functools.partial(self._wait_for, begin))
-                begin += path.stat().st_size
-            if not self._is_cancelled:
-                self.workspace.remember("source_checksums", known)
-        return known
+        checksums, begin = {}, 0
+        for path in self.checkpoint.weight_files:
+            checksums[self.checkpoint.source_name(path)] = sha256_of(path, functools.partial(self._wait_for, begin))
+            begin += path.stat().st_size
+        if not self._is_cancelled:
+            # What is finished was made of the file as it was then, which its size and time alone don't tell.
+            known = self.workspace.recall("source_checksums")
+            if known is None:
+                self.workspace.remember("source_checksums", checksums)
+            elif known != checksums:
+                raise SourceChangedError(
+                    f"The source {self.checkpoint.location.name} has other contents than when its conversion was "
+                    "begun, although its size and time are the same. What there was is removed: convert again."
+                )
+        return checksums
+
+    def check_source(self) -> None:
+        """Raises [`SourceChangedError`] if the source changed."""
+        known, name_of = self.source_checksums, self.checkpoint.source_name  # known when all is read
+        self._source_files.check({path: known[name_of(path)] for path in self.checkpoint.weight_files if known})
 
     def _wait_for(self, begin: int, position: int) -> bool:
         """Lets the checksums be computed close to what is being converted, so that a source is read from the disk
@@ -301,16 +316,20 @@ class _Conversion:
             total=self.plan.nbytes, desc=what, unit="B", unit_scale=True, disable=not self.show_progress, leave=False
         )
 
-    def _explained(self, error: OSError) -> OSError:
+    def explained(self, error: OSError) -> OSError:
         """What went wrong, how far it came, and what to do."""
-        reason = error.strerror or str(error)
+        reason = f"{error.strerror}{f': {error.filename}' if error.filename else ''}" if error.strerror else str(error)
         done = sum(known["size"] for known in self.workspace.finished.values())
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(self.workspace.path).free
+            free = shutil.disk_usage(self.workspace.output.parent).free
             reason += f"; {free / 1e9:.2f} GB are free on that disk"
         return OSError(
             f"The conversion stopped ({reason}) with {done / 1e9:.2f} of {self.plan.nbytes / 1e9:.2f} GB finished. "
-            f"They are in {self.workspace.path}: go on with --resume, or delete that folder."
+            + (
+                f"They are in {self.workspace.path}: go on with --resume."
+                if done
+                else "Nothing was left behind: the same command begins again, with or without --resume."
+            )
         )
 
     def manifest(self, result: ConversionResult) -> dict[str, Any]:
@@ -364,7 +383,7 @@ class _Conversion:
     def write_rest(self, manifest: Mapping[str, Any]) -> None:
         """Everything beside the weights."""
         folder = self.workspace.path
-        self.workspace.clear_except(set(self.workspace.finished))
+        self.workspace.clear_unfinished()
         if self.to == TO_ORIGINAL:
             export_original_folder(folder, self.checkpoint, manifest)
         elif self.checkpoint.kind == PAINT:
@@ -414,6 +433,7 @@ def _check_space(workspace: Workspace, plan: ConversionPlan) -> None:
     finished = sum(known["size"] for known in workspace.finished.values())
     needed = plan.nbytes - finished + SPARE_BYTES
     free = shutil.disk_usage(workspace.path).free
+    # Its own half-written files are gone by now, and a finished one that turns out spoilt is written over.
     if needed > free:
         raise OSError(
             f"The disk of {workspace.output} has {free / 1e9:.2f} GB free, but the conversion needs another "
@@ -439,12 +459,8 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     Raises:
         ValueError: for anything but the three floating point types.
     """
-    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
-    if name == KEEP_DTYPE:
-        return None
-    if name not in DTYPES:
-        raise ValueError(f"dtype is one of {', '.join((*DTYPES, KEEP_DTYPE))}, got {name!r}.")
-    return DTYPES[name]
+    wanted = named_dtype(dtype, KEEP_DTYPE)
+    return None if wanted == KEEP_DTYPE else wanted
 
 
 def parse_size(size: int | str) -> int:

@@ -21,6 +21,7 @@ from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dt
 from .export import save_processor, write_json
 from .model_card import CARDS, sibling_card
 from .planning import Checkpoint, open_converted, open_original
+from .source_files import SourceFiles
 from .verify import empty_model
 from .workspace import PARTIAL_SUFFIX, Workspace
 
@@ -70,9 +71,9 @@ def convert_quantized(
     else:
         checkpoint = open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
     workspace = Workspace(output, [location.path], resume=False, overwrite=overwrite)
-    workspace.open({"version": __version__, "quantization": quantization})
-    folder = workspace.path
-    try:
+    source_files = SourceFiles.of(checkpoint)
+    with workspace.open({"version": __version__, "quantization": quantization}):
+        folder = workspace.path
         with ThreadPoolExecutor(1, "sha256") as thread:
             checksum = thread.submit(sha256_of, checkpoint.weight_files[0])
             if checkpoint.kind == PAINT:
@@ -89,10 +90,8 @@ def convert_quantized(
         write_json(folder / MANIFEST_NAME, manifest)
         card = CARDS.get(checkpoint.kind, sibling_card)
         (folder / "README.md").write_text(card(checkpoint, num_parameters, manifest), "utf-8")
-    except BaseException:
-        workspace.discard_unless_begun()
-        raise
-    workspace.complete()
+        source_files.check({checkpoint.weight_files[0]: manifest["source"]["sha256"]})
+        workspace.complete()
     files = {name: known["size"] for name, known in manifest["files"].items()}
     return ConversionResult(
         source=location.name,

@@ -67,8 +67,7 @@ def split_visualcla(lora_model: str | os.PathLike, output: str | os.PathLike) ->
         raise OriginalCheckpointError(f"{folder} lacks {', '.join(missing) or RESAMPLER_CONFIG}: it is incomplete.")
 
     workspace = Workspace(output, [folder], resume=False, overwrite=False)
-    workspace.open({"split": folder.name})
-    try:
+    with workspace.open({"split": folder.name}):
         text, vision = (workspace.path / f"{folder.resolve().name}{suffix}" for suffix in (TEXT_SUFFIX, VISION_SUFFIX))
         _write_half(adapter, TEXT_PREFIX, text, {"task_type": "CAUSAL_LM"})
         _write_half(adapter, VISION_PREFIX, vision, {"task_type": None})
@@ -79,10 +78,7 @@ def split_visualcla(lora_model: str | os.PathLike, output: str | os.PathLike) ->
             for name in names:
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, target / name)
-    except BaseException:
-        workspace.discard_unless_begun()
-        raise
-    workspace.complete()
+        workspace.complete()
     return [workspace.output / path.name for path in (text, vision)]
 
 

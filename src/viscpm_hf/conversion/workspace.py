@@ -2,27 +2,39 @@
 
 Files are written to `OUT.partial`, beside OUT and so on the same disk, and the folder gets its name when all of them
 are on the disk. `OUT.partial.json` says which are finished, with their checksums, so that an interrupted conversion
-can go on.
+can go on. `OUT.partial.lock` keeps everybody else out meanwhile. What has one of these names and isn't ours, by a mark
+that it bears, is neither changed nor removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.errors import ConversionError
-from ..checkpoints.location import json_object
 from ..checkpoints.tensor_files import crc32_of
+from ..plain_text import plain
+from .folder_lock import FolderLock
 
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 STATE_SUFFIX = ".partial.json"
+LOCK_SUFFIX = ".partial.lock"
+
+# What an unfinished conversion's list says of itself, and the file in its folder that has the same `id`.
+STATE_FORMAT = "viscpm-hf unfinished conversion"
+MARK_NAME = ".viscpm-hf-conversion"
+
+# The released checkpoints' lists have some thousand bytes.
+MAX_STATE_BYTES = 64 * 2**20
 
 # A folder with one of these is a checkpoint, which --overwrite may replace.
 CHECKPOINT_MARKS = ("config.json", "model_index.json")
@@ -45,16 +57,19 @@ class Workspace:
         self.output = Path(output).expanduser()
         if self.output.name in ("", ".."):
             raise ConversionError(f"{os.fspath(output)!r} is no name for a new folder.")
-        self.path = self.output.with_name(self.output.name + PARTIAL_SUFFIX)
-        self.state_file = self.output.with_name(self.output.name + STATE_SUFFIX)
-        self.resume, self.overwrite = resume, overwrite
+        self.path = self._beside(PARTIAL_SUFFIX)
+        self.state_file = self._beside(STATE_SUFFIX)
+        self.sources, self.resume, self.overwrite = sources, resume, overwrite
         self._state: dict[str, Any] = {}
         self._saving = threading.Lock()  # files and the source's checksum are finished in different threads
-        self._check(sources)
+        self._check()
 
-    def _check(self, sources: list[Path]) -> None:
+    def _beside(self, suffix: str) -> Path:
+        return self.output.with_name(self.output.name + suffix)
+
+    def _check(self) -> None:
         output = self.output.resolve()
-        for source in sources:
+        for source in self.sources:
             source = source.resolve()
             if source == output or source in output.parents:
                 raise ConversionError(f"{self.output} lies inside the source {source}; choose a place outside.")
@@ -68,20 +83,39 @@ class Workspace:
             if not any((self.output / mark).is_file() for mark in CHECKPOINT_MARKS):
                 raise ConversionError(f"{self.output} is no checkpoint, so --overwrite doesn't replace it.")
 
-    def open(self, fingerprint: Mapping[str, Any]) -> None:
-        """Creates the partial folder, or takes up the one that is there.
+    @contextlib.contextmanager
+    def open(self, fingerprint: Mapping[str, Any]) -> Iterator[None]:
+        """Creates the partial folder, or takes up the one that is there; nobody else writes here meanwhile.
+
+        If it ends without [`complete`], what is finished stays for `resume`.
 
         Args:
             fingerprint: what the conversion is of; one of something else isn't gone on with.
 
         Raises:
-            ConversionError: if there is an unfinished conversion that wasn't asked for, or of something else.
+            ConversionError: if another process is writing here, if there is an unfinished conversion that wasn't
+                asked for, or of something else, or if something that isn't ours is in the way.
         """
-        if self.path.exists():
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self._beside(LOCK_SUFFIX), self.output):
+            self._check()  # again: it may have been written just now
+            self._begin(fingerprint)
+            try:
+                yield
+            except BaseException:
+                if not self.finished:
+                    self.discard()
+                raise
+
+    def _begin(self, fingerprint: Mapping[str, Any]) -> None:
+        self._state = self._read_state()
+        if os.path.lexists(self.path):
+            self._check_ours()
             if self.resume:
-                self._state = json_object(self.state_file)
-                begun = self._state.get("fingerprint")
+                begun = self._state["fingerprint"]
                 if begun == fingerprint:
+                    self.clear_unfinished()  # half-written files take room
+                    (self.path / MARK_NAME).write_text(self._state["id"], "ascii")
                     return
                 if not self.overwrite:
                     raise ConversionError(
@@ -92,22 +126,78 @@ class Workspace:
                 raise ConversionError(
                     f"{self.path} is an unfinished conversion: go on with --resume, or start again with --overwrite."
                 )
-            shutil.rmtree(self.path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._state = {"fingerprint": fingerprint, "finished": {}}
-        self._save()  # first, so that a folder without its list never comes to be
-        self.path.mkdir()
+        self.discard()
+        self._state = {
+            "format": STATE_FORMAT,
+            "id": secrets.token_hex(8),
+            "fingerprint": fingerprint,
+            "finished": {},
+        }
+        try:
+            self._save()  # first, so that a folder without its list never comes to be
+            self.path.mkdir()
+            (self.path / MARK_NAME).write_text(self._state["id"], "ascii")
+        except BaseException:
+            self.discard()
+            raise
 
-    def discard_unless_begun(self) -> None:
-        """Removes a partial folder in which no file is finished."""
-        if not self.finished:
+    def _read_state(self) -> dict[str, Any]:
+        """The list of an unfinished conversion; empty if there is none.
+
+        Raises:
+            ConversionError: if the file is something else, or spoilt.
+        """
+        if not os.path.lexists(self.state_file):
+            return {}
+        state = None
+        if self.state_file.is_file() and not self.state_file.is_symlink():
+            with self.state_file.open("rb") as file, contextlib.suppress(ValueError, RecursionError):
+                content = file.read(MAX_STATE_BYTES + 1)
+                state = json.loads(content) if len(content) <= MAX_STATE_BYTES else None
+        if not _is_state(state):
+            raise ConversionError(
+                f"{self.state_file} is in the way: it is not the list of an unfinished conversion, or a spoilt one. "
+                f"Look at it and {self.path.name}, then move both away or delete them."
+            )
+        return state
+
+    def _check_ours(self) -> None:
+        """Raises [`ConversionError`] unless the folder is the one that the list is of."""
+        if self._state and self.path.is_dir() and not self.path.is_symlink():
+            with contextlib.suppress(OSError, ValueError):
+                if (self.path / MARK_NAME).read_text("ascii") == self._state["id"]:
+                    return
+            if not any(self.path.iterdir()):
+                return
+            # Between the mark's removal and the folder's renaming.
+            if self._state.get("is_complete") and all(
+                _size(self.path / file) == known["size"] for file, known in self.finished.items()
+            ):
+                return
+        raise ConversionError(
+            f"{self.path} is in the way: it is no unfinished conversion"
+            + (
+                f", or not the one that {self.state_file.name} is of"
+                if self._state
+                else f" ({STATE_SUFFIX} is missing)"
+            )
+            + ". Move it away, or choose another output."
+        )
+
+    def discard(self) -> None:
+        """Removes what was written so far."""
+        if self._state:
             shutil.rmtree(self.path, ignore_errors=True)
+            if self.output.is_dir():  # else what was replaced is the only copy
+                shutil.rmtree(self._replaced(), ignore_errors=True)
+            self._new_state_file().unlink(missing_ok=True)
             self.state_file.unlink(missing_ok=True)
+            self._state = {}
 
     @property
     def finished(self) -> dict[str, dict[str, Any]]:
         """Finished files with `size` and `crc32`."""
-        return self._state.setdefault("finished", {})
+        return self._state.get("finished", {})
 
     def remember(self, key: str, value: Any) -> None:
         """Keeps a value for a resumed conversion."""
@@ -127,14 +217,15 @@ class Workspace:
         path = self.path / file
         if known is None:
             return False
-        if path.is_file() and path.stat().st_size == known["size"] and crc32_of(path) == known["crc32"]:
+        if _size(path) == known["size"] and crc32_of(path) == known["crc32"]:
             return True
         del self.finished[file]
         self._save()
         return False
 
-    def clear_except(self, files: set[str]) -> None:
+    def clear_unfinished(self) -> None:
         """Removes whatever else an earlier run left."""
+        files = {*self.finished, MARK_NAME}
         for path in sorted(self.path.rglob("*"), reverse=True):
             relative = path.relative_to(self.path).as_posix()
             if path.is_dir() and not path.is_symlink():
@@ -148,29 +239,54 @@ class Workspace:
         for path in self.path.rglob("*"):
             if path.is_file():
                 _sync(path)
+        replaced = self._replaced()
+        self.remember("is_complete", True)
+        (self.path / MARK_NAME).unlink()
         _sync(self.path)
-        replaced = self.output.with_name(self.output.name + REPLACED_SUFFIX)
         if self.output.is_dir() and any(self.output.iterdir()):
-            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(self.output, replaced)
         os.rename(self.path, self.output)
         _sync(self.output.parent)
         self.state_file.unlink()
         shutil.rmtree(replaced, ignore_errors=True)
 
+    def _replaced(self) -> Path:
+        """Where what is replaced lies until it is: a name that nothing else has."""
+        return self._beside(f"{REPLACED_SUFFIX}-{self._state['id']}")
+
+    def _new_state_file(self) -> Path:
+        return self._beside(f"{STATE_SUFFIX}-{self._state['id']}")
+
     def _save(self) -> None:
         with self._saving:
-            new = self.state_file.with_suffix(".new")
+            new = self._new_state_file()
             new.write_text(json.dumps(self._state, indent=1), "ascii")
             _sync(new)
             os.replace(new, self.state_file)
 
 
-def _difference(begun: Any, fingerprint: Mapping[str, Any]) -> str:
-    if not isinstance(begun, Mapping):
-        return "its list of files is gone"
+def _is_state(state: Any) -> bool:
+    return (
+        isinstance(state, dict)
+        and state.get("format") == STATE_FORMAT
+        and isinstance(identity := state.get("id"), str)
+        and identity.isalnum()  # it becomes part of names
+        and isinstance(state.get("fingerprint"), dict)
+        and isinstance(finished := state.get("finished"), dict)
+        and all(
+            isinstance(known, dict) and isinstance(known.get("size"), int) and isinstance(known.get("crc32"), str)
+            for known in finished.values()
+        )
+    )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _difference(begun: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> str:
     changed = [name for name, value in fingerprint.items() if begun.get(name) != value]
-    return ", ".join(f"{name}: {begun.get(name)} then, {fingerprint[name]} now" for name in changed)
+    return ", ".join(f"{name}: {plain(begun.get(name))} then, {plain(fingerprint[name])} now" for name in changed)
 
 
 def _sync(path: Path) -> None:

@@ -19,6 +19,7 @@ from ..checkpoints.original import (
     OriginalCheckpointError,
     load_state_dict,
 )
+from ..checkpoints.tensor_files import named_dtype
 from .layer_streaming import BUDGET_VARIABLE, layer_budget, stream_layers
 from .placement import check_placement, main_device
 from .quantization import QUANTIZATIONS, check_quantization, check_same_quantization, quantization_config
@@ -57,7 +58,8 @@ class LoadOptions:
         """As given by a user.
 
         Raises:
-            ValueError: for a device that can't be used, more memory than there is, or options that don't go together.
+            ValueError: for a device that can't be used, more memory than there is, a dtype that no model can have, or
+                options that don't go together.
             OSError: if the folder can't be written to.
         """
         max_memory = check_placement(device_map, max_memory, offload_folder, device)
@@ -77,7 +79,7 @@ class LoadOptions:
                 raise ValueError(f"{BUDGET_VARIABLE} streams layers, which excludes {name}: unset it, or drop {name}.")
         return cls(
             device=main,
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype,
+            dtype=None if dtype is None else named_dtype(dtype, "auto"),
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,

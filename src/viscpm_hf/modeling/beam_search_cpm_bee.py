@@ -41,12 +41,18 @@ class ReferenceDecodingConfig:
     temperature: float = 0.7
     repetition_penalty: float = 1.1
     length_penalty: float = 3.0
+    min_new_tokens: int = 0
+    """No answer ends before it has so many tokens, those of the slots before included."""
 
     def __post_init__(self):
-        for name in ("num_beams", "max_new_tokens"):
+        for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) is more than max_new_tokens ({self.max_new_tokens})."
+            )
         for name in ("temperature", "repetition_penalty", "length_penalty"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or value != value:
@@ -295,6 +301,8 @@ class ReferenceBeamSearch:
         for step in range(num_steps):
             history[:, :, step] = vocabulary.base_ids(tokens)
             logits = vocabulary.forbid(steps.step(tokens, parents, positions, segments).float()).to(device)
+            if step < decoding.min_new_tokens:
+                logits[..., config.eos_token_id] = FORBIDDEN_LOGIT
             best_scores, best_parents, best_tokens = self._best_candidates(logits, scores, history[:, :, : step + 1])
 
             continuations = [

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE, named_cache
+from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
 
 
 DEFAULT_MAX_NEW_TOKENS = 512
+# Documents decoded together.
+FILL_BATCH_SIZE = 16
 # Of the generation_config.json of CPM-Bee's Hub repositories, what today's libraries have no word for.
 HUB_GENERATION_KEYS = ("is_constraint_gen_mode", "is_contrastive_search_gen_mode", "num_beam_groups", "vocab_size")
 
@@ -122,7 +125,13 @@ class CpmBeeGenerationMixin(GenerationMixin):
         **kwargs,
     ):
         """As `GenerationMixin.generate`; `extension_mask (batch, 1 + E)` comes with the tokenizer's inputs. `fast`
-        decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if None, as `fast_decoder.enabled` says."""
+        decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if None, as `fast_decoder.enabled` says.
+
+        Given documents and their tokenizer, it fills them as the Hub's own class does: see [`generate_documents`]."""
+        documents = kwargs.pop("data_list", inputs)
+        if is_document_call(documents):
+            given = {"extension_mask": extension_mask, "logits_processor": logits_processor, "fast": fast}
+            return self.generate_documents(documents, *args, **kwargs, **given)
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError(
                 "prefill_chunk_size can't be used with CPM-Bee: its prompt attends in both directions, so it has to "
@@ -181,6 +190,42 @@ class CpmBeeGenerationMixin(GenerationMixin):
         missing = kwargs[CACHE].get_max_length() - attention_mask.shape[1]
         return torch.nn.functional.pad(attention_mask, (0, missing), value=1)
 
+    def generate_documents(
+        self,
+        documents: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tokenizer=None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        fast: bool | None = None,
+        **generation,
+    ) -> list[dict[str, Any]]:
+        """`generate(documents, tokenizer)`, the call of the Hub's own class.
+
+        Args:
+            documents: one or several, such as `{"input": "...", "<ans>": ""}`, in document syntax; answers may be
+                nested, and other keys are context.
+            tokenizer: the model's `CpmBeeTokenizer`.
+            generation_config: in place of the model's.
+            fast: whether to decode with [`FastDecoder`]'s graphs; if None, as `fast_decoder.enabled` says.
+            generation: `num_beams` (that of the generation configuration, or 3), `max_new_tokens` or `max_length` (of
+                the answer), `min_new_tokens` or `min_length` (likewise), `repetition_penalty` (on what is generated),
+                `length_penalty`, `temperature`.
+
+        Returns:
+            A list of copies of the documents with the answers, in document syntax, in place; `None` for a slot that
+            the length limit left unreached.
+
+        Raises:
+            ValueError: for a malformed document, one without an empty answer slot, or a bad parameter.
+        """
+        documents = check_document_call(documents, tokenizer)
+        decoding = document_decoding(self.generation_config, generation, generation_config)
+        encoded = [
+            encode_for_filling(document, tokenizer.encode_document, index) for index, document in enumerate(documents)
+        ]
+        fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
+        return fill_in_batches(documents, encoded, fill)
+
     def reference_search(
         self,
         inputs: Mapping[str, torch.Tensor],
@@ -210,7 +255,7 @@ class CpmBeeGenerationMixin(GenerationMixin):
         tokenizer,
         *,
         mode: str = "reference",
-        batch_size: int = 16,
+        batch_size: int = FILL_BATCH_SIZE,
         fast: bool | None = None,
         **generation,
     ) -> list[dict[str, Any]]:
@@ -234,7 +279,9 @@ class CpmBeeGenerationMixin(GenerationMixin):
         if isinstance(documents, Mapping):
             raise ValueError("fill takes a list of documents; put a single one into a list.")
         documents = list(documents)
-        encoded = [encode_for_filling(document, tokenizer, index) for index, document in enumerate(documents)]
+        encoded = [
+            encode_for_filling(document, tokenizer.encode_document, index) for index, document in enumerate(documents)
+        ]
         if mode == "reference":
             decoding = reference_decoding(generation)
             fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
@@ -242,23 +289,23 @@ class CpmBeeGenerationMixin(GenerationMixin):
             fill = partial(self._fill_by_generate, tokenizer=tokenizer, generation={**generation, "fast": fast})
         else:
             raise ValueError(f'mode is "reference" or "generate", got {mode!r}.')
-
-        filled = []
-        for begin in range(0, len(documents), batch_size):
-            batch = encoded[begin : begin + batch_size]
-            for document, source, answers in zip(documents[begin:], batch, fill(batch), strict=False):
-                by_path = {slot.path: answer for slot, answer in zip(source.answer_slots, answers, strict=True)}
-                filled.append(fill_document(document, by_path))
-        return filled
+        return fill_in_batches(documents, encoded, fill, batch_size)
 
     def _fill_by_reference(
-        self, batch: list[EncodedDocument], tokenizer, decoding: ReferenceDecodingConfig, fast: bool | None
+        self,
+        batch: list[EncodedDocument],
+        tokenizer,
+        decoding: ReferenceDecodingConfig,
+        fast: bool | None,
+        pixel_values: torch.Tensor | None = None,
     ) -> list[list[str | None]]:
         inputs = tokenizer.collate(
             [document.prompt() for document in batch], padding_side="left", return_tensors="pt"
         ).to(self.device)
         segments = [[slot.segment_id for slot in document.answer_slots] for document in batch]
         strings = inputs.extension_strings
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values.to(self.device)
         results = self.reference_search(inputs, segments, decoding, fast=fast)
         return [
             [None if ids is None else tokenizer.decode(ids, extension_table=row) for ids in result.token_ids]
@@ -314,10 +361,28 @@ def reference_decoding(generation: Mapping[str, Any]) -> ReferenceDecodingConfig
     return ReferenceDecodingConfig(**generation)
 
 
-def encode_for_filling(document: Mapping[str, Any], tokenizer, index: int) -> EncodedDocument:
+def fill_in_batches(
+    documents: Sequence[Mapping[str, Any]],
+    encoded: Sequence[EncodedDocument],
+    fill: Callable[[list[EncodedDocument]], list[list[str | None]]],
+    batch_size: int = FILL_BATCH_SIZE,
+) -> list[dict[str, Any]]:
+    """Copies of the documents with the answers that `fill` gives for a batch of them."""
+    filled = []
+    for begin in range(0, len(documents), batch_size):
+        batch = list(encoded[begin : begin + batch_size])
+        for document, source, answers in zip(documents[begin:], batch, fill(batch), strict=False):
+            by_path = {slot.path: answer for slot, answer in zip(source.answer_slots, answers, strict=True)}
+            filled.append(fill_document(document, by_path))
+    return filled
+
+
+def encode_for_filling(
+    document: Mapping[str, Any], encode: Callable[[Mapping[str, Any]], EncodedDocument], index: int
+) -> EncodedDocument:
     """Encodes a document whose answer slots are all empty."""
     try:
-        encoded = tokenizer.encode_document(document)
+        encoded = encode(document)
     except ValueError as error:
         raise ValueError(f"Document {index}: {error}") from error
     if not encoded.answer_slots:

@@ -1,22 +1,18 @@
 """Image processor of VisCPM-Chat: any image -> RGB, 224 × 224, values in -1..1.
 
-As the 2023 release did: PIL's `convert("RGB")` (transparency is dropped; transformers would lay the image on white)
-and PIL's bicubic filter straight to the target size, whatever the aspect ratio. Images stay PIL images until they are
-small, so that a large photograph is neither copied nor transposed at full size.
+As the 2023 release did: PIL's `convert("RGB")` and PIL's bicubic filter straight to the target size, whatever the
+aspect ratio. Images stay PIL images until they are small, so that a large photograph is neither copied nor transposed
+at full size.
 """
 
 import os
-import struct
-import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -24,19 +20,28 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
+    get_image_size_for_max_height_width,
     is_pil_image,
     is_valid_image,
-    load_image,
     make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import is_torch_tensor
+
+from .image_reading_viscpm import (
+    are_fractions,
+    array_to_image,
+    check_pixels,
+    image_to_array,
+    open_image,
+    resize_image,
+    to_channels_last,
+    to_rgb,
+    upright,
+)
 
 
-# What PIL's decoders raise, besides ValueError, for a file that breaks off or makes no sense: a PNG with a wrong
-# checksum is a SyntaxError, for one.
-_DECODER_ERRORS = (OSError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error)
+# Modes that keep their channels without `do_convert_rgb`.
+_PLAIN_MODES = ("L", "RGB", "RGBA")
 
 
 class VisCPMImageProcessorKwargs(ImagesKwargs, total=False):
@@ -87,31 +92,36 @@ class VisCPMImageProcessor(PilBackend):
     def __init__(self, **kwargs: Unpack[VisCPMImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens what is not an image yet (path, URL, base64, bytes), keeping the nesting."""
+    def fetch_images(self, image_url_or_urls: Any, max_image_pixels: int | None = None) -> Any:
+        """Opens what is not an image yet (path, URL, base64, bytes), keeping the nesting. PIL images are upright then
+        and have 8 bits a channel; the given ones are left as they are."""
         image = image_url_or_urls
         if isinstance(image, (list, tuple)):
-            return [self.fetch_images(item) for item in image]
+            return [self.fetch_images(item, max_image_pixels) for item in image]
+        limit = self.max_image_pixels if max_image_pixels is None else max_image_pixels
         if isinstance(image, (str, bytes, os.PathLike)):
-            return _open_image(image, self.max_image_pixels)
+            return open_image(image, limit)
         if not is_valid_image(image):
             raise ValueError(
                 "Expected an image (PIL image, numpy array, torch tensor, file path, URL, base64 string or bytes), "
                 f"but got {type(image).__name__}."
             )
         if is_pil_image(image):
-            return image
+            return upright(image, limit)
         if image.ndim not in (2, 3, 4):
             raise ValueError(
                 f"An image array must have 2 or 3 dimensions (4 for a batch), but has the shape {tuple(image.shape)}."
             )
         return image[None] if image.ndim == 2 else image
 
-    def _prepare_images_structure(self, images: ImageInput, expected_ndims: int = 3) -> list[Any]:
-        images = _flatten(self.fetch_images(images))
+    def preprocess(self, images: ImageInput, *args, **kwargs: Unpack[ImagesKwargs]):
+        images = _flatten(self.fetch_images(images, kwargs.get("max_image_pixels")))
         if not images:
             raise ValueError("Expected at least one image, but got 0.")
-        return images
+        return super().preprocess(images, *args, **kwargs)
+
+    def _prepare_images_structure(self, images: list[Any], expected_ndims: int = 3) -> list[Any]:
+        return images  # `preprocess` has done it
 
     def process_image(
         self,
@@ -120,16 +130,18 @@ class VisCPMImageProcessor(PilBackend):
         input_data_format: str | ChannelDimension | None = None,
         min_image_side: int | None = None,
         max_image_pixels: int | None = None,
+        do_rescale: bool | None = None,
+        rescale_factor: float | None = None,
         **kwargs: Unpack[ImagesKwargs],
     ) -> "PIL.Image.Image | np.ndarray":
         """
-        Checks one image and makes it RGB: a PIL image for anything with 8-bit values, a (C, H, W) array for the rest
-        (floats, which transformers reads as 0..1 or as 0..255, or an image that is to keep its channels).
+        Checks one image and makes it a PIL image: RGB, or without `do_convert_rgb` of the channels that it has. Floats
+        from 0 to 1 that are not to be rescaled by 1/255 stay such floats, `(channels, height, width)`.
         """
         if is_pil_image(image):
             width, height = image.size
         else:
-            image = _to_channels_last_array(image, input_data_format)
+            image = to_channels_last(image, input_data_format)
             height, width = image.shape[:2]
         min_image_side = self.min_image_side if min_image_side is None else min_image_side
         if min(height, width) < min_image_side:
@@ -138,33 +150,29 @@ class VisCPMImageProcessor(PilBackend):
                 "(`min_image_side`)."
             )
         # Before the pixels of a file are decoded.
-        _check_pixels(height, width, self.max_image_pixels if max_image_pixels is None else max_image_pixels)
+        limit = self.max_image_pixels if max_image_pixels is None else max_image_pixels
+        check_pixels(height, width, limit)
 
+        keeps_scale = False
         if is_pil_image(image):
-            with _clear_decoding_errors(f"PIL image of mode {image.mode}, {width}x{height} pixels"):
-                image.load()
-            if do_convert_rgb:
-                return _to_rgb(image)
-            image = np.asarray(image)
-            image = image[..., None] if image.ndim == 2 else image
-        elif do_convert_rgb:
-            image = self.convert_to_rgb(image, input_data_format=ChannelDimension.LAST)
-            if image.dtype == np.uint8:
-                return PIL.Image.fromarray(np.ascontiguousarray(image))
-        return np.moveaxis(image, -1, 0)
+            image = upright(image, limit)
+        else:
+            is_usual = do_rescale is not False and rescale_factor in (None, type(self).rescale_factor)
+            keeps_scale = not is_usual and are_fractions(image)
+            image = array_to_image(image)
+        if do_convert_rgb:
+            image = to_rgb(image)
+        elif image.mode not in _PLAIN_MODES:
+            raise ValueError(
+                f"Without do_convert_rgb an image has one of the modes {', '.join(_PLAIN_MODES)}, got {image.mode}."
+            )
+        return image_to_array(image) / np.float32(255) if keeps_scale else image
 
     def convert_to_rgb(
         self, image: "PIL.Image.Image | np.ndarray", input_data_format: str | ChannelDimension | None = None
     ) -> np.ndarray:
-        """Grey becomes three equal channels, alpha is dropped. Arrays keep their layout, PIL images give (H, W, 3)."""
-        if is_pil_image(image):
-            return np.asarray(_to_rgb(image))
-        if input_data_format is None:
-            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-        axis = -1 if input_data_format == ChannelDimension.LAST else 0
-        if image.shape[axis] == 1:
-            return np.repeat(image, 3, axis=axis)
-        return image[..., :3] if axis == -1 else image[:3]
+        """Any image as an array (height, width, 3) of levels, as `process_image` makes it."""
+        return np.asarray(self.process_image(image, do_convert_rgb=True, input_data_format=input_data_format))
 
     def resize(
         self,
@@ -173,12 +181,13 @@ class VisCPMImageProcessor(PilBackend):
         resample: "PILImageResampling | None" = None,
         **kwargs,
     ) -> np.ndarray:
-        """Resizes to `size`, a (C, H, W) array. A PIL image goes straight to an exact height and width."""
-        if is_pil_image(image):
-            if size.height and size.width:
-                return _to_array(_resize(image, size.width, size.height, resample))
-            image = _to_array(image)
-        return super().resize(image, size, resample=resample, **kwargs)
+        """Resizes to `size`, a (C, H, W) array: levels as uint8, or floats from 0 to 1 for such floats."""
+        is_fraction = not is_pil_image(image) and are_fractions(image)
+        if not is_pil_image(image):
+            image = array_to_image(np.moveaxis(image, 0, -1))
+        resample = PILImageResampling.BILINEAR if resample is None else resample
+        array = image_to_array(resize_image(image, *_target_size(image, size), resample))
+        return array / np.float32(255) if is_fraction else array
 
     def rescale(self, image: np.ndarray, scale: float, **kwargs) -> np.ndarray:
         # A division in float32: with 1/255 that is the original's arithmetic, to the last bit.
@@ -186,7 +195,7 @@ class VisCPMImageProcessor(PilBackend):
 
     def _preprocess(self, images: list[Any], do_resize: bool, **kwargs):
         if not do_resize:
-            images = [_to_array(image) if is_pil_image(image) else image for image in images]
+            images = [image_to_array(image) if is_pil_image(image) else image for image in images]
         return super()._preprocess(images, do_resize=do_resize, **kwargs)
 
 
@@ -231,99 +240,16 @@ def _flatten(images: Any) -> list[Any]:
     return list(images) if not is_pil_image(images) and images.ndim == 4 else [images]
 
 
-def _describe(source: "str | bytes | os.PathLike") -> str:
-    if isinstance(source, bytes):
-        return f"<{len(source)} bytes>"
-    name = os.fspath(source)
-    # A base64 string can be megabytes long.
-    return repr(name) if len(name) <= 100 else f"{name[:60]!r}... ({len(name)} characters)"
-
-
-@contextmanager
-def _clear_decoding_errors(source: str):
-    """One clear ValueError for what goes wrong when PIL reads a file."""
-    try:
-        yield
-    except PIL.Image.DecompressionBombError as error:
-        raise ValueError(f"{source} has too many pixels for PIL: {error}") from error
-    except PIL.UnidentifiedImageError as error:
-        raise ValueError(f"{source} is not an image file that PIL can read.") from error
-    except _DECODER_ERRORS as error:
-        if getattr(error, "errno", None) is not None:  # the system's own, such as "permission denied"
-            raise
-        raise ValueError(f"The image file is truncated or damaged ({source}): {error}.") from error
-
-
-def _open_image(source: "str | bytes | os.PathLike", max_image_pixels: int) -> "PIL.Image.Image":
-    """
-    Opens an image file, upright by its EXIF orientation. A local file is checked before its pixels are decoded; URLs
-    and base64 strings go through transformers' `load_image`, within PIL's own limit.
-    """
-    described = _describe(source)
-    if isinstance(source, os.PathLike) and not os.path.isfile(source):
-        raise ValueError(f"There is no image file {described}.")
-    with _clear_decoding_errors(described):
-        if isinstance(source, str) and not os.path.isfile(source):
-            try:
-                return load_image(source)
-            except ValueError:
-                # Its message repeats the whole string.
-                raise ValueError(f"{described} is neither an image file, nor a URL, nor an image in base64.") from None
-        image = PIL.Image.open(BytesIO(source) if isinstance(source, bytes) else source)
-        _check_pixels(image.height, image.width, max_image_pixels)
-        PIL.ImageOps.exif_transpose(image, in_place=True)
-        return image
-
-
-def _to_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """PIL's `convert("RGB")`, except that 16-bit images keep their contrast."""
-    if image.mode.startswith("I;16"):
-        # PIL's conversion clips at 255, which turns nearly every 16-bit image white: take the high byte.
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"PIL can't convert an image of mode {image.mode} to RGB: {error}.") from error
-
-
-def _check_pixels(height: int, width: int, max_image_pixels: int):
-    if height * width > max_image_pixels:
-        raise ValueError(
-            f"The image is {height}x{width} = {height * width} pixels, but at most {max_image_pixels} are accepted "
-            "(`max_image_pixels`)."
-        )
-
-
-def _to_channels_last_array(image: Any, input_data_format: str | ChannelDimension | None) -> np.ndarray:
-    """numpy array or torch tensor -> (H, W, C) view."""
-    if is_torch_tensor(image):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if input_data_format is None:
-        try:
-            input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-        except ValueError as error:
-            raise ValueError(
-                f"An image array must have 1, 3 or 4 channels, first or last, but has the shape {image.shape}."
-            ) from error
-    return np.moveaxis(image, 0, -1) if input_data_format == ChannelDimension.FIRST else image
-
-
-def _resize(image: "PIL.Image.Image", width: int, height: int, resample: "PILImageResampling") -> "PIL.Image.Image":
-    """
-    PIL's resize, with the same pixels in every version of it. Its two passes round to 8 bits in between, so their
-    order shows, by a few of 255 levels in a tall image: up to Pillow 12 the horizontal one always comes first, Pillow
-    13 begins with the vertical one if that takes away more than twice as many pixels of a side. The reference's data
-    was made with the latter.
-    """
-    vertical_first = image.height - height > max(0, 2 * (image.width - width))
-    first = (image.width, height) if vertical_first else (width, image.height)
-    return image.resize(first, resample=resample).resize((width, height), resample=resample)
-
-
-def _to_array(image: "PIL.Image.Image") -> np.ndarray:
-    """RGB image -> (3, H, W) view of uint8."""
-    return np.moveaxis(np.asarray(image), -1, 0)
+def _target_size(image: "PIL.Image.Image", size: SizeDict) -> tuple[int, int]:
+    """Height and width that `size` means for an image."""
+    shape = (image.height, image.width)
+    if size.shortest_edge:
+        return get_size_with_aspect_ratio(shape, size.shortest_edge, size.longest_edge)
+    if size.max_height and size.max_width:
+        return get_image_size_for_max_height_width(shape, size.max_height, size.max_width)
+    if size.height and size.width:
+        return size.height, size.width
+    raise ValueError(f"A size has height and width, shortest_edge, or max_height and max_width, but got {size}.")
 
 
 __all__ = ["VisCPMImageProcessor"]

@@ -7,7 +7,8 @@ the weights, so all layers are plain `nn.Linear` and the head is tied to the emb
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,6 +35,9 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+
+
+logger = logging.get_logger(__name__)
 
 
 class CpmBeeRMSNorm(nn.Module):
@@ -248,6 +252,11 @@ class CpmBeePreTrainedModel(PreTrainedModel):
         device = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
         return super().device if device is None else torch.device(device)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "hf_device_map" and isinstance(value, Mapping):
+            check_whole_layers(self, value)
+        super().__setattr__(name, value)
+
     # diffusers reads the signature to see which arguments there are.
     @functools.wraps(PreTrainedModel.save_pretrained, assigned=(), updated=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
@@ -265,6 +274,35 @@ class CpmBeePreTrainedModel(PreTrainedModel):
 
     def get_compiled_call(self, *args, **kwargs):
         return with_graphs(self, super().get_compiled_call(*args, **kwargs))
+
+
+def check_whole_layers(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Warns of a device map that divides layers, which scripts for the Hub's own class make: it knows other names.
+
+    Raises:
+        ValueError: if parts of a layer would compute on different devices, which can't be.
+    """
+    layers = {name for name, module in model.named_modules() if isinstance(module, CpmBeeDecoderLayer)}
+    places: dict[str, set[str]] = {}
+    for name, place in device_map.items():
+        parts = name.split(".")
+        for layer in layers.intersection(".".join(parts[:end]) for end in range(1, len(parts))):
+            places.setdefault(layer, set()).add(str(place))
+    divided = {layer: found for layer, found in places.items() if len(found) > 1}
+    if not divided:
+        return
+    layer, found = next(iter(divided.items()))
+    message = (
+        f"The device map divides {len(divided)} layers ({layer}: {', '.join(sorted(found))}). Layers are to "
+        f'stay whole: no_split_module_classes=["{CpmBeeDecoderLayer.__name__}"], which the Hub\'s own class calls '
+        "CpmBeeTransformerBlock."
+    )
+    # What is kept on the CPU or the disk computes on the first GPU, if there is one.
+    offloaded = {"cpu", "disk"}
+    main = next((place for place in map(str, device_map.values()) if place not in offloaded), "cpu")
+    if any(len({main if place in offloaded else place for place in found}) > 1 for found in divided.values()):
+        raise ValueError(message)
+    logger.warning(message)
 
 
 class CpmBeeModel(CpmBeePreTrainedModel):

@@ -4,11 +4,14 @@ Source: VisCPM (arXiv:2308.12038). The structure is LLaVA's in transformers; wha
 extension tokens) is explained in `document_cpm_bee`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel  # noqa: F401
+from transformers import GenerationConfig, PreTrainedModel  # noqa: F401
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -18,9 +21,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 
 from .compatibility import CACHE, WithImageOutputs, cache_of, only_known_arguments, takes_cache
 from .configuration_viscpm_chat import VisCPMChatConfig
-from .generation_cpm_bee import CpmBeeGenerationMixin
+from .document_call_cpm_bee import check_document_call, document_decoding
+from .document_cpm_bee import EncodedDocument
+from .generation_cpm_bee import CpmBeeGenerationMixin, encode_for_filling, fill_in_batches
+from .image_processing_viscpm import images_in_order
 from .modeling_beit3 import Beit3Model
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_vocabulary
+from .processing_viscpm_chat import IMAGE_TOKEN, VisCPMChatProcessor
 
 
 @dataclass
@@ -173,6 +180,61 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
 
     def language_model(self) -> CpmBeeModel:
         return self.model.language_model
+
+    @property
+    def query_num(self) -> int:
+        """Placeholders of one image, by the original's name: `tokenizer.unk_token * model.query_num`."""
+        return self.config.num_query_tokens
+
+    def generate_documents(
+        self,
+        documents: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        tokenizer=None,
+        processor=None,
+        image: Any = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        fast: bool | None = None,
+        **generation,
+    ) -> list[dict[str, Any]]:
+        """`generate(documents, tokenizer, processor, image)`, the call of the Hub's own class.
+
+        Args:
+            documents: one or several, such as `{"context": "", "question": "...", "image": "<image>", "<ans>": ""}`,
+                in document syntax; in place of `<image>` the original's `tokenizer.unk_token * model.query_num`.
+            tokenizer: the model's `CpmBeeTokenizer`.
+            processor: the model's image processor, or the `VisCPMChatProcessor` that has it.
+            image: one image, a list for all documents in order, or a list of lists, one for each document.
+            generation_config, fast, generation: see [`CpmBeeGenerationMixin.generate_documents`].
+
+        Returns, raises:
+            As there; a ValueError too if images and placeholders don't match in number.
+        """
+        documents = check_document_call(documents, tokenizer)
+        decoding = document_decoding(self.generation_config, generation, generation_config)
+        image_processor = getattr(processor, "image_processor", processor)
+        if image is not None and not callable(image_processor):
+            raise ValueError(
+                "To look at images, generate needs the model's image processor: "
+                "model.generate(documents, tokenizer, processor, image)."
+            )
+        whole = VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=self.query_num)
+
+        def encode(document: Mapping[str, Any]) -> EncodedDocument:
+            return whole.encode_prompt(whole.parse_prompt(document))
+
+        def num_images(document: EncodedDocument) -> int:
+            return sum(end - begin for begin, end in document.image_bounds) // self.query_num
+
+        encoded = [encode_for_filling(document, encode, index) for index, document in enumerate(documents)]
+        images = images_in_order(image, list(map(num_images, encoded)), image_processor, IMAGE_TOKEN)
+        pixel_values = iter(image_processor(images, return_tensors="pt")["pixel_values"] if images else ())
+
+        def fill(batch: list[EncodedDocument]) -> list[list[str | None]]:
+            rows = list(islice(pixel_values, sum(map(num_images, batch))))
+            return self._fill_by_reference(batch, tokenizer, decoding, fast, torch.stack(rows) if rows else None)
+
+        return fill_in_batches(documents, encoded, fill)
 
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`VisCPMChatModel.get_image_features`]."""

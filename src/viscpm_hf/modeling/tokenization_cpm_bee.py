@@ -390,6 +390,39 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         encoding.extension_strings = own_strings(documents, vocab_size=len(self))
         return encoding
 
+    def prepare_for_finetune(
+        self, data_list: Mapping[str, Any] | Sequence[Mapping[str, Any]], max_length: int = 2048
+    ) -> BatchEncoding:
+        """A batch of answered documents to learn from, as the Hub's own class has it: `model(**batch).loss`.
+
+        Args:
+            data_list: one or several documents in document syntax, their answers under `<ans>`.
+            max_length: the most tokens of a document; longer ones are an error, never cut.
+
+        Returns:
+            Tensors, padded on the right, with `labels`: the answers' tokens and `</s>`, -100 elsewhere.
+
+        Raises:
+            ValueError: for a malformed document, one without an answer, or one that is too long.
+        """
+        documents = [data_list] if isinstance(data_list, Mapping) else list(data_list)
+        if not documents:
+            raise ValueError("prepare_for_finetune needs at least one document, got an empty list.")
+        encoded = []
+        for index, document in enumerate(documents):
+            try:
+                encoded.append(self.encode_document(document, close_answers=True))
+            except ValueError as error:
+                raise ValueError(f"Document {index}: {error}") from error
+            if not any(slot.end - slot.begin > 2 for slot in encoded[-1].answer_slots):
+                raise ValueError(f'Document {index} has no answer to learn: give it one under "<ans>".')
+            if len(encoded[-1]) > max_length:
+                raise ValueError(
+                    f"Document {index} has {len(encoded[-1]):,} tokens, more than max_length ({max_length:,}): "
+                    "shorten it, or raise max_length; nothing is cut off silently."
+                )
+        return self.collate(encoded, with_labels=True, padding_side="right", return_tensors="pt")
+
     # ----------------------------------------------------------------------------------------------- tokens -> text
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ from ..loading.paint import (
 )
 from ..loading.quantization import check_unet_quantization, unet_quantization_config
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
-from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
+from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline, is_whole
 from ..pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY
 from ..pipelines.ranking import DEFAULT_RANKER
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER
@@ -153,7 +153,7 @@ class VisCPMPaint:
         offload_folder: str | os.PathLike | None = None,
         fast: bool = False,
     ):
-        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
+        if not is_whole(candidates) or candidates < 1:
             raise ValueError(f"candidates must be a whole number of at least 1, got {candidates!r}.")
         if offload not in OFFLOADS:
             raise ValueError(f"offload is one of {', '.join(OFFLOADS)}, got {offload!r}.")
@@ -261,10 +261,12 @@ class VisCPMPaint:
         """Draws an image, or a grid of several; with a ranker the best ones of all candidates.
 
         Args:
-            prompt: what to draw.
+            prompt: what to draw; the empty prompt draws anything.
             negative_prompt: what not to draw.
             num_images_per_prompt: how many images are wanted.
-            guidance_scale: weight of the prompt against the negative prompt.
+            guidance_scale: weight of the prompt against the negative prompt, by the original's formula at every
+                scale: 1 is the prompt alone, 0 the negative prompt. (In diffusers' pipelines there is no negative
+                prompt at 1 and below.)
             image_size: height and width in pixels; what the checkpoint was made for if None, which is 512.
             generator: the source of all noise, or a seed.
             num_inference_steps: how many steps; other schedulers than the original's DDPM need 20 or so.
@@ -303,8 +305,6 @@ class VisCPMPaint:
         """
         if not isinstance(prompt, str):
             raise ValueError(f"A prompt is a str, got {type(prompt).__name__}.")
-        if not prompt.strip():
-            raise ValueError("The prompt is empty: say what to draw.")
         if options.get("output_type", "pil") != "pil":
             raise ValueError("VisCPMPaint returns PIL images; other outputs are those of its `pipeline`.")
         has_ranker = self.pipeline.ranker is not None
@@ -321,7 +321,7 @@ class VisCPMPaint:
             generator=generators,
             prompt_policy=self.prompt_policy,
             image_policy=self.image_policy,
-            **options,
+            **{"use_guidance": True, **options},
         )
         images = output.images
         flags = output.nsfw_content_detected or [False] * num_images
@@ -358,9 +358,9 @@ class VisCPMPaint:
         if isinstance(generator, (torch.Generator, list)):
             return generator, [None] * num_images
         seed = int(torch.randint(2**31, (1,))) if generator is None else generator
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not is_whole(seed):
             raise ValueError(f"generator is a torch.Generator or a seed, got {generator!r}.")
-        seeds = [seed + index for index in range(num_images)]
+        seeds = [int(seed) + index for index in range(num_images)]
         return [torch.Generator().manual_seed(seed) for seed in seeds], seeds
 
 

@@ -92,7 +92,7 @@ def paint_batch(
         # One flagged image must not cost the others.
         image_policy="flag" if painter.image_policy == "raise" else painter.image_policy,
         **sides,
-        **options,
+        **{"use_guidance": True, **options},
     )
     reasons = output.flag_reasons or [None] * len(output.images)
     for place, (index, (_, seeds)) in enumerate(zip(accepted, drawn, strict=True)):

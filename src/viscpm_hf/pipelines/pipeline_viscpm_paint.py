@@ -1,9 +1,11 @@
 """Text to image with VisCPM-Paint: CPM-Bee as the text encoder of a Stable Diffusion 2.1 UNet (arXiv:2308.12038)."""
 
 import inspect
+import math
+import numbers
 import os
-import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
@@ -69,6 +71,17 @@ REFERENCE_SCHEDULER_CONFIG = {
     "timestep_spacing": "leading",
     "steps_offset": 0,
 }
+
+
+@dataclass
+class Start:
+    """Where denoising begins."""
+
+    timesteps: torch.Tensor
+    num_inference_steps: int
+    latents: torch.Tensor
+    after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+    """`after_step(i, latents)` may change the latents of every step."""
 
 
 class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusionLoraLoaderMixin):
@@ -176,10 +189,16 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "VisCPMPaintPipeline":
-        """As [`DiffusionPipeline.from_pipe`]; the embeddings of the empty prompt come along."""
+        """As [`DiffusionPipeline.from_pipe`]; what a freed text encoder left of the empty prompt comes along."""
         new = super().from_pipe(pipeline, **kwargs)
-        new._empty_prompt = getattr(pipeline, "_empty_prompt", None)
+        if new.text_encoder is None:
+            new._empty_prompt = getattr(pipeline, "_empty_prompt", None)
         return new
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "text_encoder" and value is not None:
+            self._empty_prompt = None  # that of another encoder
 
     # -------------------------------------------------------------------------------------------------------- prompts
 
@@ -252,10 +271,11 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
 
     def _encode_texts(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Embeddings `(length, width)` of every different text, in one forward pass, and of padding `(width,)`."""
-        known = self._cached_empty_prompt()
-        missing = [text for text in dict.fromkeys(texts) if text or known is None]
-        if not missing and known is not None:
-            return {"": known[0]}, known[1]
+        missing = list(dict.fromkeys(texts))
+        if self.text_encoder is None and self._empty_prompt is not None:
+            if missing == [""]:
+                return {"": self._empty_prompt[0]}, self._empty_prompt[1]
+            missing = [text for text in missing if text]
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "The pipeline has no text encoder (any more), so it can't encode "
@@ -269,13 +289,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                 f"The text encoder's output is not finite in {embeds.dtype}: its numbers overflow. Load it with "
                 'dtype={"text_encoder": torch.bfloat16, ...} or float32.'
             )
-        encoded = {text: row[:length] for text, length, row in zip(missing, lengths, embeds, strict=True)}
-        padding = embeds[0, -1]
-        if known is not None:
-            encoded[""] = known[0].to(embeds.device, embeds.dtype)
-        elif "" in encoded and self._empty_prompt_key() is not None:
-            self._empty_prompt = (self._empty_prompt_key(), encoded[""].clone(), padding.clone())
-        return encoded, padding
+        return {text: row[:length] for text, length, row in zip(missing, lengths, embeds, strict=True)}, embeds[0, -1]
 
     def tokenize_prompts(self, texts: Sequence[str]) -> tuple[list[int], BatchEncoding]:
         """Lengths of the prompts in tokens, and what the text encoder takes, padded one place beyond the longest.
@@ -304,28 +318,6 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             return torch.device(device_map["text_encoder"])
         return self._execution_device
 
-    def _empty_prompt_key(self) -> tuple | None:
-        """What the embeddings of the empty prompt depend on; None if they had better not be kept.
-
-        Every change of a weight in place counts its `_version` up. Adapters are switched without one.
-        """
-        if getattr(self.text_encoder, "peft_config", None):
-            return None
-        parameters = list(self.text_encoder.parameters())
-        return (
-            weakref.ref(self.text_encoder),
-            parameters[0].dtype,
-            sum(parameter._version for parameter in parameters),
-        )
-
-    def _cached_empty_prompt(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Embeddings of the empty prompt and of padding, if they are known and still right."""
-        if self._empty_prompt is None:
-            return None
-        key, embeds, padding = self._empty_prompt
-        is_valid = self.text_encoder is None or key == self._empty_prompt_key()
-        return (embeds, padding) if is_valid else None
-
     def _pad_pairs(
         self, pairs: list[tuple[torch.Tensor, torch.Tensor | None]], padding: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -346,12 +338,14 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
     def free_text_encoder(self) -> None:
         """Drops the text encoder, nine tenths of the weights. Embeddings of the empty prompt are kept.
 
-        From then on prompts come as `prompt_embeds`; the empty negative prompt still works.
+        From then on prompts come as `prompt_embeds`; the empty negative prompt still works. While there is a text
+        encoder nothing is kept: weights change in ways that leave no trace (adapters, averages, `.data`), and together
+        with a prompt the empty one costs next to nothing.
         """
         if self.text_encoder is None:
             return
         encoded, padding = self._encode_texts([""])
-        self._empty_prompt = (None, encoded[""].clone(), padding.clone())
+        self._empty_prompt = (encoded[""].clone(), padding.clone())
         self.text_encoder = None
         self.maybe_free_model_hooks()  # those of model offloading hold on to the text encoder
         if torch.cuda.is_available():
@@ -434,9 +428,12 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         output_type: str | None = "pil",
         prompt_policy: str = "raise",
         image_policy: str = "black",
+        guidance_scale: float = 7.5,
     ) -> None:
+        if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` has to be a finite number but is {guidance_scale!r}.")
         for name, size in (("height", height), ("width", width)):
-            if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or size % SIZE_MULTIPLE:
+            if not is_whole(size) or size <= 0 or size % SIZE_MULTIPLE:
                 raise ValueError(f"`{name}` has to be a positive multiple of {SIZE_MULTIPLE} but is {size!r}.")
             if size > MAX_SIZE:
                 raise ValueError(f"`{name}` is {size:,}, more than the {MAX_SIZE:,} pixels that make sense here.")
@@ -444,7 +441,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             ("num_images_per_prompt", num_images_per_prompt),
             ("num_inference_steps", num_inference_steps),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"`{name}` has to be a whole number of at least 1 but is {value!r}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` has to be one of {', '.join(OUTPUT_TYPES)} but is {output_type!r}.")
@@ -536,32 +533,53 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
+    def check_source(self, num_prompts: int, num_images: int, height: int, width: int) -> None:
+        """Checks what a pipeline starts from besides noise; there is nothing here."""
+
+    def prepare_start(
+        self, timesteps, num_inference_steps, num_prompts, num_images, height, width, dtype, device, generator, latents
+    ) -> Start:
+        """Where denoising begins: here with noise, at the first of the timesteps."""
+        latents = self.prepare_latents(num_images, height, width, dtype, device, generator, latents)
+        return Start(timesteps, num_inference_steps, latents)
+
+    def unet_residuals(
+        self,
+        i: int,
+        t: torch.Tensor,
+        sample: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+        is_guided: bool,
+    ) -> dict[str, Any]:
+        """What the UNet takes besides, step by step, such as a ControlNet's residuals; nothing here."""
+        return {}
+
     def denoise(
         self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        num_inference_steps: int,
+        start: Start,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
         extra_step_kwargs: dict[str, Any],
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        after_step: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The denoising loop; `after_step(i, latents)` may change the latents of every step."""
+        """The denoising loop."""
+        latents, timesteps = start.latents, start.timesteps
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         encoder_attention_mask = token_mask(prompt_embeds)
 
-        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+        num_warmup_steps = len(timesteps) - start.num_inference_steps * self.scheduler.order
         self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=start.num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
 
                 # expand the latents if we are doing classifier free guidance
-                latent_model_input = torch.cat([latents] * 2) if self.do_classifier_free_guidance else latents
+                is_guided = self.do_classifier_free_guidance and len(prompt_embeds) == 2 * len(latents)
+                latent_model_input = torch.cat([latents] * 2) if is_guided else latents
                 latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
 
                 # predict the noise residual
@@ -572,10 +590,11 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                     encoder_attention_mask=encoder_attention_mask,
                     cross_attention_kwargs=self.cross_attention_kwargs,
                     return_dict=False,
+                    **self.unet_residuals(i, t, latent_model_input, prompt_embeds, encoder_attention_mask, is_guided),
                 )[0]
 
                 # perform guidance
-                if self.do_classifier_free_guidance:
+                if is_guided:
                     noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
                     noise_pred = noise_pred_uncond + self.guidance_scale * (noise_pred_text - noise_pred_uncond)
                     if self.guidance_rescale > 0.0:
@@ -585,8 +604,8 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                 latents_dtype = latents.dtype
                 latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
                 latents = latents.to(latents_dtype)  # some schedulers work in fp32
-                if after_step is not None:
-                    latents = after_step(i, latents)
+                if start.after_step is not None:
+                    latents = start.after_step(i, latents)
 
                 if callback_on_step_end is not None:
                     tensors = {
@@ -600,7 +619,8 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
                     new_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     if new_embeds is not prompt_embeds:
-                        prompt_embeds, encoder_attention_mask = new_embeds, token_mask(new_embeds)
+                        prompt_embeds = _rows_for(new_embeds, prompt_embeds, len(latents))
+                        encoder_attention_mask = token_mask(prompt_embeds)
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
@@ -679,7 +699,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
     # corresponds to doing no classifier free guidance.
     @property
     def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
+        return self._guidance_scale > 1 if self._use_guidance is None else self._use_guidance
 
     @property
     def cross_attention_kwargs(self) -> dict[str, Any] | None:
@@ -721,6 +741,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own default)
         prompt_policy: str = "raise",
         image_policy: str = "black",
+        use_guidance: bool | None = None,
     ) -> VisCPMPaintPipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation.
@@ -776,6 +797,9 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
                 `"black"` images, or just `"flag"` them.
             image_policy (`str`, *optional*, defaults to `"black"`):
                 Likewise for images that the safety checker flags ([`UnsafeImageError`]).
+            use_guidance (`bool`, *optional*):
+                Whether the negative prompt counts. If not defined, if `guidance_scale` is above 1, as everywhere in
+                diffusers. True is the original's arithmetic at every scale: 0 draws the negative prompt.
 
         Examples:
 
@@ -810,8 +834,12 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             output_type,
             prompt_policy,
             image_policy,
+            guidance_scale,
         )
+        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)
+        num_images_per_prompt = int(num_images_per_prompt)
         self._guidance_scale = guidance_scale
+        self._use_guidance = use_guidance
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
         self._interrupt = False
@@ -821,6 +849,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         batch_size = len(prompt) if prompt is not None else prompt_embeds.shape[0]
         num_images = batch_size * num_images_per_prompt
         device = self._execution_device
+        self.check_source(batch_size, num_images, height, width)
 
         # 3. Check and encode input prompt
         prompt_reasons = self.check_prompt(prompt, prompt_policy)
@@ -834,6 +863,9 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             negative_prompt_embeds=negative_prompt_embeds,
             lora_scale=(cross_attention_kwargs or {}).get("scale"),
         )
+        if use_guidance and guidance_scale == 1:
+            # Nothing of the negative prompt is left but the padding to its length: one pass will do.
+            self._use_guidance, negative_prompt_embeds = False, None
 
         # 4. Prepare timesteps
         timesteps, num_inference_steps = retrieve_timesteps(
@@ -841,13 +873,22 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         )
 
         # 5. Prepare latent variables
-        latents = self.prepare_latents(num_images, height, width, prompt_embeds.dtype, device, generator, latents)
+        start = self.prepare_start(
+            timesteps,
+            num_inference_steps,
+            batch_size,
+            num_images,
+            height,
+            width,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+        )
 
         # 6. Denoising loop
         latents = self.denoise(
-            latents,
-            timesteps,
-            num_inference_steps,
+            start,
             prompt_embeds,
             negative_prompt_embeds,
             self.prepare_extra_step_kwargs(generator, eta),
@@ -865,6 +906,23 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             image_policy,
             return_dict,
         )
+
+
+def _rows_for(embeds: torch.Tensor, before: torch.Tensor, num_images: int) -> torch.Tensor:
+    """Embeddings out of a callback, one row an image or two; diffusers' cut-off of guidance leaves a single one."""
+    if len(embeds) in (num_images, 2 * num_images):
+        return embeds
+    if len(embeds) == 1 and (before[-num_images:] == embeds).all():
+        return embeds.expand(num_images, -1, -1)
+    raise ValueError(
+        f"After the callback there are prompt_embeds for {len(embeds)} rows, but {num_images} images are drawn (and "
+        f"{num_images} times without the prompt, with guidance)."
+    )
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, numpy's included."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _without_zeros(embeds: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
 from diffusers.utils import replace_example_docstring
 
+from .image_inputs import check_share, read_images, share_out, size_of, to_pixels
 from .pipeline_output import VisCPMPaintPipelineOutput
-from .pipeline_viscpm_paint import VisCPMPaintPipeline, _repeat
+from .pipeline_viscpm_paint import SIZE_MULTIPLE, Start, VisCPMPaintPipeline
 
 
 EXAMPLE_DOC_STRING = """
@@ -46,23 +46,44 @@ class VisCPMPaintImg2ImgPipeline(VisCPMPaintPipeline):
             self.scheduler.set_begin_index(t_start * self.scheduler.order)
         return timesteps, init_timestep
 
-    def check_image_inputs(self, image, strength: float) -> None:
+    def read_source(self, image: PipelineImageInput | None, strength: float) -> None:
+        """Checks and keeps what this call starts from."""
         if not 0 < strength <= 1:
             raise ValueError(f"`strength` has to be above 0 and at most 1 but is {strength}.")
         if image is None:
             raise ValueError("`image` input cannot be undefined.")
-        if self.vae is None:
+        self._image = read_images(image, self.unet.config.out_channels)
+        self._strength = strength
+        if self.vae is None and not isinstance(self._image, torch.Tensor):
             raise ValueError("The pipeline has no VAE, which has to encode the image.")
 
-    def default_size_of(self, image: PipelineImageInput) -> tuple[int, int]:
-        """Height and width of an image, rounded down to what the UNet takes."""
-        height, width = self.image_processor.get_default_height_width(image[0] if isinstance(image, list) else image)
-        return height - height % 8, width - width % 8
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of this call's image, rounded down to what the UNet takes."""
+        image = self._image
+        if isinstance(image, torch.Tensor):
+            height, width = (size * self.vae_scale_factor for size in image.shape[2:])
+            return height, width
+        height, width = size_of(image[0])
+        if min(height, width) < SIZE_MULTIPLE:
+            raise ValueError(
+                f"`image` is {width} x {height} pixels, but {SIZE_MULTIPLE} x {SIZE_MULTIPLE} is the least: enlarge "
+                "it, or give height and width."
+            )
+        return height - height % SIZE_MULTIPLE, width - width % SIZE_MULTIPLE
+
+    def check_source(self, num_prompts: int, num_images: int, height: int, width: int) -> None:
+        check_share(len(self._image), num_prompts, num_images, "image")
+        if isinstance(self._image, torch.Tensor):
+            size = tuple(self._image.shape[2:])
+            if size != self._latent_size(height, width)[1:]:
+                raise ValueError(
+                    f"`image` are latents of {size[0]} x {size[1]}, which is {size[0] * self.vae_scale_factor} x "
+                    f"{size[1] * self.vae_scale_factor} pixels, but {height} x {width} (height x width) are asked "
+                    "for: latents aren't resized, torch.nn.functional.interpolate can do that."
+                )
 
     def encode_image(self, image: torch.Tensor, num_images: int, dtype, device, generator) -> torch.Tensor:
         """Pixels `(batch, 3, height, width)` in -1..1 -> scaled latents `(num_images, ...)`."""
-        if num_images % len(image):
-            raise ValueError(f"{len(image)} images can't be shared out to {num_images} results.")
         image = image.repeat_interleave(num_images // len(image), dim=0).to(device, self.vae.dtype)
         if isinstance(generator, list):
             latents = torch.cat(
@@ -75,16 +96,25 @@ class VisCPMPaintImg2ImgPipeline(VisCPMPaintPipeline):
             latents = retrieve_latents(self.vae.encode(image), generator=generator)
         return (latents * self.vae.config.scaling_factor).to(dtype)
 
-    def prepare_image_latents(
-        self, image, timestep, num_images, height, width, dtype, device, generator, latents=None, is_noise_only=False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Initial latents, the noise in them, and the image's own latents."""
+    def image_latents(self, num_prompts, num_images, height, width, dtype, device, generator) -> torch.Tensor:
+        """Scaled latents `(num_images, ...)` of this call's images."""
+        if isinstance(self._image, torch.Tensor):
+            return share_out(self._image, num_prompts, num_images, "image").to(device, dtype)
+        pixels = to_pixels(self._image, height, width) * 2 - 1
+        return self.encode_image(pixels, num_images, dtype, device, generator)
+
+    def prepare_start(
+        self, timesteps, num_inference_steps, num_prompts, num_images, height, width, dtype, device, generator, latents
+    ) -> Start:
+        """At the step that the image, noised by the strength, stands for; noise alone at strength 1."""
+        timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, self._strength)
         noise = self.prepare_latents(num_images, height, width, dtype, device, generator, latents)
-        noise_only, noise = noise, noise / self.scheduler.init_noise_sigma
-        image_latents = self.encode_image(image, num_images, dtype, device, generator)
-        if is_noise_only:
-            return noise_only, noise, image_latents
-        return self.scheduler.add_noise(image_latents, noise, timestep.repeat(num_images)), noise, image_latents
+        if self._strength == 1:  # nothing of the image is left
+            return Start(timesteps, num_inference_steps, noise)
+        image = self.image_latents(num_prompts, num_images, height, width, dtype, device, generator)
+        noise = noise / self.scheduler.init_noise_sigma
+        latents = self.scheduler.add_noise(image, noise, timesteps[:1].repeat(num_images))
+        return Start(timesteps, num_inference_steps, latents)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -114,18 +144,22 @@ class VisCPMPaintImg2ImgPipeline(VisCPMPaintPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own default)
         prompt_policy: str = "raise",
         image_policy: str = "black",
+        use_guidance: bool | None = None,
     ) -> VisCPMPaintPipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation. Arguments as of [`VisCPMPaintPipeline`], and
 
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                The image or images to start from: one for all, or one per prompt.
+                The image or images to start from: one for all, one a prompt, or one a result. PIL images of every
+                mode (transparency on white); arrays and tensors `(H, W)`, `(H, W, C)`, `(C, H, W)` or batches of
+                them, bytes (uint8) or floats in 0..1 (or -1..1); or latents `(4, h, w)`, `(N, 4, h, w)` as
+                `output_type="latent"` returns them.
             strength (`float`, *optional*, defaults to 0.8):
                 How much is changed, above 0 to 1: the share of the steps that is run. At 1 nothing of the image is
                 left, and the result is that of [`VisCPMPaintPipeline`].
             height (`int`, *optional*), width (`int`, *optional*):
-                The image's own size unless given.
+                The image's own size unless given, rounded down to a multiple of 8.
             latents (`torch.Tensor`, *optional*):
                 Noise in place of a random draw.
 
@@ -134,93 +168,35 @@ class VisCPMPaintImg2ImgPipeline(VisCPMPaintPipeline):
         Returns:
             [`VisCPMPaintPipelineOutput`] or `tuple`, as [`VisCPMPaintPipeline`].
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 0. Check the image; its size is the default
-        self.check_image_inputs(image, strength)
-        default_height, default_width = self.default_size_of(image)
-        height = default_height if height is None else height
-        width = default_width if width is None else width
-
-        # 1. Check inputs. Raise error if not correct
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs,
-            latents,
-            num_images_per_prompt,
-            num_inference_steps,
-            output_type,
-            prompt_policy,
-            image_policy,
-        )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-
-        # 2. Define call parameters
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        batch_size = len(prompt) if prompt is not None else prompt_embeds.shape[0]
-        num_images = batch_size * num_images_per_prompt
-        device = self._execution_device
-
-        # 3. Check and encode input prompt
-        prompt_reasons = self.check_prompt(prompt, prompt_policy)
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-        )
-
-        # 4. Prepare timesteps
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
-        timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength)
-
-        # 5. Prepare latent variables
-        dtype = prompt_embeds.dtype
-        if strength == 1:  # nothing of the image is left
-            latents = self.prepare_latents(num_images, height, width, dtype, device, generator, latents)
-        else:
-            pixels = self.image_processor.preprocess(image, height=height, width=width)
-            latents, _, _ = self.prepare_image_latents(
-                pixels, timesteps[:1], num_images, height, width, dtype, device, generator, latents
+        try:
+            self.read_source(image, strength)
+            return super().__call__(
+                prompt,
+                self.image_size()[0] if height is None else height,
+                self.image_size()[1] if width is None else width,
+                num_inference_steps,
+                timesteps,
+                sigmas,
+                guidance_scale,
+                negative_prompt,
+                num_images_per_prompt,
+                eta,
+                generator,
+                latents,
+                prompt_embeds,
+                negative_prompt_embeds,
+                output_type,
+                return_dict,
+                cross_attention_kwargs,
+                guidance_rescale,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                prompt_policy,
+                image_policy,
+                use_guidance,
             )
-
-        # 6. Denoising loop
-        latents = self.denoise(
-            latents,
-            timesteps,
-            num_inference_steps,
-            prompt_embeds,
-            negative_prompt_embeds,
-            self.prepare_extra_step_kwargs(generator, eta),
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-        )
-
-        # 7. Decode and check images
-        return self.finish(
-            latents,
-            output_type,
-            generator,
-            _repeat(prompt_reasons, num_images_per_prompt),
-            prompt_policy,
-            image_policy,
-            return_dict,
-        )
+        finally:
+            self._image = None
 
 
 __all__ = ["VisCPMPaintImg2ImgPipeline"]

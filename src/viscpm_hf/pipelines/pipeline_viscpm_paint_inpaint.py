@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+from diffusers.image_processor import PipelineImageInput
 from diffusers.utils import replace_example_docstring
 
+from .image_inputs import check_share, read_masks, share_out, to_pixels
 from .pipeline_output import VisCPMPaintPipelineOutput
-from .pipeline_viscpm_paint import _repeat
+from .pipeline_viscpm_paint import Start, VisCPMPaintPipeline
 from .pipeline_viscpm_paint_img2img import VisCPMPaintImg2ImgPipeline
 
 
@@ -33,16 +33,47 @@ class VisCPMPaintInpaintPipeline(VisCPMPaintImg2ImgPipeline):
     [`VisCPMPaintPipeline`].
     """
 
-    def prepare_mask(self, mask_image, num_images: int, height: int, width: int, dtype, device) -> torch.Tensor:
+    def read_source(self, image, strength: float, mask_image: PipelineImageInput | None = None) -> None:
+        if mask_image is None:
+            raise ValueError("`mask_image` input cannot be undefined.")
+        if self.unet.config.in_channels != self.unet.config.out_channels:
+            raise ValueError(
+                f"This pipeline needs a UNet of {self.unet.config.out_channels} input channels, not "
+                f"{self.unet.config.in_channels}."
+            )
+        super().read_source(image, strength)
+        self._mask = read_masks(mask_image)
+
+    def check_source(self, num_prompts: int, num_images: int, height: int, width: int) -> None:
+        super().check_source(num_prompts, num_images, height, width)
+        check_share(len(self._mask), num_prompts, num_images, "mask")
+
+    def prepare_mask(self, num_prompts, num_images, height, width, dtype, device) -> torch.Tensor:
         """The mask at the size of the latents, `(num_images, 1, height, width)`, 1 where something new is drawn."""
-        mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
-        mask = mask_processor.preprocess(mask_image, height=height, width=width)
+        mask = (to_pixels(self._mask, height, width) >= 0.5).float()
         mask = torch.nn.functional.interpolate(mask, size=self._latent_size(height, width)[1:])
-        if num_images % len(mask):
-            raise ValueError(f"{len(mask)} masks can't be shared out to {num_images} results.")
-        return mask.repeat_interleave(num_images // len(mask), dim=0).to(device, dtype)
+        return share_out(mask, num_prompts, num_images, "mask").to(device, dtype)
+
+    def prepare_start(
+        self, timesteps, num_inference_steps, num_prompts, num_images, height, width, dtype, device, generator, latents
+    ) -> Start:
+        """As from an image; what the mask leaves out is put back after every step."""
+        timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, self._strength)
+        first = self.prepare_latents(num_images, height, width, dtype, device, generator, latents)
+        noise = first / self.scheduler.init_noise_sigma
+        image = self.image_latents(num_prompts, num_images, height, width, dtype, device, generator)
+        mask = self.prepare_mask(num_prompts, num_images, height, width, dtype, device)
+
+        def keep_image(i: int, latents: torch.Tensor) -> torch.Tensor:
+            """Puts the image back where it stays, as noisy as the next step expects it."""
+            kept = image
+            if i < len(timesteps) - 1:
+                kept = self.scheduler.add_noise(image, noise, timesteps[i + 1 : i + 2].repeat(num_images))
+            return (1 - mask) * kept + mask * latents
+
+        if self._strength < 1:
+            first = self.scheduler.add_noise(image, noise, timesteps[:1].repeat(num_images))
+        return Start(timesteps, num_inference_steps, first, after_step=keep_image)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -73,13 +104,15 @@ class VisCPMPaintInpaintPipeline(VisCPMPaintImg2ImgPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own default)
         prompt_policy: str = "raise",
         image_policy: str = "black",
+        use_guidance: bool | None = None,
     ) -> VisCPMPaintPipelineOutput | tuple:
         r"""
         The call function to the pipeline for generation. Arguments as of [`VisCPMPaintImg2ImgPipeline`], and
 
         Args:
             mask_image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                White where something new is drawn, black where the image stays.
+                White (1, True) where something new is drawn, black where the image stays; the kinds of `image`, but
+                latents: one for all, one a prompt, or one a result.
             strength (`float`, *optional*, defaults to 1.0):
                 How much of the masked part is changed, above 0 to 1. At 1 nothing of it is left.
 
@@ -88,106 +121,36 @@ class VisCPMPaintInpaintPipeline(VisCPMPaintImg2ImgPipeline):
         Returns:
             [`VisCPMPaintPipelineOutput`] or `tuple`, as [`VisCPMPaintPipeline`].
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-
-        # 0. Check image and mask; the image's size is the default
-        self.check_image_inputs(image, strength)
-        if mask_image is None:
-            raise ValueError("`mask_image` input cannot be undefined.")
-        if self.unet.config.in_channels != self.vae.config.latent_channels:
-            raise ValueError(
-                f"This pipeline needs a UNet of {self.vae.config.latent_channels} input channels, not "
-                f"{self.unet.config.in_channels}."
+        try:
+            self.read_source(image, strength, mask_image)
+            return VisCPMPaintPipeline.__call__(
+                self,
+                prompt,
+                self.image_size()[0] if height is None else height,
+                self.image_size()[1] if width is None else width,
+                num_inference_steps,
+                timesteps,
+                sigmas,
+                guidance_scale,
+                negative_prompt,
+                num_images_per_prompt,
+                eta,
+                generator,
+                latents,
+                prompt_embeds,
+                negative_prompt_embeds,
+                output_type,
+                return_dict,
+                cross_attention_kwargs,
+                guidance_rescale,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                prompt_policy,
+                image_policy,
+                use_guidance,
             )
-        default_height, default_width = self.default_size_of(image)
-        height = default_height if height is None else height
-        width = default_width if width is None else width
-
-        # 1. Check inputs. Raise error if not correct
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs,
-            latents,
-            num_images_per_prompt,
-            num_inference_steps,
-            output_type,
-            prompt_policy,
-            image_policy,
-        )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-
-        # 2. Define call parameters
-        prompt = [prompt] if isinstance(prompt, str) else prompt
-        batch_size = len(prompt) if prompt is not None else prompt_embeds.shape[0]
-        num_images = batch_size * num_images_per_prompt
-        device = self._execution_device
-
-        # 3. Check and encode input prompt
-        prompt_reasons = self.check_prompt(prompt, prompt_policy)
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=(cross_attention_kwargs or {}).get("scale"),
-        )
-
-        # 4. Prepare timesteps
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
-        timesteps, num_inference_steps = self.get_timesteps(num_inference_steps, strength)
-
-        # 5. Prepare latent variables and the mask
-        pixels = self.image_processor.preprocess(image, height=height, width=width)
-        dtype = prompt_embeds.dtype
-        latents, noise, image_latents = self.prepare_image_latents(
-            pixels, timesteps[:1], num_images, height, width, dtype, device, generator, latents, strength == 1
-        )
-        mask = self.prepare_mask(mask_image, num_images, height, width, dtype, device)
-
-        def keep_image(i: int, latents: torch.Tensor) -> torch.Tensor:
-            """Puts the image back where it stays, as noisy as the next step expects it."""
-            kept = image_latents
-            if i < len(timesteps) - 1:
-                kept = self.scheduler.add_noise(image_latents, noise, timesteps[i + 1 : i + 2].repeat(num_images))
-            return (1 - mask) * kept + mask * latents
-
-        # 6. Denoising loop
-        latents = self.denoise(
-            latents,
-            timesteps,
-            num_inference_steps,
-            prompt_embeds,
-            negative_prompt_embeds,
-            self.prepare_extra_step_kwargs(generator, eta),
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            after_step=keep_image,
-        )
-
-        # 7. Decode and check images
-        return self.finish(
-            latents,
-            output_type,
-            generator,
-            _repeat(prompt_reasons, num_images_per_prompt),
-            prompt_policy,
-            image_policy,
-            return_dict,
-        )
+        finally:
+            self._image = self._mask = None
 
 
 __all__ = ["VisCPMPaintInpaintPipeline"]
