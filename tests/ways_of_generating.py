@@ -51,7 +51,8 @@ def make_model(name: str) -> torch.nn.Module:
         ),
         "minicpmv": (
             siblings.MiniCPMVForConditionalGeneration, "granite",
-            {"model_type": "siglip_vision_model", "vision_use_head": False}, {**PERCEIVER, "key_positions": "computed"},
+            {"model_type": "siglip_vision_model", "vision_use_head": False},
+            {**PERCEIVER, "key_positions": "computed"},
         ),
         "visualcla": (
             siblings.VisualCLAForConditionalGeneration, "llama", {"model_type": "clip_vision_model"},
@@ -68,7 +69,7 @@ def make_model(name: str) -> torch.nn.Module:
 
 
 def make_inputs(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """One prompt that repeats itself, so that prompt lookup finds something, with an image where the model takes one."""
+    """One prompt that repeats itself, so that prompt lookup finds something, with an image if the model takes one."""
     phrase = [11, 12, 13, 14, 15]
     ids = [*phrase, 21, *phrase, 22, *phrase[:3]]
     inputs = {}
