@@ -32,10 +32,10 @@ import transformers
 from fastapi import FastAPI
 
 from viscpm_hf import VisCPMChat
-from viscpm_hf.serving.images import read_image_url
+from viscpm_hf.images import decode_image
+from viscpm_hf.serving.images import read_data_uri
 from viscpm_hf.serving.schemas import AnswerMessage, ChatCompletion, ChatCompletionRequest, Choice, Usage
-from viscpm_hf.serving.server import serve
-from viscpm_hf.serving.settings import ServerSettings
+from viscpm_hf.serving.server import bind, serve
 from viscpm_hf.shapes import draw, make_scene
 
 
@@ -178,12 +178,12 @@ async def ask_for(url: str, clients: int, seconds: float, model: str) -> Load:
 
 def serve_with_lock(model: str, device: str) -> None:
     """The same route, answered by one `ask` at a time."""
-    chat, lock, app, settings = VisCPMChat(model, device=device), threading.Lock(), FastAPI(), ServerSettings()
+    chat, lock, app = VisCPMChat(model, device=device), threading.Lock(), FastAPI()
 
     @app.post("/v1/chat/completions")
     def answer(body: ChatCompletionRequest) -> ChatCompletion:
         image, text = body.messages[-1].content
-        picture = read_image_url(image.image_url.url, settings)
+        picture = decode_image(read_data_uri(image.image_url.url))
         with lock:
             turn = chat.ask(picture, text.text, mode="generate", max_new_tokens=body.max_tokens)
         return ChatCompletion(
@@ -192,7 +192,7 @@ def serve_with_lock(model: str, device: str) -> None:
             usage=Usage(prompt_tokens=0, completion_tokens=turn.num_tokens, total_tokens=turn.num_tokens),
         )
 
-    serve(app, port=0)
+    serve(app, bind("127.0.0.1", 0))
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring

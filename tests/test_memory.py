@@ -5,8 +5,9 @@ import json
 import paint_support
 import pytest
 import torch
-from support import Golden
+from support import PRUNED_CASE, Golden
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from viscpm_hf import (
     CpmBeeConfig,
@@ -227,6 +228,35 @@ def test_paint():
     assert 3 < ratio < 4.1
 
 
+@pytest.mark.parametrize(("name", "gigabytes"), [("1b", 2.11), ("2b", 4.17), ("5b", 7.62), ("10b", 19.2)])
+def test_cpm_bees_released_sizes(name, gigabytes):
+    """The files' own sizes, as their repositories list them."""
+    plan = memory_plan(f"openbmb/cpm-bee-{name}", machine=MACHINE)
+    assert (plan.kind, plan.title) == ("cpm_bee", "CPM-Bee")
+    found = rows(plan)
+    assert float(f"{found['half', 'GPU'].weights / 1e9:.3g}") == gigabytes
+    num_attention_layers, width = (48, 4096) if name == "10b" else (19, 32 * {"1b": 40, "2b": 64, "5b": 128}[name])
+    places = cache_places(164, 514 * 3, 3)
+    assert found["half", "GPU"].kv_cache == 2 * 2 * num_attention_layers * width * places
+
+
+@pytest.mark.parametrize("case", ["chat_a", PRUNED_CASE])
+def test_cpm_bee_alone(case, tmp_path):
+    """Original and saved; and the line of Python that is recommended loads what is promised."""
+    source = Golden(case).write_layout(tmp_path / "llm", "cpm-bee")
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "saved")
+    plans = [memory_plan(folder, machine=MACHINE) for folder in (source, tmp_path / "saved")]
+    assert len({tuple(row.weights for row in plan.rows) for plan in plans}) == 1
+    for row in plans[0].rows:
+        if row.placement in ("CPU", "CPU + disk") and row.precision != "nf4":  # too narrow for 4 bits
+            model = eval(
+                row.command, {"AutoModelForCausalLM": AutoModelForCausalLM, "BitsAndBytesConfig": BitsAndBytesConfig}
+            )
+            if row.placement == "CPU":
+                assert loaded_bytes(model) == row.weights
+    assert "nf4" in {row.precision for row in plans[0].rows}
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -240,11 +270,6 @@ def test_bad_models(tmp_path):
         memory_plan(tmp_path, machine=MACHINE)
     with pytest.raises(ValueError, match="is VisCPM-Chat, not VisCPM-Paint"):
         memory_plan(GOLDEN_A.weights, machine=MACHINE, kind="paint")
-
-
-def test_cpm_bee_alone(golden, tmp_path):
-    with pytest.raises(ValueError, match="no VisCPM-Chat or VisCPM-Paint checkpoint"):
-        memory_plan(golden.write_layout(tmp_path / "llm", "cpm-bee"), machine=MACHINE)
 
 
 @pytest.mark.parametrize(

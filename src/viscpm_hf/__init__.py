@@ -58,6 +58,7 @@ _EXPORTS = {
     "VisCPMChatProcessor": "modeling.processing_viscpm_chat",
     "VisCPMImageProcessor": "modeling.image_processing_viscpm",
     "VisCPMPaint": "paint.paint",
+    "VisCPMPaintControlNetPipeline": "pipelines.pipeline_viscpm_paint_controlnet",
     "VisCPMPaintImg2ImgPipeline": "pipelines.pipeline_viscpm_paint_img2img",
     "VisCPMPaintInpaintPipeline": "pipelines.pipeline_viscpm_paint_inpaint",
     "VisCPMPaintPipeline": "pipelines.pipeline_viscpm_paint",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
     from .modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
     from .paint.paint import VisCPMPaint
     from .pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
+    from .pipelines.pipeline_viscpm_paint_controlnet import VisCPMPaintControlNetPipeline
     from .pipelines.pipeline_viscpm_paint_img2img import VisCPMPaintImg2ImgPipeline
     from .pipelines.pipeline_viscpm_paint_inpaint import VisCPMPaintInpaintPipeline
     from .pipelines.prompt_safety import UnsafePromptError

@@ -59,7 +59,7 @@ inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
 )
 with torch.no_grad():
-    logits = model(**{key: value for key, value in inputs.items() if key != "extension_mask"}).logits
+    logits = model(**inputs).logits
 sequence = model.generate(**inputs, max_new_tokens=8)
 save_file({"logits": logits.contiguous(), "sequence": sequence}, output)
 model.save_pretrained(again)
@@ -122,7 +122,7 @@ def local_outputs(folder, image) -> dict[str, torch.Tensor]:
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
     with torch.no_grad():
-        logits = model(**{key: value for key, value in inputs.items() if key != "extension_mask"}).logits
+        logits = model(**inputs).logits
     return {"logits": logits, "sequence": model.generate(**inputs, max_new_tokens=8)}
 
 

@@ -6,11 +6,11 @@ from support import Golden
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChatForConditionalGeneration
 from viscpm_hf.checkpoints.original import chat_config, text_config
-from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, apply_operation, revert_operation
+from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, apply_operation, revert_operation, shape_after
 from viscpm_hf.families import key_maps
 
 
-OPERATIONS = (key_maps.KEEP, key_maps.FOLD_WIDTH)
+OPERATIONS = (key_maps.KEEP, key_maps.FOLD_WIDTH, key_maps.TOKEN_ROWS)
 MAPS = {"chat": key_maps.CHAT, "cpm-bee": key_maps.CPM_BEE, "cpm-bee within": key_maps.CPM_BEE_WITHIN}
 
 
@@ -38,7 +38,7 @@ def test_every_tensor_of_a_chat_file_has_its_place(golden):
         assert match[0] not in mapped, f"{name} and {mapped[match[0]]} have one place"
         mapped[match[0]] = name
         if match[0] in places:
-            assert model.get_parameter(match[0]).shape == tensor.shape
+            assert model.get_parameter(match[0]).shape == shape_after(match[1].operation, tensor.shape)
     assert set(mapped) == places
     assert dropped == {entry.source for entry in key_maps.CHAT.dropped}
 
@@ -69,7 +69,16 @@ def test_folding_divides_by_the_root_of_the_width():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_operations_revert(operation):
     weight = torch.randn(5, 48)
-    torch.testing.assert_close(revert_operation(operation, apply_operation(operation, weight)), weight)
+    torch.testing.assert_close(revert_operation(operation, apply_operation(operation, weight), len(weight)), weight)
+
+
+def test_rows_behind_the_words_are_told_apart():
+    """In every dtype, and none of them is one of the words'."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        embedding = apply_operation(key_maps.TOKEN_ROWS, torch.randn(297, 48).to(dtype))
+        assert embedding.shape == shape_after(key_maps.TOKEN_ROWS, torch.Size((297, 48))) == (704, 48)
+        assert len(embedding[297:].unique(dim=0)) == 704 - 297
+        assert embedding[297:, :2].min() > 0 and not embedding[297:, 2:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -89,8 +98,8 @@ def test_unknown_operation():
 def test_embedding_and_projections_are_folded_but_norms_and_vision_are_not():
     operations = {entry.source: entry.operation for entry in key_maps.CHAT.entries}
     folded = {source for source, operation in operations.items() if operation == key_maps.FOLD_WIDTH}
-    assert "llm.input_embedding.weight" in folded
-    assert len(folded) == 1 + 4 + 3  # embedding; q, k, v, out; gate, up, down
+    assert operations["llm.input_embedding.weight"] == key_maps.TOKEN_ROWS
+    assert len(folded) == 4 + 3  # q, k, v, out; gate, up, down
     assert all(source.startswith("llm.") and "layernorm" not in source for source in folded)
 
 

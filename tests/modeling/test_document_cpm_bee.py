@@ -1,5 +1,7 @@
 """Documents: segments, relations, extension tokens and batches, against the reference."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -9,7 +11,6 @@ from viscpm_hf.modeling.document_cpm_bee import (
     MAX_DOCUMENT_DEPTH,
     fill_document,
     flatten_document,
-    own_strings,
     segment_relations,
 )
 
@@ -110,23 +111,47 @@ def test_numbers_count_within_a_base(tokenizer):
     }
 
 
-def test_batch_shares_one_table_but_rows_own_their_strings(tokenizer):
+def test_every_row_has_slots_of_its_own(tokenizer):
     documents = [tokenizer.encode_document({"a": text}) for text in ("🙂a~", "^a🙂a🙂🙂", "cat")]
     batch = tokenizer.collate(documents, return_tensors="pt")
-    unk, known = tokenizer.unk_token_id, len(tokenizer)
-    assert batch["extension_table"].tolist() == [[[unk, 1], [unk, 2]]] * 3
-    assert batch["extension_mask"].tolist() == [[True, True, False], [True, True, True], [False, False, False]]
+    unk, known = tokenizer.unk_token_id, tokenizer.num_words
+    one, two = (ord("🙂") + 1, 0), (ord("🙂") + 1, ord("🙂") + 1)
+    assert batch["extension_table"].tolist() == [
+        [[unk, 1, known, ord("~") + 1, 0], [unk, 0, unk, *one], [0] * 5],
+        [[unk, 1, known, *one], [unk, 2, known + 1, *two], [unk, 0, unk, ord("^") + 1, 0]],
+        [[0] * 5] * 3,
+    ]
     assert batch.extension_strings == [{unk: "🙂", known: "~"}, {unk: "^", known: "🙂", known + 1: "🙂🙂"}, {}]
-    assert batch.extension_strings == own_strings(documents, vocab_size=known)
     for row, text in enumerate(("🙂a~", "^a🙂a🙂🙂", "cat")):
         decoded = tokenizer.decode(batch["input_ids"][row], extension_table=batch.extension_strings[row])
         assert decoded.endswith(f"<s>{text}</s>")
 
 
+def test_with_labels_rows_share_their_slots(tokenizer):
+    """As in the original's loss, which has a column for every extension token of the batch."""
+    documents = [tokenizer.encode_document({"a": text}) for text in ("🙂a~", "^a🙂a🙂🙂", "cat")]
+    batch = tokenizer.collate(documents, with_labels=True, return_tensors="pt")
+    unk, known = tokenizer.unk_token_id, tokenizer.num_words
+    assert batch["extension_table"][:, :2, :3].tolist() == [[[unk, 1, known], [unk, 2, known + 1]]] * 3
+    assert batch.extension_strings == tokenizer.collate(documents).extension_strings
+    assert batch["input_ids"].tolist() == tokenizer.collate(documents)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch)), lambda batch: batch.to("cpu")],
+    ids=["copy", "deepcopy", "pickle", "to"],
+)
+def test_strings_go_with_the_batch(tokenizer, copied):
+    documents = [tokenizer.encode_document({"a": text}) for text in ("🙂a~", "cat")]
+    batch = tokenizer.collate(documents, return_tensors="pt")
+    assert copied(batch).extension_strings == [{1: "🙂", tokenizer.num_words: "~"}, {}]
+
+
 def test_batch_without_extensions_has_an_empty_table(tokenizer):
     batch = tokenizer.collate([tokenizer.encode_document({"a": "cat"})] * 2, return_tensors="pt")
-    assert batch["extension_table"].shape == (2, 0, 2)
-    assert batch["extension_mask"].tolist() == [[False]] * 2
+    assert batch["extension_table"].shape == (2, 0, 3)
+    assert batch.extension_strings == [{}, {}]
 
 
 # ------------------------------------------------------------------------------------------------- batches and prompts

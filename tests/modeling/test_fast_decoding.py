@@ -108,17 +108,20 @@ def test_text_alone(golden, tmp_path, uncompiled):
 
 
 def test_only_strings_of_the_own_prompt(golden, own_chat, uncompiled):
-    """Free columns of a class can't be answered: there are as many as in ordinary decoding."""
+    """Slots that a row doesn't own are closed, as in ordinary decoding."""
     widths = []
 
     class Width(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            widths.append(scores.shape[1])
+            widths.append(torch.isfinite(scores).sum(-1).tolist())
             return scores
 
     inputs = encode(own_chat.processor, golden)
     own_chat.model.generate(**inputs, max_new_tokens=3, fast=True, logits_processor=[Width()])
-    assert set(widths) == {len(own_chat.processor.tokenizer) + inputs["extension_table"].shape[1]}
+    num_words = own_chat.processor.tokenizer.num_words
+    # `<unk>` is a word that is open to rows with an unknown string, and its further numbers are slots.
+    owned = [num_words - 1 + len(strings) for strings in inputs.extension_strings]
+    assert widths == [owned] * len(widths)
 
 
 # -------------------------------------------------------------------------------------------------------------- graphs
@@ -172,9 +175,9 @@ def test_places(places, room):
 
 
 def test_shape_has_room():
-    shape = DecodingShape.of(rows=5, queries=3, places=300, extensions=9, segments=17)
-    assert shape == DecodingShape(8, 3, 512, 16, 32)
-    assert DecodingShape.of(1, 1, 1, 0, 1) == DecodingShape(1, 1, 256, 8, 16)
+    shape = DecodingShape.of(rows=5, queries=3, places=300, segments=17)
+    assert shape == DecodingShape(8, 3, 512, 32)
+    assert DecodingShape.of(1, 1, 1, 1) == DecodingShape(1, 1, 256, 16)
 
 
 # --------------------------------------------------------------------------------------------------- fused projections
@@ -182,7 +185,6 @@ def test_shape_has_room():
 
 def test_fused_is_not_fused(golden, own_chat, tmp_path):
     model, inputs = own_chat.model, encode(own_chat.processor, golden)
-    inputs.pop("extension_mask")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         plain = model(**inputs).logits

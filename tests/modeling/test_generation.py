@@ -110,7 +110,7 @@ def test_reference_batch_with_images_is_its_rows(golden, model, processor):
 
 def test_only_strings_of_the_own_prompt_can_be_answered(golden, model, processor):
     """Even if the model wants nothing else: the columns of other rows' strings and of a free `<unk>` are closed."""
-    inputs, known = encode(processor, golden, [*ROWS, ("cat", None)]), len(processor.tokenizer)
+    inputs, known = encode(processor, golden, [*ROWS, ("cat", None)]), processor.tokenizer.num_words
 
     def want_extensions(input_ids, scores):
         wanted = torch.full_like(scores, -1e4)

@@ -8,6 +8,7 @@ from support import Golden
 from torch.testing import assert_close
 
 from viscpm_hf import CpmBeeConfig, CpmBeeForCausalLM, CpmBeeTokenizer
+from viscpm_hf.modeling.token_space_cpm_bee import MASKED_LOGIT
 
 
 tight = {"atol": 1e-5, "rtol": 1e-5}
@@ -91,15 +92,32 @@ def test_head_and_embedding_speak_of_extension_tokens_alike(small_model):
     """The logit of token e is the product with the embedding that the input of e has."""
     ids, table = torch.tensor([[5, 297, 298, 9]]), torch.tensor([[[1, 1], [9, 2]]])
     outputs = small_model(ids, extension_table=table, output_hidden_states=True)
-    assert outputs.logits.shape == (1, 4, 299)
+    assert outputs.logits.shape == (1, 4, small_model.config.vocab_size)
     embeddings = small_model.model.embed(torch.arange(299)[None], table)[0]
-    assert_close(outputs.logits, outputs.hidden_states[-1] @ embeddings.T, **tight)
+    assert_close(outputs.logits[..., :299], outputs.hidden_states[-1] @ embeddings.T, **tight)
+    assert (outputs.logits[..., 299:] == MASKED_LOGIT).all()
 
 
-def test_ids_beyond_the_table_are_unk(small_model):
-    embed, unknown = small_model.model.embed, small_model.model.embed_tokens.weight[1]
-    assert torch.equal(embed(torch.tensor([[400]]))[0, 0], unknown)
-    assert torch.equal(embed(torch.tensor([[400]]), torch.tensor([[[9, 3]]]))[0, 0], unknown)
+@pytest.mark.parametrize("table", [None, torch.zeros(1, 0, 3, dtype=torch.long), torch.tensor([[[9, 3], [9, 0]]])])
+def test_a_slot_that_stands_for_nothing_is_an_error(small_model, table):
+    with pytest.raises(ValueError, match="the token 298, a slot .* doesn't say for which one"):
+        small_model(torch.tensor([[5, 298]]), extension_table=table)
+
+
+def test_a_placeholder_without_an_image_is_an_error(small_model):
+    token = small_model.config.placeholder_token_id
+    with pytest.raises(ValueError, match=rf"2 placeholders of images \(id {token}\), but there are no images"):
+        small_model(torch.tensor([[5, token, token]]))
+
+
+def test_looked_up_embeddings_are_the_ids(small_model):
+    """Prompt tuning looks embeddings up without knowing of extension tokens."""
+    ids, table = torch.tensor([[5, 297, 298, 9]]), torch.tensor([[[1, 1], [9, 2]]])
+    looked_up = small_model.get_input_embeddings()(ids)
+    assert_close(
+        small_model(inputs_embeds=looked_up, extension_table=table).logits,
+        small_model(ids, extension_table=table).logits,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- who sees whom
@@ -131,20 +149,16 @@ def test_without_a_document_it_is_a_causal_model(small_model):
 def test_a_prompt_is_read_in_both_directions(small_model, small_tokenizer):
     def logits(question):
         document = small_tokenizer.encode_document({"context": "cat", "question": question, "<ans>": ""})
-        return small_model(**without_mask(small_tokenizer.collate([document], return_tensors="pt"))).logits
+        return small_model(**small_tokenizer.collate([document], return_tensors="pt")).logits
 
     assert not torch.allclose(logits("moon")[:, 4], logits("dog")[:, 4], atol=1e-2)
-
-
-def without_mask(inputs):
-    return {name: value for name, value in inputs.items() if name != "extension_mask"}
 
 
 @torch.no_grad()
 def test_order_of_segments_does_not_matter(small_model, small_tokenizer):
     """Their relations carry the structure: `EncodedDocument.prompt` relies on it."""
     document = small_tokenizer.encode_document({"a": "cat and dog", "b": {"x": "moon", "y": "ocean"}, "<ans>": ""})
-    inputs = without_mask(small_tokenizer.collate([document], return_tensors="pt"))
+    inputs = small_tokenizer.collate([document], return_tensors="pt")
     expected = small_model(**inputs).logits
     segments = torch.randperm(inputs["segment_relations"].shape[-1] - 1, generator=torch.Generator().manual_seed(0))
     places = [(inputs["segment_ids"][0] == segment).nonzero().flatten() for segment in segments]

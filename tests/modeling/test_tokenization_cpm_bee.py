@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from support import Golden
 from transformers import AutoTokenizer
 
-from viscpm_hf import CpmBeeTokenizer
-from viscpm_hf.modeling.tokenization_cpm_bee import MAX_EXTENSION_TOKENS, SPECIAL_TOKENS, LongestMatch, load_vocab
+from viscpm_hf import CpmBeeConfig, CpmBeeTokenizer
+from viscpm_hf.modeling.token_space_cpm_bee import num_extension_slots, padded_vocab_size
+from viscpm_hf.modeling.tokenization_cpm_bee import IMAGE_TOKEN, SLOT_NAME, SPECIAL_TOKENS, LongestMatch, load_vocab
 
 
 RELEASED_VOCABULARY = Path(__file__).parents[3] / "shared" / "golden" / "vocab"
@@ -44,7 +45,9 @@ def test_equals_the_reference(golden, tokenizer):
 @pytest.mark.skipif(not RELEASED_VOCABULARY.is_dir(), reason=f"no {RELEASED_VOCABULARY}, which is not ours to ship")
 def test_released_vocabulary_equals_the_reference():
     tokenizer = CpmBeeTokenizer(str(RELEASED_VOCABULARY / "vocab.txt"))
-    assert len(tokenizer) == tokenizer.vocab_size == 86_583
+    assert tokenizer.num_words == 86_583
+    assert len(tokenizer) == tokenizer.vocab_size == CpmBeeConfig().vocab_size == 87_040
+    assert not {IMAGE_TOKEN, SLOT_NAME.format(0)} & set(tokenizer.vocab)
     cases = json.loads((RELEASED_VOCABULARY / "encoded.json").read_text("utf-8"))
     assert len(cases) == 109
     for case in cases:
@@ -110,7 +113,7 @@ def test_words_that_share_a_beginning():
 
 
 def test_unknown_strings_are_numbered_by_first_use(tokenizer):
-    known = len(tokenizer)
+    known = tokenizer.num_words
     ids, table = tokenizer.encode_text("🙂a~a🙂<mask_1>")
     a = tokenizer.convert_tokens_to_ids("a")
     assert ids == [known, a, known + 1, a, known, known + 2]
@@ -130,15 +133,29 @@ def test_unpaired_bracket_is_one_clear_error(tokenizer, text, position):
 
 
 def test_too_many_unknown_strings(tokenizer):
-    """They would reach the image placeholder's id."""
-    text = "a".join(chr(0x20000 + index) for index in range(MAX_EXTENSION_TOKENS + 1))
-    with pytest.raises(ValueError, match="65,537 different strings without a token, more than the 65,536"):
-        tokenizer.encode_text(text)
+    slots = num_extension_slots(tokenizer.num_words)
+    strings = [chr(0x20000 + index) for index in range(slots + 1)]
+    tokenizer.encode_text("a".join(strings[:-1]))
+    with pytest.raises(ValueError, match=f"{slots + 1} different strings without a token, more than the {slots} "):
+        tokenizer.encode_text("a".join(strings))
+
+
+def test_ids_behind_the_words(tokenizer):
+    """Slots and placeholder are tokens as any other, but no text is tokenised to a slot."""
+    first, image = tokenizer.num_words, tokenizer.image_token_id
+    names = tokenizer.convert_ids_to_tokens(list(range(first, len(tokenizer))))
+    assert names == [*(SLOT_NAME.format(slot) for slot in range(image - first)), IMAGE_TOKEN]
+    assert tokenizer.convert_tokens_to_ids(names) == list(range(first, len(tokenizer)))
+    assert len(tokenizer) == padded_vocab_size(first) == len(tokenizer.get_vocab())
+    assert max(tokenizer(SLOT_NAME.format(3)).input_ids) < first
+    assert tokenizer.decode([first, image]) == "<unk><image>"
+    assert tokenizer.decode([first, image], skip_special_tokens=True) == ""
 
 
 def test_unknown_tokens_alone_are_unk(tokenizer):
     assert tokenizer("🙂").input_ids == [tokenizer.unk_token_id]
-    assert tokenizer.decode([len(tokenizer) + 5]) == "<unk>"
+    for index in (tokenizer.num_words, len(tokenizer) + 5):
+        assert tokenizer.decode([index]) == "<unk>"
 
 
 def test_whitespace_has_tokens_of_its_own(tokenizer):
@@ -152,7 +169,8 @@ def test_special_ids(tokenizer):
     assert [ids[name] for name in ("<pad>", "<unk>", "<mask>", "<sep>", "<s>", "</s>", "<root>", "<ans>")] == [
         0, 1, 2, 3, 6, 7, 8, 9,
     ]  # fmt: skip
-    assert set(ids.values()) <= set(tokenizer.all_special_ids) == tokenizer.special_ids
+    assert set(ids.values()) <= set(tokenizer.all_special_ids)
+    assert set(tokenizer.all_special_ids) | {tokenizer.image_token_id} == tokenizer.special_ids
 
 
 def test_specials_never_match_plain_text(tokenizer):
@@ -184,8 +202,8 @@ def test_added_tokens(golden):
     tokenizer = CpmBeeTokenizer(str(golden.vocab))
     assert tokenizer.add_tokens(["🙂🙂🙂"]) == 1
     ids, table = tokenizer.encode_text("🙂🙂🙂a🙂🙂")
-    assert ids[0] == golden.llm_config["vocab_size"]
-    assert table == {golden.llm_config["vocab_size"] + 1: "🙂🙂"}
+    assert ids[0] == padded_vocab_size(golden.llm_config["vocab_size"])
+    assert table == {golden.llm_config["vocab_size"]: "🙂🙂"}
     assert tokenizer.decode(ids, extension_table=table) == "🙂🙂🙂a🙂🙂"
 
 

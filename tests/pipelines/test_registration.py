@@ -7,7 +7,8 @@ import sys
 import pytest
 
 
-ALL = "['VisCPMPaintPipeline', 'VisCPMPaintImg2ImgPipeline', 'VisCPMPaintInpaintPipeline']"
+KINDS = ("", "ControlNet", "Img2Img", "Inpaint")
+ALL = str([f"VisCPMPaint{kind}Pipeline" for kind in KINDS])
 FOUND = f"assert [getattr(diffusers, name).__name__ for name in {ALL}] == {ALL}"
 
 

@@ -7,6 +7,8 @@ from ray_support import ray_cluster, write_models
 
 
 collect_ignore = []
+if find_spec("selenium") is None:
+    collect_ignore += ["test_docs_browser.py"]
 if find_spec("gradio") is None:
     collect_ignore += ["test_demo.py"]
 if find_spec("gradio") is None or find_spec("selenium") is None:
@@ -24,3 +26,11 @@ def cluster():
 def ray_models(tmp_path_factory):
     """A folder with the small models `chat-a` and `paint-a`."""
     return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from browser_support import open_browser
+
+    with open_browser() as driver:
+        yield driver

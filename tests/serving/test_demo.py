@@ -18,7 +18,7 @@ from support import Golden
 from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
 from viscpm_hf.cli import main
 from viscpm_hf.serving.demo import browser_language, create_demo, start
-from viscpm_hf.serving.demo_chat import ChatPage, Visit, open_picture
+from viscpm_hf.serving.demo_chat import ChatPage, Visit
 from viscpm_hf.serving.demo_labels import ERROR_TEXTS, Labels, report, status
 from viscpm_hf.serving.demo_paint import PaintPage
 from viscpm_hf.serving.demo_texts import LANGUAGES, TEXTS, preferred_language, say
@@ -207,13 +207,6 @@ def test_errors_are_told_in_both_languages(kind, key):
 def test_text_is_shown_letter_by_letter(page):
     (message, _) = ask(page, question="<img src=x onerror=alert(1)> & **so**")[-1][1]
     assert message["content"]["text"] == "&lt;img src=x onerror=alert(1)&gt; &amp; **so**"
-
-
-def test_a_picture_is_seen_as_the_camera_was_held(tmp_path):
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    PIL.Image.new("RGB", (40, 20)).save(tmp_path / "phone.jpg", exif=exif)
-    assert open_picture(str(tmp_path / "phone.jpg")).size == (20, 40)
 
 
 def test_bad_input_is_one_sentence_and_changes_nothing(page, tmp_path):

@@ -6,7 +6,6 @@ Screenshots are kept in `test-artifacts/`, to be looked at.
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from urllib.request import urlopen
 
 import PIL.Image
 import pytest
-from selenium import webdriver
+from browser_support import needs_browser
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -26,12 +25,7 @@ from viscpm_hf.serving.demo_texts import say
 from viscpm_hf.shapes import COLOURS, draw, make_scene
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None, reason="there is no Chromium with its driver here: `make browser` installs it"
-)
+pytestmark = needs_browser
 
 ARTIFACTS = Path(__file__).parents[2] / "test-artifacts"
 PHONE = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
@@ -80,21 +74,6 @@ def address(tmp_path_factory):
 @pytest.fixture(scope="module")
 def chat():
     return VisCPMChat(MODEL, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
-        "--window-size=1280,1000",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import httpx
 import openai
@@ -16,6 +17,7 @@ from viscpm_hf import VisCPMPaintPipeline
 
 GOLDEN = Golden("chat_a")
 MODEL, PAINT = "chat", "paint"
+ORIGIN = "https://example.org"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,10 @@ def folders(chat, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folders):
-    server = Server(folders / MODEL, "--paint", folders / PAINT, "--no-paint-checks", "--device", "cpu")
+    server = Server(
+        folders / MODEL, "--paint", folders / PAINT, "--no-paint-checks", "--device", "cpu",
+        "--served-model-name", MODEL, "VisCPM-Chat", "--cors-origin", ORIGIN,
+    )  # fmt: skip
     yield server
     assert server.stop() == 0
 
@@ -151,7 +156,7 @@ def test_pictures_that_cannot_be_drawn(client, body, message):
 
 
 def test_models_health_metrics_and_documentation(server, client):
-    assert [model.id for model in client.models.list()] == [MODEL, PAINT]
+    assert [model.id for model in client.models.list()] == [MODEL, "VisCPM-Chat", PAINT]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     assert server.metric("viscpm_chat_requests_total") >= 1
     page = httpx.get(f"{server.url}/docs").text
@@ -159,6 +164,47 @@ def test_models_health_metrics_and_documentation(server, client):
     assert "https://" not in page  # it asks nobody else for its scripts
     assert httpx.get(f"{server.url}/docs/static/swagger-ui-bundle.js").status_code == 200
     assert "/v1/chat/completions" in httpx.get(f"{server.url}/openapi.json").json()["paths"]
+
+
+def test_a_model_answers_to_all_its_names(client):
+    assert [client.models.retrieve(name).id for name in (MODEL, "VisCPM-Chat", PAINT)] == [MODEL, "VisCPM-Chat", PAINT]
+    asked = {"messages": question("hello?"), "max_tokens": 3}
+    answers = [client.chat.completions.create(model=name, **asked) for name in (MODEL, "VisCPM-Chat")]
+    assert [answer.model for answer in answers] == [MODEL, "VisCPM-Chat"]
+    assert answers[0].choices == answers[1].choices
+    for ask in (client.models.retrieve, lambda name: client.chat.completions.create(model=name, **asked)):
+        with pytest.raises(openai.NotFoundError, match="no model 'a/b' here; this server has 'chat'") as caught:
+            ask("a/b")
+        assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_what_monitors_browsers_and_visitors_ask(server):
+    head = httpx.head(f"{server.url}/health")
+    assert (head.status_code, head.content) == (200, b"")
+    root = httpx.get(server.url)
+    assert root.is_redirect and root.headers["location"] == "/docs"
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-y"}
+    for origin, allowed in ((ORIGIN, ORIGIN), ("https://example.com", None)):
+        answer = httpx.options(f"{server.url}/v1/chat/completions", headers=preflight | {"Origin": origin})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        answer = httpx.get(f"{server.url}/v1/models", headers={"Origin": origin})
+        assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_the_chunks_of_a_stream_have_the_official_fields(server):
+    body = {"model": MODEL, "messages": question("hello?"), "max_tokens": 3, "stream": True}
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        text = httpx.post(f"{server.url}/v1/chat/completions", json=body | options).text
+        *lines, done = text.strip().split("\n\n")
+        assert done == "data: [DONE]"
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        assert [choice["finish_reason"] for choice in choices] == [*[None] * (len(choices) - 1), "length"]
+        assert all(choice["delta"].keys() <= {"role", "content"} for choice in choices)
+        if options:
+            assert [chunk["usage"] is None for chunk in chunks] == [*[True] * (len(chunks) - 1), False]
+        else:
+            assert not any("usage" in chunk for chunk in chunks)
 
 
 def test_a_line_a_request_and_no_content_in_it(server, client, image):

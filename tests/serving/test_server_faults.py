@@ -17,12 +17,15 @@ import openai
 import PIL.Image
 import pytest
 import schemathesis
+from file_bombs import gif_with_comments
 from hypothesis import HealthCheck, given, settings
 from serving_support import Server, data_uri, question
 from support import Golden
 
+from viscpm_hf.cli.main import main
 from viscpm_hf.serving.app import create_app
 from viscpm_hf.serving.engine import ChatEngine
+from viscpm_hf.serving.server import bind
 from viscpm_hf.serving.tickets import EngineLimits
 
 
@@ -76,7 +79,7 @@ def server(folder, other_host):
     server = Server(
         folder, "--device", "cpu", "--client-timeout", "15", "--max-waiting", "200",
         "--max-image-pixels", "1000000", "--allow-remote-images", f"127.0.0.1:{other_host}",
-        "--allow-remote-images", "localhost",
+        "--allow-remote-images", "localhost", "--max-image-seconds", "2",
     )  # fmt: skip
     client = server.client()
     expected = client.chat.completions.create(**GOOD).choices[0].message.content
@@ -161,7 +164,7 @@ def cut_picture() -> str:
         ({"n": 1000}, "n: "),
         ({"stop": [""]}, "stop strings"),
         ({"seed": 2**63}, "seed"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"mode": "reference", "top_p": 0.5}, "top_p belongs to mode"),
         ({"mode": "reference", "n": 2}, "one answer"),
         ({"num_beams": 3}, "num_beams belongs to mode"),
@@ -283,6 +286,92 @@ def test_a_client_that_leaves_stops_its_answer(server):
             httpx.post(f"{server.url}/v1/chat/completions", json=asked | {"seed": seed}, timeout=0.05)
     wait_until(lambda: server.metric("viscpm_chat_running") + server.metric("viscpm_chat_waiting") <= 1)
     assert server.metric("viscpm_answer_tokens_total") - before < 8 * 8 * 512 / 2
+
+
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}"
+SLOW_IMAGE = "data:image/gif;base64," + base64.b64encode(gif_with_comments(9_000_000)).decode()
+
+
+def test_slow_images_cost_their_own_requests_alone(server):
+    """Eight at once, twice the number of processes: some are refused, and all others are answered meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        slow = [pool.submit(post, server, messages=about(SLOW_IMAGE)) for _ in range(8)]
+        begin = time.monotonic()
+        while not all(future.done() for future in slow):
+            assert post(server).status_code == 200
+            response = post(server, messages=about(data_uri(GOLDEN.image(0))))
+            assert response.status_code == 200 or response.status_code == 429
+        assert time.monotonic() - begin < 60
+    for future in slow:
+        response = future.result()
+        assert response.status_code in (400, 429)
+        assert "more than the 2 s" in response.text or "take more than 1 s" in response.text
+
+
+def test_images_of_clients_who_left_are_not_decoded_on(server):
+    for _ in range(12):
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{server.url}/v1/chat/completions", json=GOOD | {"messages": about(SLOW_IMAGE)}, timeout=0.7)
+    begin = time.monotonic()
+    assert post(server, messages=about(data_uri(GOLDEN.image(0)))).status_code == 200
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent", "statuses"),
+    [({}, 1.0, {b"200", b"499"}), ({"stream": True}, 1.0, {b"200", b"499"}), ({}, 0.5, {b"400"})],
+)
+def test_a_client_that_closes_its_side_gets_its_answer_or_is_told_the_end(server, fields, sent, statuses):
+    body = json.dumps(GOOD | {"max_tokens": 200} | fields).encode()
+    head = HEAD.format(len(body))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body[: int(len(body) * sent)])
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            text = answer.read()
+    status = text.split(b" ")[1]
+    assert status in statuses
+    assert b"closed" in text if status != b"200" else b"content" in text
+
+
+def test_a_stream_goes_on_for_a_client_that_closes_its_side(server):
+    body = json.dumps(GOOD | {"stream": True, "max_tokens": 200, "temperature": 2, "seed": 1}).encode()
+    head = HEAD.format(len(body))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        text = connection.recv(1)  # it has begun
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            text += answer.read()
+    assert text.startswith(b"HTTP/1.1 200") and text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_many_unknown_fields_hold_up_nobody(server):
+    body = b'{"question": "hi", ' + b",".join(b'"%x":0' % number for number in range(600_000)) + b"}"
+    headers = {"Content-Type": "application/json"}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        large = [pool.submit(httpx.post, f"{server.url}/viscpm", content=body, headers=headers) for _ in range(4)]
+        while not all(future.done() for future in large):
+            begin = time.monotonic()
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            assert time.monotonic() - begin < 2
+    assert {future.result().status_code for future in large} == {400}
+
+
+def test_a_data_uri_within_data_uris(server):
+    response = post(server, messages=about("data:;base64," * 1000 + "AAAA"))
+    assert response.status_code == 400 and "no valid base64" in response.text
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_the_port_is_taken_before_anything_is_loaded(server, folder, capsys):
+    begin = time.monotonic()
+    message = f"can't listen on port {server.port} of 127.0.0.1"
+    with pytest.raises(OSError, match=message):
+        bind("127.0.0.1", server.port)
+    assert main(["serve", str(folder / "nothing"), "--port", str(server.port)]) == 1
+    assert message in capsys.readouterr().err
+    assert time.monotonic() - begin < 20
 
 
 def test_a_thousand_requests_at_once(server):

@@ -99,12 +99,12 @@ def write_minicpm_tokenizer(folder: Path, version: str = "2.0") -> None:
     model = _model(_vocabulary(MINICPM_VOCAB_SIZE, MINICPM_SPECIAL), dummy_prefix=False)
     (folder / "tokenizer.model").write_bytes(model)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {0: "<unk>", 1: "<s>", 2: "</s>"}
+    added = {0: "<unk>", 1: "<s>", 2: "</s>", **{index: MINICPM_SPECIAL[index] for index in range(101, 109)}}
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
     if version == "2.0":
-        added |= {101: "<image>", 102: "</image>", **MINICPM_RENAMED}
+        added |= MINICPM_RENAMED
         config |= {"pad_token": "<unk>", "padding_side": "right"}
-        config["additional_special_tokens"] = ["<image>", "</image>", *MINICPM_RENAMED.values()]
+    config["additional_special_tokens"] = [added[index] for index in added if index > 100]
     config["added_tokens_decoder"] = {str(index): {"content": token, **flags} for index, token in added.items()}
     write_json(
         folder / "tokenizer_config.json", {**config, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -13,7 +13,7 @@ import torch
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..modeling.document_cpm_bee import EncodedDocument, batch_extension_table
+from ..modeling.document_cpm_bee import EncodedDocument
 from ..modeling.generation_cpm_bee import RowSampling, reference_decoding
 from ..modeling.processing_viscpm_chat import ChatPrompt
 from ..pipelines.safety import UnsafeImageError
@@ -216,15 +216,8 @@ def _generate(chat: VisCPMChat, rows: list[_Row], generation: dict[str, Any]) ->
 
 
 def _row_sampling(chat: VisCPMChat, rows: list[_Row]) -> RowSampling:
-    known = chat.model.config.text_config.vocab_size
-    table = batch_extension_table([row.document for row in rows])
-    columns = {entry: known + index for index, entry in enumerate(table)}
     seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
-    return RowSampling(
-        [torch.Generator(chat.device).manual_seed(seed) for seed in seeds],
-        [[columns[entry] for entry in batch_extension_table([row.document])] for row in rows],
-        known,
-    )
+    return RowSampling([torch.Generator(chat.device).manual_seed(seed) for seed in seeds])
 
 
 def _turn(chat: VisCPMChat, row: _Row, seconds: float) -> ChatTurn:

@@ -162,7 +162,7 @@ class VisCPMChat:
                     f"{model_path} is a folder or Hub id and has its own config.json."
                 )
             model, self.processor = self._load_repository(model_path, vocab_path)
-        tokens, rows = len(self.processor.tokenizer), model.config.text_config.vocab_size
+        tokens, rows = self.processor.tokenizer.num_words, model.config.text_config.num_words
         if tokens != rows:
             raise OriginalCheckpointError(
                 f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."

@@ -351,7 +351,7 @@ class SiblingChat:
     def _row_sampling(self, rows: list[_Row]) -> RowSampling:
         seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        return RowSampling(generators, [[]] * len(rows), self.model.config.get_text_config().vocab_size)
+        return RowSampling(generators)
 
     def _turn(self, row: _Row, seconds: float) -> ChatTurn:
         request = row.request
@@ -393,6 +393,7 @@ class AnswerText:
             is_byte = _BYTE.fullmatch(self.processor.tokenizer.convert_ids_to_tokens(ids[-1])) is not None
             if is_byte or not self.processor.answer_text(ids[-1:]):  # bytes with a special token between are one run
                 return ""
+            ids = ids[: self.processor.num_settled(ids)]
         text = self.processor.answer_text(ids)
         if not text.startswith(self._told):
             return ""

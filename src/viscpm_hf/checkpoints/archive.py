@@ -22,6 +22,9 @@ MAX_PICKLE_BYTES = 64 * 2**20
 
 LOCAL_HEADER_BYTES = 30
 
+# The two that are one tensor where a language model was saved with its weights tied.
+TIED_NAMES = {"embed_tokens.weight", "lm_head.weight"}
+
 
 def record_sizes(path: Path) -> Counter[int] | None:
     """How many tensor records of which size the archive has; None if the file is no zip archive at all.
@@ -62,7 +65,7 @@ def check_tensors(path: Path, state_dict: Mapping[str, torch.Tensor], records: C
 
     Raises:
         OriginalCheckpointError: if a tensor has more values than bytes, more bytes than its record, or shares them
-            with another tensor.
+            with another tensor. Only a language model's head may be its embedding.
     """
     storages: dict[int, tuple[str, int]] = {}
     spans = []
@@ -80,6 +83,8 @@ def check_tensors(path: Path, state_dict: Mapping[str, torch.Tensor], records: C
     spans.sort()
     for (_, end, name), (begin, _, follower) in zip(spans, spans[1:], strict=False):
         if begin < end:
+            if _are_tied({name: state_dict[name], follower: state_dict[follower]}):
+                continue
             raise OriginalCheckpointError(
                 f"{path} was refused: {name} and {follower} share {end - begin:,} bytes; tensors of a checkpoint have "
                 "their own."
@@ -91,3 +96,15 @@ def check_tensors(path: Path, state_dict: Mapping[str, torch.Tensor], records: C
                 f"{path} was refused: {name} claims {nbytes:,} bytes, and the file has no record of that size for it."
             )
         remaining[nbytes] -= 1
+
+
+def _are_tied(pair: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two tensors are one, a language model's embedding and its head."""
+    one, other = pair.values()
+    return (
+        {name.rpartition("model.")[2] for name in pair} == TIED_NAMES
+        and one.data_ptr() == other.data_ptr()
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..families.key_maps import FOLD_WIDTH, KEEP, THIRDS, TRANSPOSED, WITHOUT_BATCH
+from ..families.key_maps import FOLD_WIDTH, KEEP, THIRDS, TOKEN_ROWS, TRANSPOSED, WITHOUT_BATCH
+from ..modeling.token_space_cpm_bee import slot_rows
 from .tensor_files import TensorSpec, pieces
 from .weight_transforms import apply_operation, revert_operation
 
@@ -37,15 +38,30 @@ class TensorTransfer:
     @property
     def is_rounded(self) -> bool:
         """Whether the operation's result is rounded so that undoing it may not give the source back."""
-        return (
-            self.operation == FOLD_WIDTH and torch.finfo(self.target.dtype).eps >= torch.finfo(self.source.dtype).eps
-        )
+        is_folded = self.operation in (FOLD_WIDTH, TOKEN_ROWS)
+        return is_folded and torch.finfo(self.target.dtype).eps >= torch.finfo(self.source.dtype).eps
 
 
-def rearranged(tensor: torch.Tensor, transfer: TensorTransfer) -> torch.Tensor:
-    """What of a source tensor becomes the new one, where that is another part or order of its values."""
+def rearranged(tensor: torch.Tensor, transfer: TensorTransfer) -> Iterator[torch.Tensor]:
+    """What of a source tensor becomes the new one, where that is another part or order of its values, in pieces."""
     operate = revert_operation if transfer.is_reverted else apply_operation
-    return operate(transfer.operation, tensor) if transfer.operation in REARRANGING else tensor
+    if transfer.operation in REARRANGING:
+        tensor = operate(transfer.operation, tensor)
+    elif transfer.operation == TOKEN_ROWS:
+        tensor = tensor[: transfer.target.shape[0]]
+    yield from pieces(tensor)
+    if transfer.operation == TOKEN_ROWS and not transfer.is_reverted:
+        yield slot_rows(*tensor.shape).to(tensor.dtype)
+
+
+def written_pieces(tensor: torch.Tensor, transfer: TensorTransfer) -> Iterator[torch.Tensor]:
+    """The new tensor in the same pieces."""
+    if transfer.operation == TOKEN_ROWS and not transfer.is_reverted:
+        num_words = transfer.source.shape[0]
+        yield from pieces(tensor[:num_words])
+        yield tensor[num_words:]
+    else:
+        yield from pieces(tensor)
 
 
 def converted_pieces(
@@ -53,12 +69,12 @@ def converted_pieces(
 ) -> Iterator[torch.Tensor]:
     """The new tensor, piece by piece; `report` hears of the bytes of each."""
     operate = revert_operation if transfer.is_reverted else apply_operation
-    tensor = rearranged(tensor, transfer)
-    for piece in pieces(tensor):
+    for piece in rearranged(tensor, transfer):
         # As loading does it: to a wider dtype before the operation, to a narrower one after it.
         piece = piece.to(torch.promote_types(transfer.source.dtype, transfer.target.dtype))
         if transfer.operation not in REARRANGING:
-            piece = operate(transfer.operation, piece)
+            # What remains of `TOKEN_ROWS` once the rows are there.
+            piece = operate(FOLD_WIDTH if transfer.operation == TOKEN_ROWS else transfer.operation, piece)
         piece = piece.to(transfer.target.dtype)
         yield piece
         report(piece.numel() * piece.element_size())

@@ -14,7 +14,18 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import ConversionOps
 
-from ..families.key_maps import AS_MATRIX, FOLD_WIDTH, KEEP, THIRDS, TRANSPOSED, WITHOUT_BATCH, Entry, KeyMap
+from ..families.key_maps import (
+    AS_MATRIX,
+    FOLD_WIDTH,
+    KEEP,
+    THIRDS,
+    TOKEN_ROWS,
+    TRANSPOSED,
+    WITHOUT_BATCH,
+    Entry,
+    KeyMap,
+)
+from ..modeling.token_space_cpm_bee import pad_token_rows, padded_vocab_size
 
 
 # Values that are scaled at a time.
@@ -27,6 +38,8 @@ def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     if operation == FOLD_WIDTH:
         return _scaled(tensor, factor_of(operation, tensor.shape))
+    if operation == TOKEN_ROWS:
+        return apply_operation(FOLD_WIDTH, pad_token_rows(tensor))
     if operation == AS_MATRIX:
         return tensor.flatten(1) if tensor.ndim == 4 else tensor
     if operation in THIRDS:
@@ -40,7 +53,7 @@ def apply_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def factor_of(operation: str, shape: torch.Size) -> float:
     """What an operation multiplies the values by."""
-    return shape[-1] ** -0.5 if operation == FOLD_WIDTH else 1.0
+    return shape[-1] ** -0.5 if operation in (FOLD_WIDTH, TOKEN_ROWS) else 1.0
 
 
 def shape_after(operation: str, shape: torch.Size) -> torch.Size:
@@ -53,11 +66,14 @@ def shape_after(operation: str, shape: torch.Size) -> torch.Size:
         return shape[1:]
     if operation == TRANSPOSED:
         return shape[::-1]
+    if operation == TOKEN_ROWS:
+        return torch.Size((padded_vocab_size(shape[0]), *shape[1:]))
     return shape
 
 
-def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Our tensor -> the original's; of one that was split, the part."""
+def revert_operation(operation: str, tensor: torch.Tensor, num_words: int | None = None) -> torch.Tensor:
+    """Our tensor -> the original's; of one that was split, the part. `num_words` are the rows that `TOKEN_ROWS`
+    leaves: a padded embedding doesn't say how many of its rows are words."""
     if operation in (KEEP, AS_MATRIX, *THIRDS):
         return tensor
     if operation == WITHOUT_BATCH:
@@ -66,6 +82,10 @@ def revert_operation(operation: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.T.contiguous()
     if operation == FOLD_WIDTH:
         return _scaled(tensor, tensor.shape[-1] ** 0.5)
+    if operation == TOKEN_ROWS:
+        if num_words is None:
+            raise ValueError("an embedding can't be trimmed without the number of words")
+        return revert_operation(FOLD_WIDTH, tensor[:num_words])
     raise ValueError(f"unknown operation {operation!r}")
 
 
@@ -83,10 +103,11 @@ def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return scaled
 
 
-class FoldWidth(ConversionOps):
-    """`FOLD_WIDTH` as transformers applies it while loading."""
+class KeyMapOperation(ConversionOps):
+    """An operation of the key maps as transformers applies it while loading, and undoes it for saving."""
 
-    operation = staticmethod(apply_operation)
+    def __init__(self, operation: str, is_reverted: bool = False):
+        self.operation, self.is_reverted = operation, is_reverted
 
     @torch.no_grad()
     def convert(
@@ -95,25 +116,42 @@ class FoldWidth(ConversionOps):
         source_patterns: list[str],
         target_patterns: list[str],
         full_layer_name: str,
+        config: Any = None,
         **kwargs,
     ) -> dict[str, Any]:
         (tensors,) = input_dict.values()
         tensor = tensors[0] if isinstance(tensors, list) else tensors
-        return {full_layer_name: self.operation(FOLD_WIDTH, tensor)}
+        num_words = getattr(config, "get_text_config", lambda: config)().num_words if self._counts_words else None
+        return {full_layer_name: self.change(tensor, num_words)}
+
+    @property
+    def _counts_words(self) -> bool:
+        return self.operation == TOKEN_ROWS and self.is_reverted
+
+    def change(self, tensor: torch.Tensor, num_words: int | None) -> torch.Tensor:
+        if self.is_reverted:
+            return revert_operation(self.operation, tensor, num_words)
+        return apply_operation(self.operation, tensor)
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return UnfoldWidth()
+        return KeyMapOperation(self.operation, not self.is_reverted)
 
 
-class UnfoldWidth(FoldWidth):
-    """The reverse of [`FoldWidth`]."""
+class PadTokenRows(KeyMapOperation):
+    """The rows that folders of version 0.1 lack: their embedding has those of the words alone."""
 
-    operation = staticmethod(revert_operation)
+    def __init__(self):
+        super().__init__(TOKEN_ROWS)
+
+    _counts_words = True
+
+    def change(self, tensor: torch.Tensor, num_words: int | None) -> torch.Tensor:
+        return pad_token_rows(tensor, factor_of(TOKEN_ROWS, tensor.shape)) if len(tensor) == num_words else tensor
 
     @property
     def reverse_op(self) -> ConversionOps:
-        return FoldWidth()
+        return self  # what is saved is padded
 
 
 def name_pattern(name: str) -> str:
@@ -183,5 +221,6 @@ def register_key_map(model_type: str, *key_maps: KeyMap) -> None:
             if entry.operation == KEEP:
                 transforms.append(WeightRenaming(source, target))
             else:
-                transforms.append(WeightConverter(source, target, operations=[FoldWidth()]))
+                transforms.append(WeightConverter(source, target, operations=[KeyMapOperation(entry.operation)]))
+    transforms.append(WeightConverter(r"^((?:.*\.)?embed_tokens\.weight)$", r"\1", operations=[PadTokenRows()]))
     register_checkpoint_conversion_mapping(model_type, transforms, overwrite=True)

@@ -67,8 +67,10 @@ def run_web(arguments: argparse.Namespace) -> int:
             "`viscpm-hf demo --terminal` does without."
         ) from error
     from ..serving.paint_engine import PaintEngine
+    from ..serving.server import bind
     from ..serving.sibling_engine import open_engine
 
+    bind(arguments.host, arguments.port).close()  # before minutes go into loading models
     painter = None if kind == "chat" else load_demo_painter(arguments)
     chat = None if kind == "paint" else open_engine(load_chat(arguments))
     paint = None if painter is None else PaintEngine(painter)

@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--gpu", metavar="SIZE", help="8GB, a GPU's name (4090), or none; else as found / 显存")
     parser.add_argument("--ram", metavar="SIZE", help="16GB; else what is free now / 内存")
     parser.add_argument("--batch", type=positive(int), help="questions, or prompts, at once (1) / 批大小")
-    parser.add_argument("--length", type=positive(int), help="Chat: tokens of an answer (512) / 回答长度")
+    parser.add_argument("--length", type=positive(int), help="Chat, CPM-Bee: tokens of an answer (512) / 回答长度")
     parser.add_argument(
         "--prompt-length", type=positive(int), help="Chat: of the prompt, image included (164) / 提示长度"
     )
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     work = {name: value for name, value in given.items() if value is not None}
     machine = Machine.detect(arguments.gpu, arguments.ram)
     plan = memory_plan(arguments.model, machine=machine, work=work, kind=arguments.kind)
-    other = PAINT_WORK if plan.kind == "chat" else CHAT_WORK
+    other = CHAT_WORK if plan.kind == "paint" else PAINT_WORK
     wrong = [f"--{option.replace('_', '-')}" for option in other if getattr(arguments, option) is not None]
     if wrong:
         raise ValueError(f"{', '.join(wrong)} means nothing to {plan.model}, which is {plan.title}.")
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe_work(plan: MemoryPlan) -> str:
     work = plan.work
-    if plan.kind == "chat":
+    if plan.kind != "paint":
         how = "greedy or sampling" if work.beams == 1 else f"{work.beams} beams"
         return f"{work.prompt_length} tokens of prompt, {work.length} of answer, {how}, batch {work.batch}"
     size = f"{work.size} pixels" if work.size else "images of the model's size"
@@ -89,7 +89,7 @@ def describe_work(plan: MemoryPlan) -> str:
 
 def table(plan: MemoryPlan) -> str:
     """For people, with aligned columns."""
-    speed = "tokens/s" if plan.kind == "chat" else "s/image"
+    speed = "s/image" if plan.kind == "paint" else "tokens/s"
     rows = [["precision", "place", "weights", "KV cache", "working", "GPU peak", "RAM peak", speed, "fits"]]
     rows += [[*cells(row), "yes" if row.fits else row.problem] for row in plan.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

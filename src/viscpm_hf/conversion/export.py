@@ -145,6 +145,7 @@ def _original_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     text = config.get_text_config(decoder=True)
     sizes = {spellings[0]: getattr(text, name) for name, spellings in LLM_SPELLINGS.items()}
+    sizes["vocab_size"] = text.num_words
     sizes = {name: value for name, value in sizes.items() if value is not None}  # nothing was pruned
     if checkpoint.kind == CHAT:
         sizes |= {spellings[0]: getattr(config.vision_config, name) for name, spellings in VISION_SPELLINGS.items()}

@@ -400,7 +400,7 @@ def _sizes(config: Any) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,
         "attention_heads": text.num_attention_heads,
-        "vocabulary": text.vocab_size,
+        "vocabulary": text.num_words,
     }
     vision = getattr(config, "vision_config", None)
     if vision is not None:

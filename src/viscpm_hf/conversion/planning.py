@@ -35,7 +35,9 @@ from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..checkpoints.transfer import TensorTransfer
 from ..checkpoints.weight_transforms import KeyMatcher, shape_after
 from ..families import key_maps
+from ..families.key_maps import TOKEN_ROWS
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
+from ..modeling.token_space_cpm_bee import padded_vocab_size
 
 
 # Names of weights without the endings, as the two libraries have them.
@@ -222,7 +224,7 @@ def check_vocabulary(vocab: Path, config: PreTrainedConfig) -> None:
     """Raises [`OriginalCheckpointError`] if the vocabulary isn't the model's."""
     from ..modeling.tokenization_cpm_bee import load_vocab
 
-    tokens, rows = len(load_vocab(vocab)), config.get_text_config(decoder=True).vocab_size
+    tokens, rows = len(load_vocab(vocab)), config.get_text_config(decoder=True).num_words
     if tokens != rows:
         raise OriginalCheckpointError(
             f"The vocabulary {vocab} has {tokens:,} tokens, but the model {rows:,}: they are not of the same "
@@ -338,7 +340,10 @@ def plan_original(
             original, entry = match
             before = known.get(name.removeprefix(part.source_prefix), {}).get("source_dtype")
             new_dtype = dtype or (getattr(torch, before) if before else tensor.dtype)
-            target = TensorSpec(original, new_dtype, tuple(tensor.shape))
+            shape = tuple(tensor.shape)
+            if entry.operation == TOKEN_ROWS:
+                shape = (num_words_of(checkpoint), *shape[1:])
+            target = TensorSpec(original, new_dtype, shape)
             transfers[name] = TensorTransfer(spec_of(name, tensor), target, entry.operation, is_reverted=True)
     dropped_before = {entry["source"] for entry in _entries(manifest, "dropped")}
     for name, tensor in checkpoint.tensors.items():
@@ -351,6 +356,23 @@ def plan_original(
             f"({', '.join(strange[:3])}): was it saved with an adapter, or quantised?"
         )
     return ConversionPlan((FilePlan(weights_name, tuple(transfers.values())),), {}, dtype)
+
+
+def num_words_of(checkpoint: Checkpoint) -> int:
+    """Rows of the original's embedding.
+
+    Raises:
+        ConversionError: if tokens were added, for which an original file has no place.
+    """
+    config = checkpoint.config.get_text_config(decoder=True)
+    num_added = config.vocab_size - padded_vocab_size(config.num_words)
+    if num_added:
+        raise ConversionError(
+            f"{checkpoint.location.name} has {num_added:,} tokens more than its vocabulary of {config.num_words:,} "
+            "words and their slots: tokens were added, which the original's format can't hold. Resize the embedding "
+            f"to {padded_vocab_size(config.num_words):,} rows first."
+        )
+    return config.num_words
 
 
 def _entries(manifest: Mapping[str, Any], key: str = "tensors") -> Iterable[dict[str, Any]]:

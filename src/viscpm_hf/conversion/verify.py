@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, pieces, safetensors_header, weight_files
-from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
+from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
 
 
 if TYPE_CHECKING:
@@ -117,8 +117,9 @@ def compare(source: torch.Tensor, written: torch.Tensor | None, transfer: Tensor
     ):
         result.is_equal = False
         return result
-    before_parts = pieces(rearranged(source, transfer))
-    parts = zip(converted_pieces(source, transfer, report), pieces(written), before_parts, strict=False)
+    before_parts = rearranged(source, transfer)
+    written_parts = written_pieces(written, transfer)
+    parts = zip(converted_pieces(source, transfer, report), written_parts, before_parts, strict=False)
     for expected, actual, before in parts:
         result.is_equal &= torch.equal(_bits(expected), _bits(actual.reshape(expected.shape)))
         result.num_nonfinite_source += _num_nonfinite(before)
@@ -244,8 +245,7 @@ def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool
 def _inputs(model: torch.nn.Module, kind: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(RUN_SEED)
     config = model.config
-    vocab_size = config.get_text_config(decoder=True).vocab_size
-    text = torch.randint(vocab_size, (1, RUN_TEXT_TOKENS), generator=generator)
+    text = torch.randint(config.get_text_config(decoder=True).num_words, (1, RUN_TEXT_TOKENS), generator=generator)
     if kind == CPM_BEE:
         return {"input_ids": text}
     image = torch.full((1, config.num_query_tokens), config.image_token_id)

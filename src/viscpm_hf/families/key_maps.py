@@ -6,6 +6,7 @@ entry that matches counts. Operations:
 - `KEEP`: the same values.
 - `FOLD_WIDTH`: divided by the square root of the last dimension. The original divides every product by it, here it is
   part of the weights (`modeling_cpm_bee`).
+- `TOKEN_ROWS`: likewise, with rows for slots and placeholder behind those of the words (`token_space_cpm_bee`).
 - `AS_MATRIX`: a 1×1 convolution's weight `(out, in, 1, 1)` as a matrix `(out, in)`; a matrix stays what it is.
 - `FIRST_THIRD`, `SECOND_THIRD`, `LAST_THIRD`: of the rows. A name that is split has an entry for each of its parts.
 - `WITHOUT_BATCH`: without a first dimension of 1.
@@ -22,6 +23,7 @@ from typing import NamedTuple
 
 KEEP = "keep"
 FOLD_WIDTH = "fold_width"
+TOKEN_ROWS = "token_rows"
 AS_MATRIX = "as_matrix"
 FIRST_THIRD, SECOND_THIRD, LAST_THIRD = THIRDS = ("first_third", "second_third", "last_third")
 WITHOUT_BATCH = "without_batch"
@@ -52,7 +54,7 @@ def _within(entries: tuple[Entry, ...], source: str, target: str) -> tuple[Entry
 
 
 _LANGUAGE_MODEL = (
-    Entry("input_embedding.weight",                                            "embed_tokens.weight",                            FOLD_WIDTH),
+    Entry("input_embedding.weight",                                            "embed_tokens.weight",                            TOKEN_ROWS),
     Entry("position_bias.relative_attention_bias",                             "position_bias.relative_attention_bias.weight"),
     Entry("encoder.layers.{n}.self_att.layernorm_before_attention.weight",     "layers.{n}.input_layernorm.weight"),
     Entry("encoder.layers.{n}.self_att.self_attention.project_q.weight",       "layers.{n}.self_attn.q_proj.weight",             FOLD_WIDTH),

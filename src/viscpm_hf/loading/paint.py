@@ -229,10 +229,10 @@ def load_original(
             )
     if unet_quantization is not None:
         unet = quantized_unet(unet, unet_quantization)
-    if len(tokenizer) != text_encoder.config.vocab_size:
+    if tokenizer.num_words != text_encoder.config.num_words:
         raise OriginalCheckpointError(
-            f"The vocabulary has {len(tokenizer):,} tokens, but the text encoder {text_encoder.config.vocab_size:,}: "
-            "they are not of the same checkpoint."
+            f"The vocabulary has {tokenizer.num_words:,} tokens, but the text encoder "
+            f"{text_encoder.config.num_words:,}: they are not of the same checkpoint."
         )
     if not isinstance(vae, AutoencoderKL):
         vae = load_vae(_find_vae(folder, vae), configs.get("vae"), _dtype_of("vae", dtype))

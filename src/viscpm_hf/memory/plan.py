@@ -8,10 +8,11 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ..checkpoints.original import CHAT
+from ..checkpoints.original import CPM_BEE, PAINT
 from ..loading.layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
 from ..loading.placement import size_text
 from .machine import BUS_BANDWIDTH, DISK_BANDWIDTH, Machine
@@ -180,13 +181,13 @@ def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Preci
 def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterator[MemoryRow]:
     on_gpu, on_cpu = (_precision(sizes, work, name, is_gpu) for is_gpu in (True, False))
     yield _row(sizes, machine, work, on_gpu, GPU, gpu=on_gpu.total)
-    plan = None if sizes.is_sibling else _streaming(on_gpu, machine)
+    plan = None if sizes.is_sibling or sizes.kind == CPM_BEE else _streaming(on_gpu, machine)
     if plan is not None:
         yield _row(
             sizes, machine, work, on_gpu, GPU_STREAMED, gpu=on_gpu.outside_layers + plan.device_bytes,
             ram=sum(on_gpu.layers[plan.num_resident :]), budget=plan.device_bytes,
         )  # fmt: skip
-    if sizes.kind != CHAT and name != INT8:  # bitsandbytes' 8-bit layers can't be moved
+    if sizes.kind == PAINT and name != INT8:  # bitsandbytes' 8-bit layers can't be moved
         diffusion = {part: on_gpu.weights[part] for part in ("UNet", "VAE")}
         models = {"text": on_gpu.total - sum(diffusion.values()), **diffusion}
         largest = max(models, key=lambda part: models[part] + on_gpu.work.stages[part])
@@ -267,7 +268,7 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
     on_gpu = row.peak_gpu > 0
     bandwidth = BANDWIDTH_REACHED * (machine.gpu_bandwidth if on_gpu else machine.ram_bandwidth)
     launches = sum(map(bool, precision.layers)) * SECONDS_PER_LAYER * (INT8_OVERHEAD if precision.name == INT8 else 1)
-    read = layers + head + (precision.work.kv_cache if sizes.kind == CHAT else 0)
+    read = layers + head + (precision.work.kv_cache if sizes.kind != PAINT else 0)
     if not on_gpu and precision.name == NF4:
         # Unpacked before every product: written and read once more.
         read += 2 * precision.dtype.itemsize * 2 * layers
@@ -282,7 +283,7 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
         step += row.weights / BUS_BANDWIDTH
     elif row.placement == DISK:
         step += row.weights_disk / DISK_BANDWIDTH  # nothing is fetched ahead
-    if sizes.kind == CHAT:
+    if sizes.kind != PAINT:
         return replace(
             row,
             tokens_per_second=work.batch / step,
@@ -298,9 +299,11 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
 
 
 def _command(sizes: ModelSizes, work: Work, precision: _Precision, placement: str, budget: int) -> str:
+    if sizes.kind == CPM_BEE:
+        return _python(sizes, precision, placement)
     words = ["viscpm-hf", "chat", sizes.name, "IMAGE"]
     layers = "language_model.model.layers" if sizes.is_sibling else "model.language_model.layers"
-    if sizes.kind != CHAT:
+    if sizes.kind == PAINT:
         words, layers = ["viscpm-hf", "paint", sizes.name, "PROMPT", "-o", "out.png"], "model.layers"
     words += ["--dtype", str(precision.dtype).removeprefix("torch.")]
     if precision.name in QUANTIZATIONS:
@@ -314,3 +317,20 @@ def _command(sizes: ModelSizes, work: Work, precision: _Precision, placement: st
     words += work.options(sizes)
     prefix = f"{BUDGET_VARIABLE}={math.ceil(budget / 2**20)}m " if placement == GPU_STREAMED else ""
     return prefix + shlex.join(words)
+
+
+def _python(sizes: ModelSizes, precision: _Precision, placement: str) -> str:
+    """CPM-Bee alone has no command; this is how it is loaded."""
+    device_map: Any = "cpu" if placement == CPU else "cuda"
+    if placement == DISK:
+        device_map = {"": "cpu", "model.layers": "disk"}
+    dtype = str(precision.dtype).removeprefix("torch.")
+    options = [f'dtype="{dtype}"', f"device_map={json.dumps(device_map)}"]
+    if precision.name == INT8:
+        options.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
+    elif precision.name == NF4:
+        options.append(
+            'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+            f'bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="{dtype}")'
+        )
+    return f"AutoModelForCausalLM.from_pretrained({json.dumps(sizes.name)}, {', '.join(options)})"

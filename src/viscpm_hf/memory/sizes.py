@@ -26,6 +26,7 @@ from ..conversion.verify import empty_model
 from ..families.systems import system_of
 from ..loading.paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
 from ..loading.quantization import kept_modules
+from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.configuration_vision_resampler import (
@@ -34,16 +35,25 @@ from ..modeling.configuration_vision_resampler import (
     VisionResamplerConfig,
     VisualCLAConfig,
 )
+from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..tiny.embedded import EMBEDDED_NAME, resolve_model
 
 
+# What pruning left of the layers of cpm-bee-1b, -2b and -5b: both blocks, attention, feed-forward or nothing.
+_PRUNED = "bfbf-f--bb-ff-b-baf-ba--b-b--b-b-b-f---b-b--b-bb"
+_MASK_MODULES = [[block in "f-", block in "a-"] for block in _PRUNED]
+
 # The released checkpoints, whose sizes are known without having them.
 RELEASED: dict[str, Callable[[], PreTrainedConfig]] = {
     "openbmb/VisCPM-Chat": VisCPMChatConfig,
     "openbmb/VisCPM-Paint": VisCPMPaintTextEncoderConfig,
+    "openbmb/cpm-bee-10b": CpmBeeConfig,
+    "openbmb/cpm-bee-5b": partial(CpmBeeConfig, mask_modules=_MASK_MODULES),
+    "openbmb/cpm-bee-2b": partial(CpmBeeConfig, intermediate_size=5120, head_dim=64, mask_modules=_MASK_MODULES),
+    "openbmb/cpm-bee-1b": partial(CpmBeeConfig, intermediate_size=1024, head_dim=40, mask_modules=_MASK_MODULES),
     "openbmb/OmniLMM-12B": OmniLMMConfig,
     "openbmb/MiniCPM-V": partial(MiniCPMVConfig, resampler_config={"key_positions": "interpolated"}),
     "openbmb/MiniCPM-V-2": MiniCPMVConfig,
@@ -55,6 +65,7 @@ BLOCK, NESTED_BLOCK = 64, 256
 # Tables of the 16 values of 4-bit codes and the 256 ones of the scales' codes, and the scales' mean, all fp32.
 TABLE_BYTES = 4 * (16 + 256 + 1)
 
+TITLES = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
 PARTS = ("layers", "embedding", "vision tower", "resampler", "projection", "UNet", "VAE")
 
 
@@ -74,8 +85,13 @@ class ModelSizes:
 
     name: str
     kind: str
-    """`"chat"` or `"paint"`."""
-    model: VisCPMChatForConditionalGeneration | VisionResamplerForConditionalGeneration | VisCPMPaintTextEncoder
+    """`"chat"`, `"paint"` or `"cpm_bee"`."""
+    model: (
+        VisCPMChatForConditionalGeneration
+        | VisionResamplerForConditionalGeneration
+        | VisCPMPaintTextEncoder
+        | CpmBeeForCausalLM
+    )
     """On the meta device; of Paint the text encoder."""
     unet: nn.Module | None = None
     vae: nn.Module | None = None
@@ -88,7 +104,7 @@ class ModelSizes:
     @property
     def title(self) -> str:
         """The system's name."""
-        return system_of(self.model.config).name if self.is_sibling else f"VisCPM-{self.kind.capitalize()}"
+        return system_of(self.model.config).name if self.is_sibling else TITLES[self.kind]
 
     @property
     def text_config(self) -> Any:
@@ -185,7 +201,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
     Raises:
         OriginalCheckpointError: if it is no checkpoint of VisCPM.
         OSError: if it isn't there.
-        ValueError: for CPM-Bee alone, or a kind that the checkpoint isn't.
+        ValueError: for a kind that the checkpoint isn't.
     """
     name = os.fspath(source)
     path = _cached(name) if not os.path.exists(name) else name
@@ -200,7 +216,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
         else:
             sizes = _converted(name, location) if location.is_converted else _original(name, location)
     if kind not in (None, sizes.kind):
-        raise ValueError(f"{name} is {sizes.title}, not VisCPM-{kind.capitalize()}.")
+        raise ValueError(f"{name} is {sizes.title}, not {TITLES.get(kind, kind)}.")
     return sizes
 
 
@@ -229,8 +245,9 @@ def _released(name: str) -> ModelSizes:
     return _chat(name, config)
 
 
-def _chat(name: str, config: VisCPMChatConfig | VisionResamplerConfig) -> ModelSizes:
-    return ModelSizes(name, CHAT, empty_model(config).eval())
+def _chat(name: str, config: VisCPMChatConfig | VisionResamplerConfig | CpmBeeConfig) -> ModelSizes:
+    kind = CPM_BEE if isinstance(config, CpmBeeConfig) else CHAT
+    return ModelSizes(name, kind, empty_model(config).eval())
 
 
 def _paint(name: str, config: VisCPMPaintTextEncoderConfig, unet: dict, vae: dict) -> ModelSizes:
@@ -251,12 +268,12 @@ def _original(name: str, location: Location) -> ModelSizes:
     weights = original_weights(location)
     state_dict = load_state_dict(weights)
     kind = checkpoint_kind(state_dict)
-    if kind in (None, CPM_BEE):
-        raise ValueError(f"{name} is no VisCPM-Chat or VisCPM-Paint checkpoint.")
+    if kind is None:
+        raise ValueError(f"{name} is no checkpoint of VisCPM or CPM-Bee.")
     config, problems = original_config(location, kind, state_dict, None, None)
     if problems:
         raise ValueError(f"{name}: {'; '.join(problems)}")
-    if kind == CHAT:
+    if kind != PAINT:
         return _chat(name, config)
     given = json_object(location.folder / DIFFUSION_CONFIG_NAME)
     unet, vae = (given.get(part) or json_object(location.folder / part / "config.json") for part in ("unet", "vae"))
@@ -264,9 +281,7 @@ def _original(name: str, location: Location) -> ModelSizes:
 
 
 def _converted(name: str, location: Location) -> ModelSizes:
-    if location.kind == CHAT:
-        return _chat(name, AutoConfig.from_pretrained(location.path))
     if location.kind != PAINT:
-        raise ValueError(f"{name} is CPM-Bee alone, no VisCPM-Chat or VisCPM-Paint checkpoint.")
+        return _chat(name, AutoConfig.from_pretrained(location.path))
     parts = empty_parts(location.path)
     return ModelSizes(name, PAINT, *(parts[part].eval() for part in ("text_encoder", "unet", "vae")))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checkpoints.original import CHAT
+from ..checkpoints.original import CPM_BEE, PAINT
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
 from ..modeling.decoding_presets import default_preset, system_name
@@ -81,7 +81,7 @@ class Work:
             if self.length != usual.length:
                 given += ["--max-new-tokens", str(self.length)]
             return given
-        if sizes.kind == CHAT:
+        if sizes.kind != PAINT:
             defaults = ReferenceDecodingConfig()
             if self.beams == 1:
                 given += ["--mode", "generate"]
@@ -128,13 +128,13 @@ def work_bytes(
     if quantization is not None:
         per_value = dtype.itemsize if on_gpu else UNPACKED_BYTES_ON_CPU[quantization]
         unpacked = sizes.largest_linear * per_value
-    if sizes.kind == CHAT:
+    if sizes.kind != PAINT:
         language = max(
             _peak(_read_prompt, sizes, dtype, work.batch, work.prompt_length),
             # Logits as they come, in fp32, and their logarithms.
             work.batch * work.beams * sizes.text_config.vocab_size * (dtype.itemsize + 4 + 4),
         )
-        vision = _peak(_encode_images, sizes, dtype, work.batch)
+        vision = 0 if sizes.kind == CPM_BEE else _peak(_encode_images, sizes, dtype, work.batch)
         return WorkBytes(kv_bytes(sizes, work, dtype), max(vision, language + unpacked))
     diffusion_dtype = diffusion_dtype or dtype
     side = sizes.unet.config.sample_size if work.size is None else work.size // VAE_SCALE

@@ -19,6 +19,7 @@ import torch
 
 from .cache_cpm_bee import CpmBeeCache
 from .fast_decoding_cpm_bee import FastDecoder
+from .token_space_cpm_bee import AllowedTokens, write_slots
 
 
 # The original's value for tokens that can't be chosen, and for beams that don't exist yet.
@@ -165,55 +166,49 @@ class RowVocabulary:
 
     Args:
         model: with `lm_head` and `language_model()`.
-        extension_table: `(rows, E, 2)` or None.
-        extension_mask: `(rows, 1 + E)`: whether plain `<unk>` and the extension tokens are of the row's own prompt.
+        extension_table: `(rows, E, 3 + characters)` or None.
     """
 
-    def __init__(self, model, extension_table: torch.Tensor | None, extension_mask: torch.Tensor | None):
+    def __init__(self, model, extension_table: torch.Tensor | None):
         self.lm_head = model.lm_head
         self.language_model = model.language_model()
         self.config = self.language_model.config
-        self.forbidden = None if extension_mask is None else ~extension_mask.bool()
-        self.extension_bases: torch.Tensor | None = None
-        self.extension_embeddings: torch.Tensor | None = None
+        self.allowed = AllowedTokens(self.config, extension_table)
+        self.bases: torch.Tensor | None = None
+        self.embeddings: torch.Tensor | None = None
+        self.owned: torch.Tensor | None = None
         if extension_table is not None and extension_table.shape[1] > 0:
-            self.extension_bases = extension_table[..., 0]
-            self.extension_embeddings = self.language_model.embed_extensions(extension_table)
+            self.bases, self.owned = extension_table[..., 0], extension_table[..., 1] > 0
+            self.embeddings = self.language_model.embed_extensions(extension_table)
+
+    def _slots(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which `(rows, n)` are extension tokens, and their entries of the table."""
+        slot = tokens - self.config.num_words
+        return (slot >= 0) & (slot < self.bases.shape[1]), slot.clamp(0, self.bases.shape[1] - 1)
 
     def base_ids(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows, n)` with extension tokens replaced by their base tokens."""
-        if self.extension_bases is None:
+        if self.bases is None:
             return tokens
-        entry = (tokens - self.config.vocab_size).clamp(min=0)
-        return torch.where(tokens < self.config.vocab_size, tokens, self.extension_bases.gather(1, entry))
+        is_slot, slot = self._slots(tokens)
+        return torch.where(is_slot, self.bases.gather(1, slot), tokens)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(rows, n)` -> `(rows, n, hidden)`."""
-        embeddings = self.language_model.embed_tokens(self.base_ids(tokens))
-        if self.extension_embeddings is None:
+        embeddings = self.language_model.embed_tokens(tokens)
+        if self.bases is None:
             return embeddings
-        entry = (tokens - self.config.vocab_size).clamp(min=0).to(embeddings.device)
-        extensions = self.extension_embeddings.gather(1, entry[..., None].expand_as(embeddings))
-        is_extension = (tokens >= self.config.vocab_size).to(embeddings.device)
-        return torch.where(is_extension[..., None], extensions, embeddings)
+        is_slot, slot = (part.to(embeddings.device)[..., None] for part in self._slots(tokens))
+        return torch.where(is_slot, self.embeddings.gather(1, slot.expand_as(embeddings)), embeddings)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(rows, n, hidden)` -> `(rows, n, vocab_size + E)` in fp32."""
+        """`(rows, n, hidden)` -> `(rows, n, vocab_size)` in fp32."""
         logits = self.lm_head(hidden_states).float()
-        if self.extension_embeddings is not None:
-            extensions = self.extension_embeddings.to(hidden_states.device, hidden_states.dtype)
-            extension_logits = torch.matmul(hidden_states, extensions.transpose(1, 2))
-            logits = torch.cat([logits, extension_logits.to(logits)], dim=-1)
-        return logits
+        return write_slots(logits, hidden_states, self.config, self.embeddings, self.owned)
 
     def forbid(self, logits: torch.Tensor) -> torch.Tensor:
-        """`(rows, n, vocab_size + E)` with forbidden tokens as the original has them, in place."""
-        if self.forbidden is not None:
-            forbidden = self.forbidden.to(logits.device)[:, None]
-            logits[..., self.config.unk_token_id].masked_fill_(forbidden[..., 0], FORBIDDEN_LOGIT)
-            if forbidden.shape[-1] > 1:
-                logits[..., self.config.vocab_size :].masked_fill_(forbidden[..., 1:], FORBIDDEN_LOGIT)
-        return logits
+        """`(rows, n, vocab_size)` with forbidden tokens as the original has them, in place."""
+        return self.allowed.forbid(logits, FORBIDDEN_LOGIT)
 
 
 class _GrowingDecoding:
@@ -235,7 +230,7 @@ class _GrowingDecoding:
     def step(
         self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `(rows, beams, vocab_size + E)` of the newest places; the beams are the queries of one sequence."""
+        """Logits `(rows, beams, vocab_size)` of the newest places; the beams are the queries of one sequence."""
         places = self.places
         places.reorder(parents)
         places.append(positions, segments)
@@ -277,7 +272,7 @@ class ReferenceBeamSearch:
         decoding, config = self.decoding, self.config
         inputs = dict(inputs)
         num_rows, num_beams, num_steps = len(answer_segments), decoding.num_beams, decoding.last_step + 1
-        vocabulary = RowVocabulary(self.model, inputs.get("extension_table"), inputs.pop("extension_mask", None))
+        vocabulary = RowVocabulary(self.model, inputs.get("extension_table"))
         attention_mask, device = inputs["attention_mask"], inputs["attention_mask"].device
 
         cache = CpmBeeCache()

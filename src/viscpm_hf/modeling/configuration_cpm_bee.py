@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .token_space_cpm_bee import image_token_id, num_extension_slots, padded_vocab_size
+
 
 # Keys of the original configuration files without a counterpart here.
 ORIGINAL_KEYS_WITHOUT_MEANING = ("half", "distance_scale", "dropout_p", "scale", "half_precision")
@@ -15,7 +17,10 @@ class CpmBeeConfig(PreTrainedConfig):
     `num_heads`, `num_layers`, `dim_ff`, `dim_head`, `eps`, `init_std`) are understood too.
 
     Args:
-        vocab_size (`int`): tokens in `vocab.txt`; extension tokens come on top, per request.
+        vocab_size (`int`): all token ids (see `token_space_cpm_bee`). Without `num_words`, as in an original file, it
+            is the number of words, and is padded.
+        num_words (`int`): tokens in `vocab.txt`; what follows is slots for extension tokens, the placeholder of
+            images, and tokens that were added.
         hidden_size (`int`): width of the residual stream.
         intermediate_size (`int`): width of the gated feed-forward layers.
         num_hidden_layers (`int`): decoder layers.
@@ -48,6 +53,7 @@ class CpmBeeConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 86583
+    num_words: int | None = None
     hidden_size: int = 4096
     intermediate_size: int = 10240
     num_hidden_layers: int = 48
@@ -77,6 +83,14 @@ class CpmBeeConfig(PreTrainedConfig):
             if original in kwargs:
                 setattr(self, name, kwargs.pop(original))
         super().__post_init__(**kwargs)
+        if self.num_words is None:
+            self.num_words, self.vocab_size = self.vocab_size, padded_vocab_size(self.vocab_size)
+        elif self.vocab_size < padded_vocab_size(self.num_words):
+            raise ValueError(
+                f"vocab_size is {self.vocab_size:,}, but {self.num_words:,} words take at least "
+                f"{padded_vocab_size(self.num_words):,} ids: with slots for extension tokens and the placeholder of "
+                "images. Leave num_words out to have the number of words padded."
+            )
         if self.position_bias_num_buckets % 4:
             raise ValueError(
                 f"position_bias_num_buckets must be a multiple of 4 (two directions, exact and logarithmic halves), "
@@ -115,6 +129,16 @@ class CpmBeeConfig(PreTrainedConfig):
     def num_attention_layers(self) -> int:
         """Layers with an attention block, which are the entries of a cache."""
         return sum(map(self.has_attention, range(self.num_hidden_layers)))
+
+    @property
+    def num_extension_slots(self) -> int:
+        """Different extension tokens that one row can have; their ids follow those of the words."""
+        return num_extension_slots(self.num_words)
+
+    @property
+    def placeholder_token_id(self) -> int:
+        """The id of an image placeholder, after the slots."""
+        return image_token_id(self.num_words)
 
 
 __all__ = ["CpmBeeConfig"]

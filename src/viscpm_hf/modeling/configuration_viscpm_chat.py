@@ -6,7 +6,6 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_beit3 import Beit3Config
 from .configuration_cpm_bee import CpmBeeConfig
-from .tokenization_cpm_bee import MAX_EXTENSION_TOKENS
 
 
 @strict
@@ -18,8 +17,8 @@ class VisCPMChatConfig(PreTrainedConfig):
         text_config (`CpmBeeConfig | dict`): the language model.
         vision_config (`Beit3Config | dict`): the vision tower.
         image_token_id (`int`):
-            id of an image placeholder. It lies beyond the vocabulary and all extension tokens, so nothing that a user
-            types can be mistaken for it; the default is `vocab_size + 65536`.
+            id of an image placeholder, after the slots for extension tokens (see `token_space_cpm_bee`); nothing that
+            a user types can be mistaken for it.
         projector_hidden_act (`str`): activation of the projector.
 
     ```python
@@ -42,8 +41,9 @@ class VisCPMChatConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size + MAX_EXTENSION_TOKENS
+        # Version 0.1 had the placeholder beyond the vocabulary.
+        if self.image_token_id is None or self.image_token_id >= self.text_config.vocab_size:
+            self.image_token_id = self.text_config.placeholder_token_id
 
     @property
     def num_query_tokens(self) -> int:

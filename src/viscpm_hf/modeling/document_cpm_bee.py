@@ -10,8 +10,11 @@ Vocabulary of the CPM-Bee files (CPM-Bee and VisCPM, arXiv:2308.12038):
 - A string without a token of its own (a run of characters that no token covers, or a special such as `<ans_1>`) is an
   *extension token*. The model sees it as a base token plus a number that rotates the base embedding: `<ans>` for
   `<ans_1>`, `<unk>` for unknown runs, numbered from 0 in order of first use within the document. Number 0 *is* the
-  base token. The others are gathered in the *extension table* of a batch: row `e`, `(base id, number)`, is the token
-  with id `vocab_size + e` in both the input and the logits.
+  base token. The others take the document's *slots* (`token_space_cpm_bee`): the k-th of them has the id
+  `num_words + k` in both the input and the logits of its own row.
+- The *extension table* of a batch says what that is in every row: entry k, `(base id, number, id, text)`, is what the
+  k-th slot holds; entries of number 0 come last. The text is code points, each plus one, filled up with zeros. So
+  whoever has the inputs can embed and decode the row's tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from .token_space_cpm_bee import num_extension_slots
 
 
 ROOT_TEXT = "<root>"
@@ -75,12 +80,22 @@ class EncodedDocument:
     """`[begin, end)` of the placeholders of every image value."""
     answer_slots: list[AnswerSlot]
     extension_table: dict[int, str]
-    """Tokenizer ids `vocab_size + k` of the strings without a token, in order of first use."""
+    """Tokenizer ids `num_words + k` of the strings without a token, in order of first use."""
     extension_strings: dict[tuple[int, int], str] = field(default_factory=dict)
-    """`(base id, number) -> string` for the same strings."""
+    """`(base id, number) -> string` for the same strings, in the same order."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def pair(self, token: int, num_words: int) -> tuple[int, int]:
+        """Base id and number of a token with the id that it has in the model."""
+        slot, slots = token - num_words, self.slots
+        return slots[slot] if 0 <= slot < len(slots) else (token, 0)
+
+    @property
+    def slots(self) -> list[tuple[int, int]]:
+        """Base id and number of the extension tokens that have ids of their own."""
+        return [pair for pair in self.extension_strings if pair[1]]
 
     def prompt(self, open_slot: int | None = None) -> EncodedDocument:
         """The document as a prompt: all context first, then what is answered already.
@@ -170,22 +185,53 @@ def _relations(ancestors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...],
     return tuple(tuple(relation(a, b) for b in ancestors) for a in ancestors)
 
 
-def batch_extension_table(documents: Sequence[EncodedDocument]) -> list[tuple[int, int]]:
-    """The extension tokens of a batch, `(base id, number)`, in order of first use; number 0 needs no entry."""
-    table: dict[tuple[int, int], None] = {}
-    for document in documents:
-        for base, sub in zip(document.input_ids, document.sub_ids, strict=True):
-            if sub > 0:
-                table.setdefault((base, sub))
-    return list(table)
+# Entries of the extension table before the text: base id, number, id.
+TABLE_HEAD = 3
+
+
+def shared_slots(documents: Sequence[EncodedDocument]) -> list[tuple[int, int]]:
+    """Base ids and numbers of the extension tokens of all documents, as the loss of a batch takes them."""
+    return list(dict.fromkeys(pair for document in documents for pair in document.slots))
+
+
+def extension_table(
+    documents: Sequence[EncodedDocument], slots: Sequence[Sequence[tuple[int, int]]], *, num_words: int
+) -> list[list[list[int]]]:
+    """`(batch, E, 3 + characters)`: of every row its slots, then its extension tokens of number 0; shorter rows and
+    texts end in zeros. The slots of another row's tokens have no text."""
+    width = max((len(text) for document in documents for text in document.extension_strings.values()), default=0)
+    table = []
+    for document, pairs in zip(documents, slots, strict=True):
+        strings = document.extension_strings
+        entries = [(pair, num_words + slot) for slot, pair in enumerate(pairs)]
+        entries += [(pair, pair[0]) for pair in strings if not pair[1]]
+        rows = [
+            [*pair, token, *(ord(character) + 1 for character in strings.get(pair, ""))] for pair, token in entries
+        ]
+        table.append([row + [0] * (TABLE_HEAD + width - len(row)) for row in rows])
+    length = max(map(len, table))
+    return [rows + [[0] * (TABLE_HEAD + width)] * (length - len(rows)) for rows in table]
+
+
+def own_strings(table: Any) -> list[dict[int, str]]:
+    """For every row of an extension table: what its ids stand for that are no token of the vocabulary,
+    `id -> string`."""
+    rows = table.tolist() if hasattr(table, "tolist") else table
+    return [
+        {
+            entry[2]: "".join(chr(code - 1) for code in entry[TABLE_HEAD:] if code)
+            for entry in row
+            if any(entry[TABLE_HEAD:])
+        }
+        for row in rows
+    ]
 
 
 def collate_documents(
     documents: Sequence[EncodedDocument],
     *,
-    vocab_size: int,
+    num_words: int,
     pad_token_id: int,
-    unk_token_id: int,
     padding_side: str = "left",
     pad_to_multiple_of: int | None = None,
     min_length: int = 0,
@@ -194,13 +240,10 @@ def collate_documents(
     """Pads encoded documents to one batch of model inputs.
 
     Returns lists, ready for a `BatchEncoding`: `input_ids`, `attention_mask`, `token_type_ids`, `segment_ids`
-    `(batch, length)`; `segment_relations (batch, segments, segments)`; `extension_table (batch, E, 2)`, the same rows
-    for the whole batch; `extension_mask (batch, 1 + E)`: whether the row itself holds the unknown string that `<unk>`
-    stands for (column 0) and extension token `e` (column `1 + e`), so that generation offers it no other row's
-    strings; and, if asked for, `labels (batch, length)`: answer tokens after their `<s>`, -100 elsewhere.
+    `(batch, length)`; `segment_relations (batch, segments, segments)`; `extension_table (batch, E, 3 + characters)`;
+    and, if asked for, `labels (batch, length)`: answer tokens after their `<s>`, -100 elsewhere. With labels the rows
+    share their slots, since the original's loss has a column for each extension token of the batch.
     """
-    table = batch_extension_table(documents)
-    column = {entry: index for index, entry in enumerate(table)}
     length = max(min_length, *(len(document) for document in documents))
     if pad_to_multiple_of:
         length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
@@ -210,24 +253,21 @@ def collate_documents(
         padding = [value] * (length - len(values))
         return padding + list(values) if padding_side == "left" else list(values) + padding
 
-    batch: dict[str, list] = {
-        name: []
-        for name in (
-            "input_ids",
-            "attention_mask",
-            "token_type_ids",
-            "segment_ids",
-            "segment_relations",
-            "extension_table",
-            "extension_mask",
+    names = ("input_ids", "attention_mask", "token_type_ids", "segment_ids", "segment_relations")
+    batch: dict[str, list] = {name: [] for name in names}
+    slots = [shared_slots(documents)] * len(documents) if with_labels else [document.slots for document in documents]
+    if len(slots[0]) > num_extension_slots(num_words):
+        raise ValueError(
+            f"The batch has {len(slots[0]):,} different extension tokens, more than the "
+            f"{num_extension_slots(num_words):,} slots there are. Make the batch smaller."
         )
-    }
+    batch["extension_table"] = extension_table(documents, slots, num_words=num_words)
     if with_labels:
         batch["labels"] = []
-    for document in documents:
+    for document, pairs in zip(documents, slots, strict=True):
+        ids = {pair: num_words + slot for slot, pair in enumerate(pairs)}
         tokens = [
-            vocab_size + column[base, sub] if sub else base
-            for base, sub in zip(document.input_ids, document.sub_ids, strict=True)
+            ids[base, sub] if sub else base for base, sub in zip(document.input_ids, document.sub_ids, strict=True)
         ]
         batch["input_ids"].append(pad(tokens, pad_token_id))
         batch["attention_mask"].append(pad([1] * len(tokens), 0))
@@ -237,27 +277,12 @@ def collate_documents(
         batch["segment_relations"].append(
             [[*row, *[0] * missing] for row in document.segment_relations] + [[0] * num_segments] * missing
         )
-        batch["extension_table"].append([list(entry) for entry in table])
-        owned = document.extension_strings
-        batch["extension_mask"].append([(unk_token_id, 0) in owned, *(entry in owned for entry in table)])
         if with_labels:
             labels = [IGNORE_INDEX] * len(tokens)
             for slot in document.answer_slots:
                 labels[slot.begin + 1 : slot.end] = tokens[slot.begin + 1 : slot.end]
             batch["labels"].append(pad(labels, IGNORE_INDEX))
     return batch
-
-
-def own_strings(documents: Sequence[EncodedDocument], *, vocab_size: int) -> list[dict[int, str]]:
-    """For every row of the batch: what its token ids stand for that are no token of the vocabulary, `id -> string`."""
-    table = batch_extension_table(documents)
-    rows = []
-    for document in documents:
-        strings = document.extension_strings
-        row = {vocab_size + index: strings[entry] for index, entry in enumerate(table) if entry in strings}
-        row |= {base: string for (base, number), string in strings.items() if number == 0}
-        rows.append(row)
-    return rows
 
 
 def fill_document(document: Mapping[str, Any], answers: Mapping[tuple[str, ...], str | None]) -> dict[str, Any]:

@@ -27,12 +27,12 @@ from transformers.utils import logging
 
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE
+from .token_space_cpm_bee import write_slots
 
 
 logger = logging.get_logger(__name__)
 
 LEAST_PLACES = 256
-LEAST_EXTENSIONS = 8
 LEAST_SEGMENTS = 16
 # torch.compile's backend.
 BACKEND = "inductor"
@@ -50,19 +50,16 @@ class DecodingShape:
     """Of every row: beams of the reference search, else 1."""
     places: int
     """Keys that a query attends to, free ones included: 256, 512, 768, 1024, 1536, 2048, 3072, ..."""
-    extensions: int
-    """Columns for extension tokens: a power of two, at least 8."""
     segments: int
     """Of a document: a power of two, at least 16."""
 
     @classmethod
-    def of(cls, rows: int, queries: int, places: int, extensions: int, segments: int) -> DecodingShape:
+    def of(cls, rows: int, queries: int, places: int, segments: int) -> DecodingShape:
         """The smallest class that has room for so much."""
         return cls(
             rows=power_of_two(rows),
             queries=queries,
             places=room_for(places),
-            extensions=power_of_two(extensions, LEAST_EXTENSIONS),
             segments=power_of_two(segments, LEAST_SEGMENTS),
         )
 
@@ -116,7 +113,7 @@ class DecodingGraph:
         self.shape, self.device = shape, device
         self.language_model, self.lm_head = model.language_model(), model.lm_head
         config = self.language_model.config
-        self.vocab_size = config.vocab_size
+        self.config = config
         rows, queries, places = shape.rows, shape.queries, shape.places
 
         def integers(*size: int) -> torch.Tensor:
@@ -132,7 +129,8 @@ class DecodingGraph:
         self.positions, self.segments = integers(rows, places), integers(rows, places)
         self.visible = torch.zeros(rows, queries, places, dtype=torch.bool, device=device)
         self.relations = integers(rows, shape.segments, shape.segments)
-        self.extensions = numbers(rows, shape.extensions, config.hidden_size)
+        self.extensions = numbers(rows, config.num_extension_slots, config.hidden_size)
+        self.owned = torch.zeros(rows, config.num_extension_slots, dtype=torch.bool, device=device)
         # A table in place of the distances' logarithms: compiled, they may round to another bucket than elsewhere.
         self.bias_table = numbers(heads, 2 * places + config.position_bias_num_segment_buckets)
         self.inputs = [integers(rows, queries) for _ in range(4)]
@@ -145,7 +143,7 @@ class DecodingGraph:
     def _step(
         self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
     ) -> torch.Tensor:
-        """Logits `(rows, queries, vocab_size + extensions)`; see [`FastDecoding.step`]."""
+        """Logits `(rows, queries, vocab_size)`; see [`FastDecoding.step`]."""
         places = self.end + self._offsets
         visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
         visible[:, :, places] = self._itself
@@ -154,10 +152,11 @@ class DecodingGraph:
         self.segments[:, places] = segments
         self.end.add_(self.shape.queries)
 
-        is_extension = (tokens >= self.vocab_size)[..., None]
-        embeddings = self.language_model.embed_tokens(tokens.clamp(max=self.vocab_size - 1))
-        entry = (tokens - self.vocab_size).clamp(min=0)[..., None].expand_as(embeddings)
-        hidden_states = torch.where(is_extension, self.extensions.gather(1, entry), embeddings)
+        embeddings = self.language_model.embed_tokens(tokens)
+        slot, num_slots = (tokens - self.config.num_words)[..., None], self.config.num_extension_slots
+        entry = slot.clamp(0, num_slots - 1).expand_as(embeddings)
+        is_slot = (slot >= 0) & (slot < num_slots)
+        hidden_states = torch.where(is_slot, self.extensions.gather(1, entry), embeddings)
 
         pair = segments[:, :, None] * self.shape.segments + self.segments[:, None, :]
         relation = self.relations.flatten(1).gather(1, pair.flatten(1)).view_as(pair)
@@ -170,8 +169,7 @@ class DecodingGraph:
         for layer in self.language_model.layers:
             hidden_states = layer(hidden_states, bias, cache=cache)
         hidden_states = self.language_model.norm(hidden_states)
-        extension_logits = torch.matmul(hidden_states, self.extensions.transpose(1, 2))
-        return torch.cat([self.lm_head(hidden_states), extension_logits], dim=-1)
+        return write_slots(self.lm_head(hidden_states), hidden_states, self.config, self.extensions, self.owned)
 
     def warm_up(self, compile: bool) -> None:
         """Compiles the step if asked to, and captures it on CUDA; buffers hold nothing of worth before and after."""
@@ -210,7 +208,8 @@ class DecodingGraph:
 
     def load(self, num_prompt: int) -> None:
         """Empties the buffers for a request whose prompts have so many places."""
-        for buffer in (*self.keys, *self.values, *self.inputs, self.relations, self.extensions, self.visible):
+        buffers = (self.relations, self.extensions, self.owned, self.visible)
+        for buffer in (*self.keys, *self.values, *self.inputs, *buffers):
             buffer.zero_()
         self.end.fill_(num_prompt)
         position_bias = self.language_model.position_bias
@@ -229,6 +228,7 @@ class DecodingGraph:
         self.end.copy_(other.end)
         self.relations.copy_(other.relations)
         self.extensions.copy_(other.extensions)
+        self.owned.copy_(other.owned)
         self.positions[:, :past].copy_(other.positions)
         self.segments[:, :past].copy_(other.segments)
         self.visible[:, :, :past].copy_(other.visible)
@@ -299,9 +299,8 @@ class FastDecoding:
         self.num_rows, self.end = past.shape[0], past.shape[2]
         self.dtype, self.device = past.dtype, past.device
         relations, table = inputs.get("segment_relations"), inputs.get("extension_table")
-        self.num_extensions = 0 if table is None else table.shape[1]
         num_segments = 1 if relations is None else relations.shape[1]
-        shape = DecodingShape.of(self.num_rows, queries, self.end + queries, self.num_extensions, num_segments)
+        shape = DecodingShape.of(self.num_rows, queries, self.end + queries, num_segments)
         self.graph = graph = decoder.graph(model, shape, self.dtype, self.device)
 
         rows, prompt = slice(self.num_rows), slice(self.end)
@@ -318,9 +317,11 @@ class FastDecoding:
             graph.segments[rows, : segment_ids.shape[1]] = segment_ids.to(self.device)
             graph.relations[rows, :num_segments, :num_segments] = relations.to(self.device)
         graph.visible[rows, :, prompt] = True if mask is None else mask[:, None, prompt].to(self.device, torch.bool)
-        if self.num_extensions:
+        if table is not None and table.shape[1]:
+            entries = slice(table.shape[1])
             embeddings = model.language_model().embed_extensions(table)
-            graph.extensions[rows, : self.num_extensions] = embeddings.to(self.device, self.dtype)
+            graph.extensions[rows, entries] = embeddings.to(self.device, self.dtype)
+            graph.owned[rows, entries] = (table[..., 1] > 0).to(self.device)
 
     @in_place
     def step(
@@ -329,12 +330,12 @@ class FastDecoding:
         """Logits of the next tokens.
 
         Args:
-            tokens: `(rows, queries)`, extension tokens as `vocab_size + e`.
+            tokens: `(rows, queries)`.
             parents: `(rows, queries)`, the query of the step before whose past each query goes on with.
             positions, segments: `(rows, queries)`, of `tokens`.
 
         Returns:
-            `(rows, queries, vocab_size + E)`, valid until the next step.
+            `(rows, queries, vocab_size)`, valid until the next step.
         """
         if self.end + self.queries > self.graph.shape.places:
             shape = replace(self.graph.shape, places=room_for(self.end + self.queries))
@@ -344,7 +345,7 @@ class FastDecoding:
         for buffer, given in zip(self.graph.inputs, (tokens, parents, positions, segments), strict=True):
             buffer[: self.num_rows].copy_(given)
         self.end += self.queries
-        return self.graph()[: self.num_rows, :, : self.graph.vocab_size + self.num_extensions]
+        return self.graph()[: self.num_rows]
 
 
 class FastDecodingCache(CpmBeeCache):

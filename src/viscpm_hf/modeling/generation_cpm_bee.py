@@ -18,6 +18,7 @@ from .compatibility import CACHE, named_cache
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
+from .token_space_cpm_bee import AllowedTokens
 
 
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -31,21 +32,15 @@ class ExtensionTokenProcessor(LogitsProcessor):
     """Leaves every row only the unknown strings of its own prompt.
 
     Args:
-        extension_mask: `(batch, 1 + E)` as of `CpmBeeTokenizer.collate`; rows are repeated for beams and samples.
+        allowed: of the prompts; rows are repeated for beams and samples.
     """
 
-    def __init__(self, extension_mask: torch.Tensor, unk_token_id: int, vocab_size: int):
-        self.extension_mask = extension_mask
-        self.unk_token_id = unk_token_id
-        self.vocab_size = vocab_size
+    def __init__(self, allowed: AllowedTokens):
+        self.allowed = allowed
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        mask = self.extension_mask.to(scores.device, torch.bool)
-        forbidden = ~mask.repeat_interleave(scores.shape[0] // mask.shape[0], dim=0)
-        scores = scores.clone()
-        scores[:, self.unk_token_id].masked_fill_(forbidden[:, 0], -torch.inf)
-        scores[:, self.vocab_size :].masked_fill_(forbidden[:, 1:], -torch.inf)
-        return scores
+        self.allowed = self.allowed.repeated(scores.shape[0])
+        return self.allowed.forbid(scores[:, None].clone(), -torch.inf)[:, 0]
 
 
 class RowSampling(LogitsProcessor):
@@ -55,24 +50,17 @@ class RowSampling(LogitsProcessor):
 
     Args:
         generators: one for each row.
-        columns: for each row the columns of its own extension tokens, in the order of its own prompt.
-        vocab_size: the number of columns before them.
     """
 
     comes_last = True
 
-    def __init__(self, generators: Sequence[torch.Generator], columns: Sequence[Sequence[int]], vocab_size: int):
+    def __init__(self, generators: Sequence[torch.Generator]):
         self.generators = list(generators)
-        self.columns = [list(row) for row in columns]
-        self.vocab_size = vocab_size
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         drawn = torch.full_like(scores, -torch.inf)
-        for row, (generator, columns) in enumerate(zip(self.generators, self.columns, strict=True)):
-            # As many columns as the row has alone: the drawn token depends on their number.
-            own = torch.cat([scores[row, : self.vocab_size], scores[row, columns]])
-            index = int(torch.multinomial(own.softmax(-1), 1, generator=generator))
-            drawn[row, index if index < self.vocab_size else columns[index - self.vocab_size]] = 0.0
+        for row, (generator, own) in enumerate(zip(self.generators, scores, strict=True)):
+            drawn[row, torch.multinomial(own.softmax(-1), 1, generator=generator)] = 0.0
         return drawn
 
 
@@ -119,18 +107,17 @@ class CpmBeeGenerationMixin(GenerationMixin):
         self,
         inputs: torch.Tensor | None = None,
         *args,
-        extension_mask: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
         fast: bool | None = None,
         **kwargs,
     ):
-        """As `GenerationMixin.generate`; `extension_mask (batch, 1 + E)` comes with the tokenizer's inputs. `fast`
-        decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if None, as `fast_decoder.enabled` says.
+        """As `GenerationMixin.generate`. `fast` decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if
+        None, as `fast_decoder.enabled` says.
 
         Given documents and their tokenizer, it fills them as the Hub's own class does: see [`generate_documents`]."""
         documents = kwargs.pop("data_list", inputs)
         if is_document_call(documents):
-            given = {"extension_mask": extension_mask, "logits_processor": logits_processor, "fast": fast}
+            given = {"logits_processor": logits_processor, "fast": fast}
             return self.generate_documents(documents, *args, **kwargs, **given)
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError(
@@ -140,10 +127,8 @@ class CpmBeeGenerationMixin(GenerationMixin):
         num_beams = kwargs.get("num_beams")
         if num_beams is not None and num_beams < 1:
             raise ValueError(f"num_beams must be a whole number of at least 1, got {num_beams!r}.")
-        if extension_mask is not None:
-            config = self.config.get_text_config(decoder=True)
-            own_strings = ExtensionTokenProcessor(extension_mask, config.unk_token_id, config.vocab_size)
-            logits_processor = LogitsProcessorList([own_strings, *(logits_processor or [])])
+        allowed = AllowedTokens(self.config.get_text_config(decoder=True), kwargs.get("extension_table"))
+        logits_processor = LogitsProcessorList([ExtensionTokenProcessor(allowed), *(logits_processor or [])])
         kwargs = named_cache(kwargs)
         if not self._decodes_fast(fast):
             return super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
@@ -322,12 +307,11 @@ class CpmBeeGenerationMixin(GenerationMixin):
                 [batch[row].prompt(open_slot=slot) for row in rows], padding_side="left", return_tensors="pt"
             ).to(self.device)
             sequences = self.generate(**inputs, **generation)[:, inputs["input_ids"].shape[1] :].tolist()
-            table = inputs["extension_table"].tolist()
-            for row, ids, extensions, strings in zip(rows, sequences, table, inputs.extension_strings, strict=True):
+            for row, ids, strings in zip(rows, sequences, inputs.extension_strings, strict=True):
                 if tokenizer.eos_token_id in ids:
                     ids = ids[: ids.index(tokenizer.eos_token_id)]
                 answers[row].append(tokenizer.decode(ids, extension_table=strings))
-                batch[row] = with_answer(batch[row], slot, ids, extensions, len(tokenizer))
+                batch[row] = with_answer(batch[row], slot, ids, tokenizer.num_words)
         return answers
 
 
@@ -395,11 +379,9 @@ def encode_for_filling(
     return encoded
 
 
-def with_answer(
-    document: EncodedDocument, slot: int, ids: Sequence[int], extension_table: Sequence[Sequence[int]], known: int
-) -> EncodedDocument:
+def with_answer(document: EncodedDocument, slot: int, ids: Sequence[int], num_words: int) -> EncodedDocument:
     """`document` with generated `ids` as the answer of `slot`, appended at the end."""
-    pairs = [(token, 0) if token < known else tuple(extension_table[token - known]) for token in ids]
+    pairs = [document.pair(token, num_words) for token in ids]
     target = document.answer_slots[slot]
     begin = len(document)
     slots = list(document.answer_slots)

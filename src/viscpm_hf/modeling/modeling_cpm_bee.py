@@ -7,7 +7,7 @@ the weights, so all layers are plain `nn.Linear` and the head is tied to the emb
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+from .token_space_cpm_bee import slot_rows, write_slots
 
 
 logger = logging.get_logger(__name__)
@@ -246,6 +247,14 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": CpmBeeDecoderLayer, "attentions": CpmBeeAttention}
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        is_loaded = getattr(getattr(module, "weight", None), "_is_hf_initialized", False)
+        super()._init_weights(module)
+        if module is getattr(self, "embed_tokens", None) and not is_loaded:
+            rows = slot_rows(self.config.num_words, self.config.hidden_size) * self.config.hidden_size**-0.5
+            module.weight[self.config.num_words :][: len(rows)].copy_(rows)
+
     @property
     def device(self) -> torch.device:
         """Where inputs belong. With a `device_map` accelerate's hook knows; the first weight may be on the disk."""
@@ -312,7 +321,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
       the answer up to itself). Without them everything is an answer, as in a causal language model.
     - `segment_ids (batch, keys or fewer)`, `segment_relations (batch, segments, segments)`: the document's structure;
       keys beyond the given ids belong to the last one's segment. Without them everything is one segment.
-    - `extension_table (batch, E, 2)`: base id and number of the token with id `vocab_size + e`.
+    - `extension_table (batch, E, 3 + characters)`: base id and number of the token with id `num_words + e`.
     - `position_bias (batch, heads, queries, keys)`: in place of all masks and structure, the merged additive bias.
     """
 
@@ -329,23 +338,74 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         self.post_init()
 
     def embed(self, input_ids: torch.Tensor, extension_table: torch.Tensor | None = None) -> torch.Tensor:
-        """Token embeddings `(batch, sequence, hidden)`; ids beyond vocabulary and table (placeholders) are `<unk>`."""
-        vocab_size = self.config.vocab_size
-        is_extension = input_ids >= vocab_size
-        unknown = self.config.unk_token_id or 0
+        """Token embeddings `(batch, sequence, hidden)`, those of the rows' extension tokens from their table."""
+        return self.fill_slots(self.embed_tokens(input_ids), input_ids, extension_table)
+
+    def check_ids(
+        self, input_ids: torch.Tensor, extension_table: torch.Tensor | None, forbidden: Collection[int] = ()
+    ) -> None:
+        """Checks that every slot in a prompt stands for something.
+
+        Raises:
+            ValueError: for a slot that the row's table doesn't have, or a `forbidden` id, the placeholder of an image
+                that isn't there.
+        """
+        is_step = input_ids.shape[1] == 1  # chosen by `generate`, which knows what a row has
+        if is_step or input_ids.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        num_slots = self.config.num_extension_slots
+        slot = input_ids - self.config.num_words
+        is_wrong = (slot >= 0) & (slot < num_slots)
+        if extension_table is not None and extension_table.shape[1] > 0:
+            owned = (extension_table[..., 1] > 0).to(slot.device).expand(slot.shape[0], -1)
+            is_owned = owned.gather(1, slot.clamp(0, owned.shape[1] - 1)) & (slot < owned.shape[1])
+            is_wrong &= ~is_owned
+        for token in forbidden:
+            is_wrong |= input_ids == token
+        if is_wrong.any():
+            token = int(input_ids[is_wrong][0])
+            if token in forbidden:
+                raise ValueError(
+                    f"input_ids have {int((input_ids == token).sum())} placeholders of images (id {token}), but there "
+                    "are no images: give pixel_values."
+                )
+            raise ValueError(
+                f"input_ids have the token {token}, a slot for an extension token, but the extension_table of its row "
+                "doesn't say for which one. Hand on the extension_table that came with the ids; a text in several "
+                "pieces has to be tokenised as one."
+            )
+
+    def fill_slots(
+        self,
+        embeddings: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        extension_table: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Puts the extension tokens' embeddings where their slots are. Without `input_ids`, slots are told by the rows
+        that the embedding layer has for them."""
         if extension_table is None or extension_table.shape[1] == 0:
-            return self.embed_tokens(torch.where(is_extension, unknown, input_ids))
-        num_extensions = extension_table.shape[1]
-        row = (input_ids - vocab_size).clamp(0, num_extensions - 1)
-        is_known = is_extension & (input_ids < vocab_size + num_extensions)
-        base = torch.where(is_known, extension_table[..., 0].gather(1, row), unknown)
-        number = torch.where(is_known, extension_table[..., 1].gather(1, row), 0)
-        embeddings = self.embed_tokens(torch.where(is_extension, base, input_ids))
-        is_known, number = is_known.to(embeddings.device), number.to(embeddings.device)
-        return torch.where(is_known[..., None], self.rotate(embeddings, number), embeddings)
+            return embeddings
+        num_entries = extension_table.shape[1]
+        if input_ids is None:
+            is_slot, slot = self._find_slots(embeddings, num_entries)
+        else:
+            slot = (input_ids - self.config.num_words).to(embeddings.device)
+            is_slot = (slot >= 0) & (slot < num_entries)
+        slot = slot.clamp(0, num_entries - 1)[..., None].expand(*slot.shape, embeddings.shape[-1])
+        extensions = self.embed_extensions(extension_table).to(embeddings)
+        return torch.where(is_slot[..., None], extensions.gather(1, slot), embeddings)
+
+    def _find_slots(self, embeddings: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which embeddings `(batch, sequence, hidden)` are looked-up rows of the first slots, and of which of them,
+        each `(batch, sequence)`."""
+        begin = self.config.num_words
+        marks = self.embed_tokens(torch.arange(begin, begin + count, device=embeddings.device)).to(embeddings)
+        is_mark = (embeddings[..., 2:] == 0).all(-1)
+        same = (embeddings[..., None, :2] == marks[:, :2]).all(-1) & is_mark[..., None]
+        return same.any(-1), same.int().argmax(-1)
 
     def embed_extensions(self, extension_table: torch.Tensor) -> torch.Tensor:
-        """`(batch, E, 2)` -> rotated base embeddings `(batch, E, hidden)`."""
+        """`(batch, E, ...)` -> rotated base embeddings `(batch, E, hidden)`."""
         embeddings = self.embed_tokens(extension_table[..., 0])
         return self.rotate(embeddings, extension_table[..., 1].to(embeddings.device))
 
@@ -412,7 +472,10 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
+            self.check_ids(input_ids, extension_table, {self.config.placeholder_token_id})
             inputs_embeds = self.embed(input_ids, extension_table)
+        else:
+            inputs_embeds = self.fill_slots(inputs_embeds, None, extension_table)
         if use_cache and cache is None:
             cache = CpmBeeCache()
 
@@ -475,7 +538,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
 
 
 class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
-    """CPM-Bee with its head. Logits have `vocab_size + E` columns, the last ones for the extension tokens."""
+    """CPM-Bee with its head. The logits' columns of slots are the row's own extension tokens, or masked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -487,7 +550,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         self.post_init()
 
     def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
-        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
+        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model, extension_table)
 
     @only_known_arguments
@@ -501,7 +564,6 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         segment_ids: torch.LongTensor | None = None,
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
-        extension_mask: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -510,7 +572,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """See [`CpmBeeModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross entropy
-        over vocabulary and extension tokens. `extension_mask` matters to `generate` alone."""
+        over vocabulary and extension tokens."""
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -540,12 +602,11 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
 def project_to_vocabulary(
     hidden_states: torch.Tensor, lm_head: nn.Module, model: CpmBeeModel, extension_table: torch.Tensor | None
 ) -> torch.Tensor:
-    """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
-    logits = lm_head(hidden_states)
-    if extension_table is None or extension_table.shape[1] == 0:
-        return logits
-    extensions = model.embed_extensions(extension_table).to(hidden_states.device, hidden_states.dtype)
-    return torch.cat([logits, torch.matmul(hidden_states, extensions.transpose(1, 2)).to(logits.device)], dim=-1)
+    """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size)`."""
+    extensions = owned = None
+    if extension_table is not None and extension_table.shape[1] > 0:
+        extensions, owned = model.embed_extensions(extension_table), extension_table[..., 1] > 0
+    return write_slots(lm_head(hidden_states), hidden_states, model.config, extensions, owned)
 
 
 __all__ = ["CpmBeePreTrainedModel", "CpmBeeModel", "CpmBeeForCausalLM"]

@@ -93,7 +93,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         """Where the placeholders are, `(batch, sequence, 1)`; their number must be that of the image features."""
         if input_ids is None:
             token = torch.full((1, 1), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.language_model.embed(token)).all(-1)
+            mask = (inputs_embeds == self.language_model.embed_tokens(token)).all(-1)
         else:
             mask = input_ids == self.config.image_token_id
         num_tokens = mask.sum()
@@ -130,8 +130,12 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
+        embeddings = inputs_embeds
         if inputs_embeds is None:
-            inputs_embeds = self.language_model.embed(input_ids, extension_table)
+            missing = {self.config.image_token_id} if pixel_values is None and image_outputs is None else set()
+            self.language_model.check_ids(input_ids, extension_table, missing)
+            embeddings = self.language_model.embed_tokens(input_ids)
+        inputs_embeds = self.language_model.fill_slots(embeddings, input_ids, extension_table)
         if image_outputs is None and pixel_values is not None:
             wanted = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
             image_outputs = self.get_image_features(pixel_values, return_dict=True, **wanted)
@@ -163,7 +167,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
 
 
 class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenerationMixin):
-    """VisCPM-Chat. Logits have `vocab_size + E` columns, the last ones for the extension tokens of the batch."""
+    """VisCPM-Chat. The logits' columns of slots are the row's own extension tokens, or masked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
@@ -240,7 +244,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
-        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size + E)`."""
+        """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model.language_model, extension_table)
 
     @only_known_arguments
@@ -255,7 +259,6 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         segment_ids: torch.LongTensor | None = None,
         segment_relations: torch.LongTensor | None = None,
         extension_table: torch.LongTensor | None = None,
-        extension_mask: torch.LongTensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -264,7 +267,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisCPMChatCausalLMOutputWithPast:
         """See [`VisCPMChatModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross
-        entropy over vocabulary and extension tokens. `extension_mask` matters to `generate` alone.
+        entropy over vocabulary and extension tokens.
 
         ```python
         >>> import viscpm_hf

@@ -12,12 +12,23 @@ from .processing_vision_resampler import TEMPLATE_MACROS, VisionResamplerProcess
 # What the later processors of this family write for an image.
 IMAGE_MARK = "(<image>./</image>)"
 
+# What the model says of places in an image, or of things in it.
+GROUNDING_TOKENS = tuple(f"<{end}{name}>" for name in ("ref", "box", "quad", "point") for end in ("", "/"))
+
 CHAT_TEMPLATE = f"""\
 {TEMPLATE_MACROS}
+{{%- macro answer_of(message) -%}}
+    {{%- set answer = namespace(text=text_of(message)) -%}}
+    {{%- for token in {[token[1:] for token in GROUNDING_TOKENS]} -%}}
+        {{%- set answer.text = answer.text | replace('<\\ufdd0' ~ token, '<' ~ token) -%}}
+    {{%- endfor -%}}
+    {{{{- answer.text -}}}}
+{{%- endmacro -%}}
 {{{{- check_turns(messages, false) -}}}}
 {{%- for message in messages -%}}
     {{{{- '<用户>' if message['role'] == 'user' else '<AI>' -}}}}
-    {{{{- images_of(message, '{IMAGE_MARK}\\n') ~ text_of(message) -}}}}
+    {{{{- images_of(message, '{IMAGE_MARK}\\n') -}}}}
+    {{{{- text_of(message) if message['role'] == 'user' else answer_of(message) -}}}}
 {{%- endfor -%}}
 {{%- if add_generation_prompt -%}}<AI>{{%- endif -%}}
 """
@@ -43,6 +54,7 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
     own_chat_template = CHAT_TEMPLATE
     image_token = IMAGE_MARK
     image_tokens = ("<image>", "<unk>", "</image>", "<slice>", "</slice>")
+    answer_tokens = GROUNDING_TOKENS
 
     def __init__(
         self,
@@ -80,6 +92,12 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
             else:
                 is_inside = token == self.image_start_id
         return ids
+
+    def num_settled(self, ids: Sequence[int]) -> int:
+        """A text behind a special token gets a space before it if another one follows."""
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        special -= {self.tokenizer.bos_token_id, self.tokenizer.unk_token_id}
+        return next((place + 1 for place in reversed(range(len(ids))) if ids[place] in special), len(ids))
 
     def _answer_text(self, ids: list[int]) -> str:
         """Boxes and references (`<box>`, `<ref>`) are part of an answer."""

@@ -18,12 +18,11 @@ from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument
+from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
-from .tokenization_cpm_bee import MAX_EXTENSION_TOKENS, CpmBeeTokenizer
+from .tokenization_cpm_bee import IMAGE_TOKEN, CpmBeeTokenizer
 
 
-IMAGE_TOKEN = "<image>"
 MARKUP_BEGIN = f"<s>{ROOT_TEXT}</s>"
 
 # Earlier turns go into the document's context; the images of all turns into its one image field.
@@ -78,6 +77,15 @@ CHAT_TEMPLATE = """\
 """
 
 
+class VisCPMChatFeatures(BatchFeature):
+    """Inputs that know what their extension tokens stand for, wherever they are copied or sent to."""
+
+    @property
+    def extension_strings(self) -> list[dict[int, str]]:
+        """For every row, `id -> string` of what is no token of the vocabulary; `batch_decode` takes it."""
+        return own_strings(self.data["extension_table"])
+
+
 class VisCPMChatProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True}}
 
@@ -120,8 +128,8 @@ class VisCPMChatProcessor(ProcessorMixin):
 
     @property
     def image_token_id(self) -> int:
-        """Beyond the vocabulary and all extension tokens, where nothing that a user types can reach."""
-        return len(self.tokenizer) + MAX_EXTENSION_TOKENS
+        """After the slots for extension tokens; nothing that a user types can be mistaken for it."""
+        return self.tokenizer.image_token_id
 
     @property
     def model_input_names(self) -> list[str]:
@@ -132,7 +140,6 @@ class VisCPMChatProcessor(ProcessorMixin):
             "segment_ids",
             "segment_relations",
             "extension_table",
-            "extension_mask",
             "pixel_values",
         ]
 
@@ -153,7 +160,7 @@ class VisCPMChatProcessor(ProcessorMixin):
                 error, never cut.
 
         Returns:
-            What the model takes, on lists or tensors; `pixel_values (images, 3, height, width)`. Its attribute
+            What the model takes, on lists or tensors; `pixel_values (images, 3, height, width)`. Its
             `extension_strings` has, for every row, the strings that ids without a token stand for: give it to
             `batch_decode`.
 
@@ -196,9 +203,7 @@ class VisCPMChatProcessor(ProcessorMixin):
         data = {**encoding, **pixel_inputs}
         if text_kwargs.get("return_mm_token_type_ids", merged.get("return_mm_token_type_ids")):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(encoding["input_ids"])
-        features = BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
-        features.extension_strings = encoding.extension_strings
-        return features
+        return VisCPMChatFeatures(data, tensor_type=text_kwargs.get("return_tensors"))
 
     # ------------------------------------------------------------------------------------------------------- prompts
 

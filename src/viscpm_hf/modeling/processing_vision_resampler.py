@@ -91,6 +91,10 @@ class VisionResamplerProcessor(ProcessorMixin):
     """The mark of an image in a prompt."""
     image_tokens: ClassVar[tuple[str, ...]]
     """Tokens around and between an image's placeholders, and these: no message can contain one."""
+    answer_tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that the model writes in its answers: in those of a conversation they stay such tokens."""
+    strips_answers: ClassVar[bool] = True
+    """Whether an answer is told without the white space around it, as the original did."""
     image_token_id: int
     """The placeholder's."""
 
@@ -196,6 +200,13 @@ class VisionResamplerProcessor(ProcessorMixin):
         parts = text.split(self.image_token)
         return parts[0] + "".join(image + part for image, part in zip(images, parts[1:], strict=True))
 
+    def escape_answer(self, text: str) -> str:
+        """An answer as the chat template writes it into a prompt."""
+        text = text.replace("<", f"<{ESCAPE}")
+        for token in self.answer_tokens:
+            text = text.replace(f"<{ESCAPE}{token[1:]}", token)
+        return text
+
     def prompt_text(self, conversation: list[dict[str, Any]], grids: Sequence[tuple[int, int]] = ()) -> str:
         """The conversation's prompt as the original builds it, for people to read.
 
@@ -241,7 +252,12 @@ class VisionResamplerProcessor(ProcessorMixin):
         ids = list(ids)
         end = self.tokenizer.eos_token_id
         ids = ids[: ids.index(end)] if end in ids else ids
-        return self._answer_text(ids).strip()
+        text = self._answer_text(ids)
+        return text.strip() if self.strips_answers else text
+
+    def num_settled(self, ids: Sequence[int]) -> int:
+        """How many of an answer's first tokens have a text that nothing after them changes."""
+        return len(ids)
 
     def _answer_text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

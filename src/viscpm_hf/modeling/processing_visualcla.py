@@ -27,6 +27,7 @@ class VisualCLAProcessor(VisionResamplerProcessor):
 
     own_chat_template = CHAT_TEMPLATE
     image_tokens = ("<img>", "<img_token>", "</img>")
+    strips_answers = False
 
     @property
     def image_token_id(self) -> int:

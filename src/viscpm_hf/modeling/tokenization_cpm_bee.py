@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .document_cpm_bee import (
+    TABLE_HEAD,
     AnswerSlot,
     EncodedDocument,
     collate_documents,
@@ -16,6 +19,7 @@ from .document_cpm_bee import (
     own_strings,
     segment_relations,
 )
+from .token_space_cpm_bee import image_token_id, num_extension_slots
 
 
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt"}
@@ -24,8 +28,10 @@ VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt"}
 VOCAB_FILE_NAMES_OF_WHITESPACE = {"</n>": "\n", "</_>": " "}
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<mask>", "<sep>", "<s>", "</s>", "<root>", "<ans>", "<option>", "<eod>")
 
-# Extension ids run from vocab_size up; the model's image placeholder comes after this many of them.
-MAX_EXTENSION_TOKENS = 65_536
+# What the ids after the words are called. No text can be tokenised to a slot: its name is neither a special token nor
+# without a character that the vocabulary has.
+SLOT_NAME = "[extension {}]"
+IMAGE_TOKEN = "<image>"
 
 # A cap for one error message's quotation of user text.
 QUOTED_CHARACTERS = 40
@@ -113,12 +119,25 @@ class LongestMatch:
         return pieces
 
 
+class CpmBeeEncoding(BatchEncoding):
+    """Inputs that know what their extension tokens stand for, wherever they are copied or sent to."""
+
+    @property
+    def extension_strings(self) -> list[dict[int, str]]:
+        """For every row, `id -> string` of what is no token of the vocabulary: `decode` takes it as
+        `extension_table`."""
+        return own_strings(self.data["extension_table"])
+
+
 class CpmBeeTokenizer(PreTrainedTokenizer):
     """CPM-Bee's tokenizer.
 
     Called as any tokenizer it takes text in document syntax: `<name>` is a special token and a literal `<` is written
     `<<` (`escape` does it); strings without a token become `<unk>`. Nothing is lost in `encode_text` and
     `encode_document`, which return the extension tokens too.
+
+    Its ids are those of `token_space_cpm_bee`: the words of `vocab.txt`, slots for extension tokens, the placeholder
+    of images, and tokens that were added; `len(tokenizer)` counts all of them.
 
     Args:
         vocab_file (`str`): path of `vocab.txt`.
@@ -145,7 +164,8 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         **kwargs,
     ):
         self.vocab = load_vocab(vocab_file)
-        self._tokens = list(self.vocab)
+        slots = [SLOT_NAME.format(slot) for slot in range(num_extension_slots(self.num_words))]
+        self._tokens = [*self.vocab, *slots, IMAGE_TOKEN]
         self._matcher: LongestMatch | None = None
         self._special_ids: frozenset[int] | None = None
         # Written in older folders for other tokenizers; here only document syntax decides.
@@ -171,13 +191,30 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def num_words(self) -> int:
+        """Tokens of `vocab.txt`."""
         return len(self.vocab)
 
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder of images."""
+        return image_token_id(self.num_words)
+
     def get_vocab(self) -> dict[str, int]:
-        return {**self.vocab, **self._added_tokens_encoder}
+        return {**{token: index for index, token in enumerate(self._tokens)}, **self._added_tokens_encoder}
 
     def _convert_token_to_id(self, token: str) -> int:
-        return self.vocab.get(token, self.vocab[str(self.unk_token)])
+        index = self.vocab.get(token)
+        if index is None:
+            index = self._other_ids.get(token, self.vocab[str(self.unk_token)])
+        return index
+
+    @functools.cached_property
+    def _other_ids(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self._tokens[self.num_words :], self.num_words)}
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._tokens[index] if 0 <= index < len(self._tokens) else str(self.unk_token)
@@ -205,7 +242,8 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         """Ids of all special tokens."""
         if self._special_ids is None:
             added = {index for index, token in self._added_tokens_decoder.items() if token.special}
-            self._special_ids = frozenset(added | {self.vocab[token] for token in SPECIAL_TOKENS})
+            named = {self.vocab[token] for token in SPECIAL_TOKENS}
+            self._special_ids = frozenset(added | named | {self.image_token_id})
         return self._special_ids
 
     # ----------------------------------------------------------------------------------------------- text -> tokens
@@ -278,10 +316,14 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             extension_table: `id -> string` of the strings met before; they keep their ids. Not changed.
 
         Returns:
-            Token ids, those without a token numbered from `len(tokenizer)` in order of first use, and their table.
+            Token ids, those without a token numbered from `num_words` in order of first use, and their table.
+
+        Raises:
+            ValueError: for text that is not document syntax, or with more strings without a token than there are
+                slots.
         """
         numbers = {string: index for index, string in (extension_table or {}).items()}
-        known = len(self)
+        known = self.num_words
         vocab, added = self.vocab, self._added_tokens_encoder
         ids = []
         for token in self.tokenize(text):
@@ -291,10 +333,10 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             if index is None:
                 index = numbers.setdefault(token, known + len(numbers))
             ids.append(index)
-        if len(numbers) > MAX_EXTENSION_TOKENS:
+        if len(numbers) > (slots := num_extension_slots(known)):
             raise ValueError(
-                f"The text has {len(numbers):,} different strings without a token, more than the "
-                f"{MAX_EXTENSION_TOKENS:,} that one document can hold."
+                f"The text has {len(numbers):,} different strings without a token, more than the {slots:,} that one "
+                "prompt has slots for. Shorten it, or leave such characters out."
             )
         return ids, {index: string for string, index in numbers.items()}
 
@@ -371,24 +413,22 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
     ) -> BatchEncoding:
         """Pads encoded documents to one batch of model inputs (see `document_cpm_bee.collate_documents`).
 
-        The result's attribute `extension_strings` has, for every row, `id -> string` of the strings without a token:
-        hand it to `decode` as `extension_table`.
+        The result's `extension_strings` has, for every row, `id -> string` of the strings without a token: hand it to
+        `decode` as `extension_table`.
         """
         batch = collate_documents(
             documents,
-            vocab_size=len(self),
+            num_words=self.num_words,
             pad_token_id=self.pad_token_id,
-            unk_token_id=self.unk_token_id,
             padding_side=padding_side or self.padding_side,
             pad_to_multiple_of=pad_to_multiple_of,
             min_length=min_length,
             with_labels=with_labels,
         )
-        encoding = BatchEncoding(batch, tensor_type=return_tensors)
-        if return_tensors == "pt":  # an empty list has no second axis to see
-            encoding["extension_table"] = encoding["extension_table"].reshape(len(documents), -1, 2).long()
-        encoding.extension_strings = own_strings(documents, vocab_size=len(self))
-        return encoding
+        table = batch["extension_table"]
+        if return_tensors == "pt" and not table[0]:  # an empty list has no third axis to see
+            batch["extension_table"] = torch.zeros(len(documents), 0, TABLE_HEAD, dtype=torch.long)
+        return CpmBeeEncoding(batch, tensor_type=return_tensors)
 
     def prepare_for_finetune(
         self, data_list: Mapping[str, Any] | Sequence[Mapping[str, Any]], max_length: int = 2048
@@ -439,17 +479,18 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         """Decodes to document syntax, which encodes to the same ids again.
 
         With `skip_special_tokens` there is nothing left to tell from a literal `<`, so the result is plain text, `<`
-        not doubled. Ids are looked up in `extension_table`, `id -> string`, first; ids beyond the vocabulary without
-        an entry are `<unk>`.
+        not doubled. Ids are looked up in `extension_table`, `id -> string`, first; slots without an entry, and what
+        is no id, are `<unk>`.
         """
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        specials, table, known = self.special_ids, extension_table or {}, len(self)
+        specials, table = self.special_ids, extension_table or {}
+        slots = range(self.num_words, self.image_token_id)
         pieces = []
         for index in map(int, token_ids):
             if index in table:
                 token = table[index]
                 is_special = len(token) > 1 and token.startswith("<") and token.endswith(">")
-            elif index >= known or index < 0:
+            elif index in slots or not 0 <= index < len(self):
                 token, is_special = str(self.unk_token), True
             else:
                 token = self.convert_ids_to_tokens(index)

@@ -50,12 +50,13 @@ class LegacySentencePieceTokenizer(SentencePieceBackend):
             raise ValueError(f"{vocab_file} is no SentencePiece vocabulary: {error}") from error
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """As `sentencepiece` decodes, bytes included, each run between special tokens on its own."""
+        """As `sentencepiece` decodes, bytes included, each run between special tokens on its own. As in the
+        transformers of the releases, a space goes before a text that a special token follows."""
         special = {*self._added_tokens_encoder, *self.all_special_tokens}
         texts, run = [], []
         for token in tokens:
             if token in special:
-                texts += [self.sp_model.decode_pieces(run), token]
+                texts += [" ", self.sp_model.decode_pieces(run), token] if run else [token]
                 run = []
             else:
                 run.append(token)

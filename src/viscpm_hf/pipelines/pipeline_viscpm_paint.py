@@ -31,6 +31,7 @@ from transformers import (
 
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
+from .lora_files import adapters_of, check_savable, fitting_lora, remove_adapters, scale_by_alphas, unreadable
 from .pipeline_output import VisCPMPaintPipelineOutput
 from .prompt_safety import UNSAFE_SCORE, UnsafePromptError, check_prompts
 from .ranking import has_chinese, score_images
@@ -183,13 +184,75 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         return super().from_pretrained(folder, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """As [`DiffusionPipeline.save_pretrained`], and the code that loads the folder without this package."""
+        """As [`DiffusionPipeline.save_pretrained`], and the code that loads the folder without this package.
+
+        Raises:
+            ValueError: if a model has a LoRA in it, which would be lost.
+        """
+        check_savable(self.components)
         super().save_pretrained(save_directory, *args, **kwargs)
-        save_code(save_directory)
+        save_code(save_directory, type(self).__module__.rpartition(".")[2], type(self).__name__)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs,
+    ) -> None:
+        """As [`StableDiffusionLoraLoaderMixin.load_lora_weights`], all or nothing.
+
+        Files for Stable Diffusion 2.1 often have a half for its text encoder, CLIP: it is skipped, with a warning.
+
+        Raises:
+            ValueError: if the file is made for another model. Nothing is loaded then.
+        """
+        low_cpu_mem_usage = kwargs.pop("low_cpu_mem_usage", True)
+        source = pretrained_model_name_or_path_or_dict
+        source = dict(source) if isinstance(source, dict) else source
+        try:
+            found, alphas, metadata = self.lora_state_dict(source, **{**kwargs, "return_lora_metadata": True})
+        except (ValueError, KeyError) as error:
+            raise unreadable(error) from error
+        state_dict, num_clip = fitting_lora(found, self.unet, self.text_encoder)
+        scale_by_alphas(state_dict, alphas)
+        if num_clip:
+            logger.warning(
+                "%d of the LoRA's %d tensors are for CLIP, which VisCPM-Paint doesn't have: they are skipped, and the "
+                "LoRA acts on the UNet alone.",
+                num_clip,
+                len(found),
+            )
+        models = [model for model in (self.unet, self.text_encoder) if model is not None]
+        before = [adapters_of(model) for model in models]
+        options = {
+            "network_alphas": None,
+            "adapter_name": adapter_name,
+            "metadata": metadata,
+            "_pipeline": self,
+            "low_cpu_mem_usage": low_cpu_mem_usage,
+            "hotswap": hotswap,
+        }
+        try:
+            if any(key.startswith("unet.") for key in state_dict):
+                self.load_lora_into_unet(state_dict, unet=self.unet, **options)
+            if any(key.startswith("text_encoder.") for key in state_dict):
+                self.load_lora_into_text_encoder(
+                    state_dict, text_encoder=self.text_encoder, lora_scale=self.lora_scale, **options
+                )
+        except Exception:
+            for model, known in zip(models, before, strict=True):
+                remove_adapters(model, adapters_of(model) - known)
+            raise
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "VisCPMPaintPipeline":
         """As [`DiffusionPipeline.from_pipe`]; what a freed text encoder left of the empty prompt comes along."""
+        if kwargs.get("adapter") is not None:
+            raise NotImplementedError(
+                "T2I-Adapters aren't supported: there is none for Stable Diffusion 2.1's UNet. ControlNets for it "
+                "are, with VisCPMPaintControlNetPipeline."
+            )
         new = super().from_pipe(pipeline, **kwargs)
         if new.text_encoder is None:
             new._empty_prompt = getattr(pipeline, "_empty_prompt", None)
@@ -308,7 +371,6 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             )
         # One place more than needed: its row is that of all padding.
         inputs = self.tokenizer.collate(documents, padding_side="right", min_length=longest + 1, return_tensors="pt")
-        inputs.pop("extension_mask")  # says what generation may use
         return list(map(len, documents)), inputs
 
     def _text_encoder_device(self) -> torch.device:
@@ -334,6 +396,19 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             torch.nn.utils.rnn.pad_sequence(column, batch_first=True) if column else None for column in columns
         )
         return prompt, negative
+
+    def load_ip_adapter(self, *args, **kwargs):
+        raise NotImplementedError(
+            "IP-Adapters aren't supported: they are made for the UNets of Stable Diffusion 1 and XL, and states of "
+            "CLIP. An image may be the start (VisCPMPaintImg2ImgPipeline) or the outline "
+            "(VisCPMPaintControlNetPipeline)."
+        )
+
+    def load_textual_inversion(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Textual inversions are words of CLIP, which VisCPM-Paint doesn't have: its text encoder is CPM-Bee. A "
+            "LoRA for the UNet can be loaded (load_lora_weights)."
+        )
 
     def free_text_encoder(self) -> None:
         """Drops the text encoder, nine tenths of the weights. Embeddings of the empty prompt are kept.

@@ -17,6 +17,7 @@ from typing import Any
 # Pipelines, where they live, and the tables of diffusers' `AutoPipelineFor...` that they belong to.
 PIPELINES = {
     "VisCPMPaintPipeline": ("pipeline_viscpm_paint", "AUTO_TEXT2IMAGE_PIPELINES_MAPPING"),
+    "VisCPMPaintControlNetPipeline": ("pipeline_viscpm_paint_controlnet", "AUTO_TEXT2IMAGE_PIPELINES_MAPPING"),
     "VisCPMPaintImg2ImgPipeline": ("pipeline_viscpm_paint_img2img", "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING"),
     "VisCPMPaintInpaintPipeline": ("pipeline_viscpm_paint_inpaint", "AUTO_INPAINT_PIPELINES_MAPPING"),
 }
@@ -100,7 +101,8 @@ def register_auto_pipelines() -> None:
     """Lets `AutoPipelineForImage2Image.from_pipe` and so on find ours."""
     auto_pipeline = importlib.import_module(AUTO_PIPELINE_MODULE)
     for name, (_, table) in PIPELINES.items():
-        getattr(auto_pipeline, table)[AUTO_PIPELINE_KEY] = load_pipeline_class(name)
+        key = AUTO_PIPELINE_KEY + ("-controlnet" if "ControlNet" in name else "")
+        getattr(auto_pipeline, table)[key] = load_pipeline_class(name)
 
 
 def prefer_installed() -> None:

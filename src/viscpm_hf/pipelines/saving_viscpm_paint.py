@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 INDEX_NAME = "model_index.json"
-PIPELINE_FILE = "pipeline_viscpm_paint"
+PIPELINE_FILE, PIPELINE_CLASS = "pipeline_viscpm_paint", "VisCPMPaintPipeline"
 # Components of ours, and the files of their classes.
 COMPONENT_FILES = {"text_encoder": "modeling_viscpm_paint", "tokenizer": "tokenization_cpm_bee"}
 
@@ -39,18 +39,18 @@ ALL_FILES = "\n\nif False:  # for diffusers, which copies what is imported in th
 ALL_FILES_MARK = "if False:  # for diffusers"
 
 
-def save_code(folder: str | os.PathLike) -> None:
-    """Writes the code into a saved pipeline's folder, and into its list of components where it is."""
+def save_code(folder: str | os.PathLike, file: str = PIPELINE_FILE, pipeline_class: str = PIPELINE_CLASS) -> None:
+    """Writes a pipeline class' code into a saved pipeline's folder, and into its list of components where it is."""
     folder = Path(folder)
-    _copy_with_imports(PIPELINE_FILE, folder)
+    _copy_with_imports(file, folder)
     index_file = folder / INDEX_NAME
     index = json.loads(index_file.read_text("utf-8"))
-    index["_class_name"] = [PIPELINE_FILE, "VisCPMPaintPipeline"]
-    for name, file in COMPONENT_FILES.items():
+    index["_class_name"] = [file, pipeline_class]
+    for name, component_file in COMPONENT_FILES.items():
         library, class_name = index.get(name) or (None, None)
-        if library is not None and library.endswith(file):
-            _copy_with_imports(file, folder / name)
-            index[name] = [file, class_name]
+        if library is not None and library.endswith(component_file):
+            _copy_with_imports(component_file, folder / name)
+            index[name] = [component_file, class_name]
     index_file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

@@ -7,15 +7,20 @@ import contextlib
 import functools
 import json
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
+from ..images import ImageDecoder
+from .bodies import body_of, documented
 from .engine import ChatEngine
 from .errors import ModelNotFoundError, error_answer
-from .images import fetch, is_remote, open_image, read_base64, read_image_url
+from .images import fetch, is_remote, read_base64, read_image_url
 from .preparing import Picture
 from .sampling import SamplingSettings
 from .schemas import (
@@ -36,7 +41,7 @@ from .schemas import (
 )
 from .settings import ServerSettings
 from .tickets import Answer, PreparedPrompt, TextPiece
-from .waiting import FETCHING, EventStream, in_thread, unless_gone
+from .waiting import EventStream, Places, unless_gone
 
 
 if TYPE_CHECKING:
@@ -52,21 +57,55 @@ GENERATE_ONLY = ("top_p", "stop", "seed")
 content_log = logging.getLogger("viscpm_hf.serving.content")
 
 
-def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -> APIRouter:
+def chat_router(
+    engine: ChatEngine, names: Sequence[str], settings: ServerSettings, decoder: ImageDecoder, bodies: Places
+) -> APIRouter:
+    """
+    Args:
+        names: what the model may be called in requests.
+        decoder: of images.
+        bodies: where large bodies are read.
+    """
     router = APIRouter(tags=["chat"])
+    read_chat, read_viscpm = (body_of(kind, settings, bodies) for kind in (ChatCompletionRequest, ViscpmRequest))
+    # Who has no images waits for nobody's; who has none elsewhere, for no host.
+    texts, hosts = Places(4, "texts"), Places(8, "hosts")
+    images = Places(decoder.num_workers + (decoder.num_slow or 0), "images")
 
-    async def prepared(body: ChatCompletionRequest) -> PreparedPrompt:
-        remote: dict[str, bytes] = {}
-        if settings.remote_image_hosts:
-            remote = await in_thread(fetch_pictures, body, settings, limiter=FETCHING)
-        return await in_thread(prepare_messages, engine, body, settings, remote)
+    async def prepared(body: ChatCompletionRequest, gone: threading.Event) -> PreparedPrompt:
+        urls = image_urls(body)
+        if len(urls) > settings.max_images:
+            raise ValueError(f"The conversation has more than {settings.max_images} images.")
+        there = [url for url in dict.fromkeys(urls) if is_remote(url)]
+        remote = await hosts.run(fetch_all, there, settings.remote_image_hosts) if there else {}
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat_completions(body: ChatCompletionRequest, request: Request):
+        def opened(url: str) -> PIL.Image.Image:
+            return decoder.decode(read_image_url(url, settings.remote_image_hosts, remote), gone)
+
+        return await (images if urls else texts).run(prepare_messages, engine, body, opened)
+
+    async def prepared_turn(body: ViscpmRequest, gone: threading.Event) -> PreparedPrompt:
+        def prepare() -> PreparedPrompt:
+            image = None if body.image is None else decoder.decode(read_base64(body.image), gone)
+            return engine.prepare.turn(image, body.question, body.context)
+
+        return await (texts if body.image is None else images).run(prepare)
+
+    async def unless_left(request: Request, prepare: Callable, body: BaseModel) -> PreparedPrompt:
+        gone = threading.Event()
+        try:
+            return await unless_gone(request, prepare(body, gone), settings.timeout)
+        finally:
+            gone.set()
+
+    @router.post(
+        "/v1/chat/completions", response_model=ChatCompletion, openapi_extra=documented(ChatCompletionRequest)
+    )
+    async def chat_completions(request: Request, body: ChatCompletionRequest = read_chat):
         """An answer to a conversation, whole or (`stream`) piece by piece as server-sent events."""
-        if body.model != model_name:
-            raise ModelNotFoundError(body.model, model_name)
-        prompt = await unless_gone(request, prepared(body), settings.timeout)
+        if body.model not in names:
+            raise ModelNotFoundError(body.model, names)
+        prompt = await unless_left(request, prepared, body)
         decoding = decoding_of(body, engine, prompt)
         events = EventStream(body.n or 1)
         ticket = engine.submit(prompt, decoding, events, body.n or 1)
@@ -79,7 +118,7 @@ def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -
             ticket.cancel()
         log_content(settings, messages=body.model_dump(exclude_none=True)["messages"], answers=answers)
         return ChatCompletion(
-            model=model_name,
+            model=body.model,
             choices=[
                 Choice(index=index, message=AnswerMessage(content=answer.text), finish_reason=answer.reason)
                 for index, answer in enumerate(answers)
@@ -87,10 +126,10 @@ def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -
             usage=usage_of(prompt, sum(answer.num_tokens for answer in answers)),
         )
 
-    @router.post("/viscpm", response_model=ViscpmAnswer)
-    async def viscpm(body: ViscpmRequest, request: Request):
-        """The original's endpoint: its answer, token for token, to a question about a picture."""
-        prompt = await unless_gone(request, in_thread(prepare_turn, engine, body, settings), settings.timeout)
+    @router.post("/viscpm", response_model=ViscpmAnswer, openapi_extra=documented(ViscpmRequest))
+    async def viscpm(request: Request, body: ViscpmRequest = read_viscpm):
+        """The original's endpoint: its answer, token for token, to a question about an image."""
+        prompt = await unless_left(request, prepared_turn, body)
         events = EventStream(1)
         ticket = engine.submit(prompt, engine.reference(), events)
         try:
@@ -107,11 +146,14 @@ def chat_router(engine: ChatEngine, model_name: str, settings: ServerSettings) -
 # ------------------------------------------------------------------------------------------------------- preparing
 
 
-def fetch_pictures(body: ChatCompletionRequest, settings: ServerSettings) -> dict[str, bytes]:
-    """The files of pictures on other hosts by their addresses; as many as are allowed."""
+def image_urls(body: ChatCompletionRequest) -> list[str]:
     parts = (part for message in body.messages if not isinstance(message.content, str) for part in message.content)
-    urls = [part.image_url.url for part in parts if isinstance(part, ImagePart) and is_remote(part.image_url.url)]
-    return {url: fetch(url, settings.remote_image_hosts) for url in dict.fromkeys(urls[: settings.max_images])}
+    return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+
+def fetch_all(urls: Sequence[str], allowed_hosts: tuple[str, ...]) -> dict[str, bytes]:
+    """Files on other hosts by their addresses."""
+    return {url: fetch(url, allowed_hosts) for url in urls}
 
 
 def texts_of(body: ChatCompletionRequest) -> Iterator[str]:
@@ -123,9 +165,9 @@ def texts_of(body: ChatCompletionRequest) -> Iterator[str]:
 
 
 def prepare_messages(
-    engine: ChatEngine, body: ChatCompletionRequest, settings: ServerSettings, remote: Mapping[str, bytes]
+    engine: ChatEngine, body: ChatCompletionRequest, opened: Callable[[str], PIL.Image.Image]
 ) -> PreparedPrompt:
-    """The messages as the processor's chat template takes them, and their pictures; see [`fetch_pictures`]."""
+    """The messages as the processor's chat template takes them, and their images, each as `opened` by its address."""
     messages: list[dict[str, Any]] = []
     images: list[Picture] = []
     if sum(map(len, texts_of(body))) > MAX_CONVERSATION:
@@ -141,20 +183,13 @@ def prepare_messages(
                 content.append({"type": "text", "text": part.text})
                 continue
             if role != "user":
-                raise ValueError(f"Pictures come in user messages, not in those of the {role}.")
-            if len(images) == settings.max_images:
-                raise ValueError(f"The conversation has more than {settings.max_images} pictures.")
-            images.append(functools.partial(read_image_url, part.image_url.url, settings, remote))
+                raise ValueError(f"Images come in user messages, not in those of the {role}.")
+            images.append(functools.partial(opened, part.image_url.url))
             content.append({"type": "image"})
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] != "user":
         raise ValueError("The last message is the one to answer, so it has to be the user's.")
     return engine.prepare.messages(messages, images)
-
-
-def prepare_turn(engine: ChatEngine, body: ViscpmRequest, settings: ServerSettings) -> PreparedPrompt:
-    image = None if body.image is None else open_image(read_base64(body.image), settings.max_image_pixels)
-    return engine.prepare.turn(image, body.question, body.context)
 
 
 def decoding_of(
@@ -200,7 +235,7 @@ async def stream_chunks(
 
     def chunk(choices: list[ChunkChoice], **fields) -> str:
         entry = ChatCompletionChunk(id=chunk_id, created=created, model=body.model, choices=choices, **fields)
-        return f"data: {entry.model_dump_json(exclude_none=True)}\n\n"
+        return entry.as_event(with_usage)
 
     for index in range(events.num_choices):
         yield chunk([ChunkChoice(index=index, delta=Delta(role="assistant", content=""))])

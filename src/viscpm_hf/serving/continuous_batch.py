@@ -69,7 +69,6 @@ class _State:
     """`(rows, places)`"""
     segment_relations: torch.Tensor
     extension_table: torch.Tensor
-    extension_mask: torch.Tensor
 
     def select(self, rows: list[int]) -> _State:
         """These rows, without the places on the left that all of them leave empty."""
@@ -83,14 +82,14 @@ class _State:
             segments=self.segments[index, begin:],
             segment_relations=self.segment_relations[index],
             extension_table=self.extension_table[index],
-            extension_mask=self.extension_mask[index],
         )
 
     def joined_by(self, other: _State) -> _State:
         """The rows of both."""
         places = max(self.visible.shape[1], other.visible.shape[1])
         segments = max(self.segment_relations.shape[1], other.segment_relations.shape[1])
-        extensions = max(self.extension_table.shape[1], other.extension_table.shape[1])
+        shapes = (self.extension_table.shape[1:], other.extension_table.shape[1:])
+        entries, width = (max(sizes) for sizes in zip(*shapes, strict=True))
 
         def at_left(state: _State, name: str) -> torch.Tensor:
             tensor = getattr(state, name)
@@ -101,10 +100,8 @@ class _State:
             return pad(state.segment_relations, (0, missing, 0, missing))
 
         def table(state: _State) -> torch.Tensor:
-            return pad(state.extension_table, (0, 0, 0, extensions - state.extension_table.shape[1]))
-
-        def mask(state: _State) -> torch.Tensor:
-            return pad(state.extension_mask, (0, 1 + extensions - state.extension_mask.shape[1]))
+            _, own_entries, own_width = state.extension_table.shape
+            return pad(state.extension_table, (0, width - own_width, 0, entries - own_entries))
 
         cache = CpmBeeCache()
         for index, (mine, theirs) in enumerate(zip(self.cache.layers, other.cache.layers, strict=True)):
@@ -120,7 +117,6 @@ class _State:
             segments=torch.cat([at_left(self, "segments"), at_left(other, "segments")]),
             segment_relations=torch.cat([relations(self), relations(other)]),
             extension_table=torch.cat([table(self), table(other)]),
-            extension_mask=torch.cat([mask(self), mask(other)]),
         )
 
 
@@ -143,7 +139,6 @@ class ContinuousBatch:
         self.model = model
         self.tokenizer = tokenizer
         self.language_model = model.language_model()
-        self.vocab_size = self.language_model.config.vocab_size
         self.rows: list[Row] = []
         self._state: _State | None = None
         self._vocabulary: RowVocabulary | None = None
@@ -158,15 +153,14 @@ class ContinuousBatch:
         inputs = self.tokenizer.collate(documents, padding_side="left", return_tensors="pt")
         strings = inputs.extension_strings
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-        extension_mask = inputs.pop("extension_mask")
         images = [row.image for row in rows if row.image is not None]
         if images:
             encoded = torch.cat([image.to(self.model.device, self.model.dtype) for image in images])
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
         cache = CpmBeeCache()
         outputs = self.model.model(**inputs, cache=cache, use_cache=True)
-        vocabulary = RowVocabulary(self.model, inputs["extension_table"], extension_mask)
-        logits = vocabulary.logits(outputs.last_hidden_state[:, -1:])[:, 0]
+        vocabulary = RowVocabulary(self.model, inputs["extension_table"])
+        logits = vocabulary.forbid(vocabulary.logits(outputs.last_hidden_state[:, -1:]))[:, 0]
         tokens = choose_tokens(logits, [row.sampler for row in rows])
         joining = _State(
             cache=cache,
@@ -175,13 +169,12 @@ class ContinuousBatch:
             segments=inputs["segment_ids"],
             segment_relations=inputs["segment_relations"],
             extension_table=inputs["extension_table"],
-            extension_mask=extension_mask,
         )
         state = joining if self._state is None else self._state.joined_by(joining)
         for row, own in zip(rows, strings, strict=True):
             row.strings = own
         self._take(state, [*self.rows, *rows])
-        return self._record(rows, joining.extension_table, tokens)
+        return self._record(rows, tokens)
 
     @torch.no_grad()
     def step(self) -> list[int]:
@@ -197,10 +190,10 @@ class ContinuousBatch:
         embeddings = vocabulary.embed(state.tokens)
         bias = self.language_model.merge_bias(bias, state.visible[:, None].to(bias.device), embeddings.dtype)
         outputs = self.language_model(inputs_embeds=embeddings, position_bias=bias, cache=state.cache, use_cache=True)
-        logits = vocabulary.logits(outputs.last_hidden_state)[:, 0]
+        logits = vocabulary.forbid(vocabulary.logits(outputs.last_hidden_state))[:, 0]
         tokens = choose_tokens(logits, [row.sampler for row in self.rows])
         state.tokens = tokens[:, None].to(state.tokens.device)
-        return self._record(self.rows, state.extension_table, tokens)
+        return self._record(self.rows, tokens)
 
     def keep(self, rows: Sequence[Row]) -> None:
         """Lets all other rows leave."""
@@ -217,15 +210,13 @@ class ContinuousBatch:
         self.rows, self._state, self._vocabulary = [], None, None
 
     def _take(self, state: _State, rows: list[Row]) -> None:
-        vocabulary = RowVocabulary(self.model, state.extension_table, state.extension_mask)
+        vocabulary = RowVocabulary(self.model, state.extension_table)
         self._state, self.rows, self._vocabulary = state, rows, vocabulary
 
-    def _record(self, rows: Sequence[Row], extension_table: torch.Tensor, tokens: torch.Tensor) -> list[int]:
+    def _record(self, rows: Sequence[Row], tokens: torch.Tensor) -> list[int]:
         """Notes the chosen tokens in their rows."""
         chosen = tokens.tolist()
-        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            extension = token - self.vocab_size
-            base, number = (token, 0) if extension < 0 else extension_table[place, extension].tolist()
-            row.answer.append((base, number))
-            row.sampler.seen.append(base)
+        for row, token in zip(rows, chosen, strict=True):
+            row.answer.append(row.prompt.pair(token, self.tokenizer.num_words))
+            row.sampler.seen.append(row.answer[-1][0])
         return chosen

@@ -12,16 +12,15 @@ from typing import Any
 
 import gradio as gr
 import PIL.Image
-import PIL.ImageOps
 
+from ..images import decode_image
 from ..shapes import draw, make_scene
 from .demo_labels import EXPECTED_ERRORS, Labels, report, status
 from .demo_texts import say
 from .engine import ChatEngine
-from .images import open_image
 from .sampling import SamplingSettings
 from .tickets import Finished, TextPiece
-from .waiting import EventStream, in_thread
+from .waiting import EventStream, Places
 
 
 Turns = list[tuple[str, str]]
@@ -30,7 +29,6 @@ Turns = list[tuple[str, str]]
 MODES = ("sampling", "reference")
 MAX_NEW_TOKENS = 1024
 DEFAULT_NEW_TOKENS = 256
-MAX_IMAGE_PIXELS = 50_000_000
 
 NUM_SAMPLES = 6
 SAMPLE_SIZE = 224
@@ -58,6 +56,7 @@ class ChatPage:
 
     def __init__(self, engine: ChatEngine):
         self.engine = engine
+        self.images, self.texts = Places(4, "images"), Places(4, "texts")
         self.samples = [draw(make_scene("test", index), SAMPLE_SIZE) for index in range(NUM_SAMPLES)]
 
     def build(self, labels: Labels, language: gr.Radio) -> None:
@@ -75,7 +74,7 @@ class ChatPage:
                     height=260,
                     elem_id="picture",
                 )
-                # The file as it came: `open_image` says what is wrong with it, and in one sentence.
+                # The file as it came: `decode_image` says what is wrong with it, and in one sentence.
                 picture.preprocess = lambda payload: None if payload is None else payload.path
                 samples = labels.make(
                     gr.Gallery,
@@ -220,8 +219,8 @@ class ChatPage:
         text = ""
         try:
             decoding = decoding_of(self.engine, mode, max_new_tokens, temperature, top_p)
-            image = None if picture is None else await in_thread(open_picture, picture)
-            prompt = await in_thread(self.engine.prepare.turn, image, question, self.context(turns))
+            image = None if picture is None else await self.images.run(decode_image, Path(picture).read_bytes())
+            prompt = await self.texts.run(self.engine.prepare.turn, image, question, self.context(turns))
             events = EventStream(1)
             ticket = self.engine.submit(prompt, decoding, events)
             try:
@@ -283,15 +282,6 @@ def decoding_of(engine: ChatEngine, mode: str, max_new_tokens: int, temperature:
     if mode == "reference":
         return engine.reference(max_new_tokens=int(max_new_tokens))
     return SamplingSettings(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p)
-
-
-def open_picture(path: str) -> PIL.Image.Image:
-    """The picture as browsers show it: turned as the camera was held."""
-    image = open_image(Path(path).read_bytes(), MAX_IMAGE_PIXELS)
-    try:
-        return PIL.ImageOps.exif_transpose(image)
-    except Exception:  # PIL raises whatever damaged EXIF data makes it stumble over; the picture itself is whole
-        return image
 
 
 def summary(end: Finished, seconds: float, language: str) -> str:

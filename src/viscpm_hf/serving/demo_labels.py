@@ -9,10 +9,10 @@ from typing import Any
 import gradio as gr
 import torch
 
+from ..images import BadImageError
 from ..pipelines.prompt_safety import UnsafePromptError
 from ..pipelines.safety import UnsafeImageError
 from .demo_texts import say
-from .images import BadImageError
 from .tickets import EngineBusyError, EngineClosedError
 
 

@@ -19,7 +19,7 @@ from ..paint.painting import PaintRequest, check_paint_request
 from .demo_labels import EXPECTED_ERRORS, Labels, report, status
 from .demo_texts import say
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
-from .waiting import in_thread
+from .waiting import Places
 
 
 MAX_STEPS = 200
@@ -41,6 +41,7 @@ class PaintPage:
     def __init__(self, engine: PaintEngine, model_name: str):
         self.engine = engine
         self.model_name = model_name
+        self.places = Places(4, "images")
 
     def build(self, labels: Labels, language: gr.Radio) -> None:
         """Lays out the page and ties its events."""
@@ -149,7 +150,7 @@ class PaintPage:
 
         begin = time.perf_counter()
         try:
-            await in_thread(check_paint_request, self.engine.painter, request)
+            await self.places.run(check_paint_request, self.engine.painter, request)
             drawing = self.engine.submit(Drawing(request, settings, on_step))
             try:
                 result = await asyncio.wrap_future(drawing.result)
@@ -164,7 +165,7 @@ class PaintPage:
             for index, is_flagged in enumerate(result.flags)
             if is_flagged
         ]
-        files = await in_thread(self._write, result, shown, request, settings)
+        files = await self.places.run(self._write, result, shown, request, settings)
         pictures = [(file, caption(result, index, language)) for file, index in zip(files, shown, strict=True)]
         done = say(language, "painted", images=len(shown), seconds=seconds)
         return pictures, gr.update(value=files, visible=bool(files)), status(done, *withheld, is_error=not shown)

@@ -18,6 +18,7 @@ from .settings import ServerSettings
 access_log = logging.getLogger("viscpm_hf.serving.access")
 
 OPEN_PATHS = ("/health", "/openapi.json", "/docs")
+OPEN_PATH = "/"
 MAX_OPEN_PATHS = 64
 
 
@@ -30,6 +31,10 @@ class _TooLargeError(Exception):
     pass
 
 
+class _TooMuchError(Exception):
+    pass
+
+
 class Guard:
     """ASGI middleware. A request is handed on with its whole body in memory; what comes after may listen for the
     client's leaving."""
@@ -39,6 +44,7 @@ class Guard:
         self.settings = settings
         self.metrics = metrics
         self.num_open = 0
+        self.num_open_bytes = 0
         self.num_open_paths = 0
 
     async def __call__(self, scope, receive, send):
@@ -76,7 +82,8 @@ class Guard:
 
     async def _check(self, scope, headers, receive, send):
         settings = self.settings
-        if scope["path"].removeprefix(scope.get("root_path", "")).startswith(OPEN_PATHS):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path == OPEN_PATH or path.startswith(OPEN_PATHS):
             await self._answer_openly(scope, headers, receive, send)
             return
         if settings.api_key is not None and not self._has_key(headers):
@@ -93,10 +100,12 @@ class Guard:
             await self._refuse(429, body, [(b"retry-after", b"1")], headers, receive, send)
             return
         self.num_open += 1
+        body = bytearray()
         try:
-            await self._hand_on(scope, headers, receive, send)
+            await self._hand_on(body, scope, headers, receive, send)
         finally:
             self.num_open -= 1
+            self.num_open_bytes -= len(body)
 
     async def _answer_openly(self, scope, headers, receive, send):
         """What anybody may ask: it has no body, takes no one else's place, and doesn't wait for slow readers."""
@@ -124,10 +133,10 @@ class Guard:
             more_headers = [*more_headers, (b"connection", b"close")]
         await _respond(send, status, body, more_headers)
 
-    async def _hand_on(self, scope, headers, receive, send):
+    async def _hand_on(self, body: bytearray, scope, headers, receive, send):
         settings = self.settings
         try:
-            body = await asyncio.wait_for(self._read_body(headers, receive), settings.client_timeout)
+            is_whole = await asyncio.wait_for(self._read_body(body, headers, receive), settings.client_timeout)
         except _TooLargeError:
             error = error_body(
                 f"The request is larger than the {settings.max_body_bytes:,} bytes that are allowed.",
@@ -136,22 +145,33 @@ class Guard:
             )
             await _respond(send, 413, error, [(b"connection", b"close")])
             return
+        except _TooMuchError:
+            error = error_body(
+                f"The open requests have {settings.max_open_bytes:,} bytes already, which is the limit: try again "
+                "later.",
+                "rate_limit_error",
+                "rate_limit_exceeded",
+            )
+            await _respond(send, 429, error, [(b"retry-after", b"5"), (b"connection", b"close")])
+            return
         except TimeoutError:
             error = error_body(
                 f"The request did not arrive within {settings.client_timeout:g} seconds.", "invalid_request_error"
             )
             await _respond(send, 408, error, [(b"connection", b"close")])
             return
-        if body is None:  # the client is gone
+        if not is_whole:  # the client is gone
             return
         is_read = False
 
         async def receive_again():
             nonlocal is_read
             if is_read:
-                return await receive()
+                message = await receive()
+                # After a whole body nothing comes: the client has closed its side.
+                return {"type": "http.disconnect"} if message["type"] == "http.request" else message
             is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         await self.app(scope, receive_again, send)
 
@@ -159,13 +179,16 @@ class Guard:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.settings.api_key.encode())
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive) -> bytes | None:
-        body = bytearray()
+    async def _read_body(self, body: bytearray, headers: dict[bytes, bytes], receive) -> bool:
+        """Adds what comes to `body`; False if the client is gone."""
         async for part in self._parts_of_body(headers, receive):
             if part is None:
-                return None
+                return False
+            if self.num_open_bytes + len(part) > self.settings.max_open_bytes:
+                raise _TooMuchError
             body += part
-        return bytes(body)
+            self.num_open_bytes += len(part)
+        return True
 
     async def _skip_body(self, headers: dict[bytes, bytes], receive) -> None:
         async for _ in self._parts_of_body(headers, receive):

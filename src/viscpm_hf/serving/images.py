@@ -1,4 +1,4 @@
-"""Pictures that come with requests: data URIs, plain base64, and addresses on hosts that are allowed."""
+"""Images that come with requests: data URIs, plain base64, and addresses on hosts that are allowed."""
 
 from __future__ import annotations
 
@@ -7,49 +7,39 @@ import binascii
 import ipaddress
 import socket
 import time
-from collections.abc import Mapping
-from io import BytesIO
-from types import MappingProxyType
 from urllib.parse import SplitResult, urlsplit
 
-import PIL.Image
-
-from .settings import ServerSettings
+from ..images import BadImageError
 
 
 REMOTE_TIMEOUT_SECONDS = 10.0
 MAX_REMOTE_BYTES = 32 * 2**20
-# Formats of photographs and drawings; PIL knows dozens more, some of them old and rarely looked at.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 
-
-class BadImageError(ValueError):
-    """A picture that can't be used; the message says why."""
+_WHITESPACE = b" \t\r\n\f\v"
+_WEB_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 
 def is_remote(url: str) -> bool:
     return url.partition(":")[0].lower() in ("http", "https")
 
 
-def read_image_url(
-    url: str, settings: ServerSettings, remote: Mapping[str, bytes] = MappingProxyType({})
-) -> PIL.Image.Image:
-    """The picture of an `image_url`.
+def read_image_url(url: str, allowed_hosts: tuple[str, ...], remote: dict[str, bytes] | None = None) -> bytes:
+    """The file of an `image_url`.
 
     Args:
+        allowed_hosts: where files may be fetched from.
         remote: what was [`fetch`]ed already, by its address.
 
     Raises:
-        BadImageError: if it is none, too large, or somewhere that may not be looked at.
+        BadImageError: if it is none, or somewhere that may not be looked at.
     """
     if url[:5].lower() == "data:":
-        return open_image(read_data_uri(url), settings.max_image_pixels)
+        return read_data_uri(url)
     if is_remote(url):
-        data = remote[url] if url in remote else fetch(url, settings.remote_image_hosts)
-        return open_image(data, settings.max_image_pixels)
+        return remote[url] if remote and url in remote else fetch(url, allowed_hosts)
     raise BadImageError(
         "An image_url is a data URI (data:image/png;base64,...)"
-        + (" or an http(s) address" if settings.remote_image_hosts else "")
+        + (" or an http(s) address" if allowed_hosts else "")
         + f", got {url[:40]!r}."
     )
 
@@ -58,39 +48,21 @@ def read_data_uri(uri: str) -> bytes:
     header, comma, data = uri.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise BadImageError(f"A data URI is data:image/...;base64,DATA, got one that begins with {header[:40]!r}.")
-    return read_base64(data)
+    return _decode_base64(data)
 
 
 def read_base64(text: str) -> bytes:
     """Bytes of base64 text as clients send it: with line breaks, a data URI's head, the web's alphabet, or without."""
-    if text.startswith("data:"):
-        return read_data_uri(text)
-    compact = "".join(text.split()).replace("-", "+").replace("_", "/")
+    return read_data_uri(text) if text[:5].lower() == "data:" else _decode_base64(text)
+
+
+def _decode_base64(text: str) -> bytes:
     try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+        compact = text.encode("ascii").translate(_WEB_ALPHABET, _WHITESPACE)
+        return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadImageError(f"The picture is no valid base64: {error}.") from error
-
-
-def open_image(data: bytes, max_pixels: int) -> PIL.Image.Image:
-    """Decodes the first frame; its size is looked at before its pixels are."""
-    try:
-        image = PIL.Image.open(BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadImageError(
-                f"The picture has {width:,} x {height:,} pixels, more than the {max_pixels:,} that are allowed."
-            )
-        image.load()
-        return image
-    except BadImageError:
-        raise
-    except PIL.Image.DecompressionBombError as error:
-        raise BadImageError(f"The picture has more than the {max_pixels:,} pixels that are allowed.") from error
-    except Exception as error:  # decoders raise whatever a damaged file makes them stumble over
-        raise BadImageError(
-            f"The picture can't be read as {', '.join(FORMATS)}: {type(error).__name__} in its {len(data):,} bytes."
-        ) from error
+        reason = "a character that isn't ASCII" if isinstance(error, UnicodeError) else str(error)
+        raise BadImageError(f"The image is no valid base64: {reason}.") from error
 
 
 # --------------------------------------------------------------------------------------------------- other hosts
@@ -106,9 +78,7 @@ def fetch(url: str, allowed_hosts: tuple[str, ...]) -> bytes:
     import httpx
 
     if not allowed_hosts:
-        raise BadImageError(
-            "This server fetches no pictures from addresses: send a data URI (data:image/...;base64,)."
-        )
+        raise BadImageError("This server fetches no images from addresses: send a data URI (data:image/...;base64,).")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -117,7 +87,7 @@ def fetch(url: str, allowed_hosts: tuple[str, ...]) -> bytes:
     if not host or parts.username or parts.password:
         raise BadImageError("An image_url has a host and no user name.")
     if not {host, f"{host}:{port}"} & {entry.lower() for entry in allowed_hosts}:
-        raise BadImageError(f"Pictures may not be fetched from {host}:{port}; allowed: {', '.join(allowed_hosts)}.")
+        raise BadImageError(f"Images may not be fetched from {host}:{port}; allowed: {', '.join(allowed_hosts)}.")
     address = _checked_address(host, port)
     deadline = time.monotonic() + REMOTE_TIMEOUT_SECONDS
     try:
@@ -131,17 +101,17 @@ def fetch(url: str, allowed_hosts: tuple[str, ...]) -> bytes:
             ) as response,
         ):
             if response.status_code != 200:
-                raise BadImageError(f"The host answered {response.status_code} instead of the picture.")
+                raise BadImageError(f"The host answered {response.status_code} instead of the image.")
             data = bytearray()
             for chunk in response.iter_raw():  # as it comes: nothing that unpacks to more than was sent
                 data += chunk
                 if len(data) > MAX_REMOTE_BYTES:
-                    raise BadImageError(f"The picture has more than {MAX_REMOTE_BYTES:,} bytes.")
+                    raise BadImageError(f"The image has more than {MAX_REMOTE_BYTES:,} bytes.")
                 if time.monotonic() > deadline:
-                    raise BadImageError(f"The picture did not come from {host} within {REMOTE_TIMEOUT_SECONDS:g} s.")
+                    raise BadImageError(f"The image did not come from {host} within {REMOTE_TIMEOUT_SECONDS:g} s.")
             return bytes(data)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise BadImageError(f"The picture could not be fetched from {host}: {type(error).__name__}.") from error
+        raise BadImageError(f"The image could not be fetched from {host}: {type(error).__name__}.") from error
 
 
 def _checked_address(host: str, port: int) -> str:

@@ -22,7 +22,7 @@ PATHS = (
     "/health",
     "/metrics",
 )
-METHODS = ("GET", "POST")
+METHODS = ("GET", "HEAD", "POST")
 
 
 class Metrics:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import random
 from collections import OrderedDict
+from collections.abc import Sequence
 from io import BytesIO
 
 import PIL.Image
@@ -15,11 +16,12 @@ from fastapi.responses import Response
 
 from ..paint.paint import PaintResult
 from ..paint.painting import PaintRequest, check_paint_request
+from .bodies import body_of, documented
 from .errors import ModelNotFoundError
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
 from .schemas import DrawnImage, ImagesAnswer, ImagesRequest, new_id
 from .settings import ServerSettings
-from .waiting import in_thread, unless_gone
+from .waiting import Places, unless_gone
 
 
 STEPS_OF_QUALITY = {None: 50, "auto": 50, "low": 10, "medium": 25, "standard": 25, "high": 50, "hd": 50}
@@ -27,21 +29,33 @@ STEPS_OF_QUALITY = {None: 50, "auto": 50, "low": 10, "medium": 25, "standard": 2
 MAX_KEPT_IMAGES = 64
 
 
-def paint_router(engine: PaintEngine, model_name: str, settings: ServerSettings) -> APIRouter:
+def paint_router(engine: PaintEngine, names: Sequence[str], settings: ServerSettings, bodies: Places) -> APIRouter:
+    """
+    Args:
+        names: what the model may be called in requests.
+        bodies: where large bodies are read.
+    """
     router = APIRouter(tags=["paint"])
+    places = Places(4, "files")
+    read_body = body_of(ImagesRequest, settings, bodies)
     kept: OrderedDict[str, bytes] = OrderedDict()
 
-    @router.post("/generations", response_model=ImagesAnswer, response_model_exclude_none=True)
-    async def images_generations(body: ImagesRequest, request: Request):
-        """Pictures for a prompt in Chinese or English."""
-        if body.model not in (None, model_name):
-            raise ModelNotFoundError(body.model, model_name)
+    @router.post(
+        "/generations",
+        response_model=ImagesAnswer,
+        response_model_exclude_none=True,
+        openapi_extra=documented(ImagesRequest),
+    )
+    async def images_generations(request: Request, body: ImagesRequest = read_body):
+        """Images for a prompt in Chinese or English."""
+        if body.model not in (None, *names):
+            raise ModelNotFoundError(body.model, names)
         paint = PaintRequest(
             prompt=body.prompt,
             negative_prompt=body.negative_prompt,
             seed=random.getrandbits(31) if body.seed is None else body.seed,
         )
-        await in_thread(check_paint_request, engine.painter, paint)
+        await places.run(check_paint_request, engine.painter, paint)
         drawing = engine.submit(Drawing(paint, drawing_settings(body, settings)))
         try:
             result = await unless_gone(request, asyncio.wrap_future(drawing.result), settings.timeout)
@@ -49,7 +63,7 @@ def paint_router(engine: PaintEngine, model_name: str, settings: ServerSettings)
             drawing.cancel()
         data = []
         for index in range(body.n or 1):
-            image = await in_thread(as_png, result, index, body)
+            image = await places.run(as_png, result, index, body)
             if body.response_format == "url":
                 name = new_id("img")
                 kept[name] = image

@@ -22,10 +22,15 @@ ACCESS_LOG = "viscpm_hf.serving.access"
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1, but not patient without end: a connection whose request's head isn't complete in time is closed."""
+    """HTTP/1.1, but not patient without end: a connection whose request's head isn't complete in time is closed.
+
+    A client that closes its side can still read. As clients that leave look just like it, nothing more is computed for
+    it: it is told so, or what is being sent is sent to its end.
+    """
 
     head_seconds: float
     _expiry: asyncio.TimerHandle | None = None
+    _is_half_closed = False
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -37,6 +42,24 @@ class PatientProtocol(H11Protocol):
             self._disarm()
         elif self._expiry is None:
             self._arm()
+
+    def eof_received(self) -> bool:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        if self.conn.their_state is h11.SEND_BODY:
+            if not cycle.response_started:
+                self.send_400_response("The connection was closed before the request was complete.")
+            return False
+        self._is_half_closed = True
+        if not cycle.response_started:
+            cycle.message_event.set()  # `Guard` knows what it means
+        return True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_half_closed:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
@@ -56,12 +79,37 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
 
-def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, client_timeout: float = 30.0) -> None:
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the address, so that nobody else does; clients are refused until [`serve`] listens.
+
+    Args:
+        port: 0 takes any that is free.
+
+    Raises:
+        OSError: if it can't be used; in one sentence.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            f"The server can't listen on port {port} of {host} ({error.strerror or error}): choose others with --host "
+            "and --port."
+        ) from error
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket, client_timeout: float = 30.0) -> None:
     """Serves until SIGINT or SIGTERM; requests at hand are then answered, for half a minute at most.
 
     Args:
         app: of [`create_app`].
-        host, port: where; port 0 takes any that is free, and the log says which.
+        listener: of [`bind`]; it is closed in the end.
         client_timeout: seconds in which a request's head has to arrive.
 
     Raises:
@@ -70,8 +118,8 @@ def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000, client_timeou
     configure_logging()
     # uvicorn raises the signal that ended it once more when everything is done; then there is nothing left to end.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=MAX_CONNECTIONS) as listener:
+    with listener:
+        listener.listen(MAX_CONNECTIONS)
         address, port = listener.getsockname()[:2]
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         logging.getLogger(ACCESS_LOG).info(json.dumps({"event": "listening", "url": url}))

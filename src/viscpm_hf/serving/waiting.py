@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -14,19 +16,38 @@ from .tickets import Answer, Event, Failed, Finished, TextPiece
 
 T = TypeVar("T")
 
-# Pictures are decoded here; more at once would need the memory of as many large ones.
-PREPARING = anyio.CapacityLimiter(4)
-# Slow hosts hold up only those who want something of hosts.
-FETCHING = anyio.CapacityLimiter(8)
+
+class Places:
+    """Threads for work that takes its time, so that it doesn't hold up other requests: `count` at once, others wait.
+
+    A place is taken until the work has really ended, also when nobody waits for it any more; what waits for a place
+    takes none, and is gone when its caller is.
+    """
+
+    def __init__(self, count: int, name: str):
+        self._limiter = anyio.CapacityLimiter(count)
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix=f"viscpm-hf-{name}")
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        work = object()
+        await self._limiter.acquire_on_behalf_of(work)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *arguments))
+        except BaseException:
+            self._limiter.release_on_behalf_of(work)
+            raise
+
+        def ended(future: asyncio.Future) -> None:
+            self._limiter.release_on_behalf_of(work)
+            if not future.cancelled():
+                future.exception()  # seen, also if nobody waits for it
+
+        future.add_done_callback(ended)
+        return await asyncio.shield(future)
 
 
 class ClientGoneError(Exception):
     """Nobody reads the answer any more."""
-
-
-async def in_thread(function: Callable[..., T], *arguments: Any, limiter: anyio.CapacityLimiter = PREPARING) -> T:
-    """Runs work that takes its time where it doesn't hold up other requests."""
-    return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
 
 
 async def unless_gone(request: Request, result: asyncio.Future | Any, timeout: float) -> Any:

@@ -11,9 +11,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..modeling.document_cpm_bee import IGNORE_INDEX, EncodedDocument
+from ..modeling.document_cpm_bee import IGNORE_INDEX, TABLE_HEAD, EncodedDocument
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
-from ..modeling.processing_vision_resampler import ESCAPE, VisionResamplerProcessor
+from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from .records import ChatSample
 
 
@@ -44,8 +44,8 @@ class DocumentEncoding:
         """Rows padded on the left, `labels` of all their tokens."""
         batch = self.processor.tokenizer.collate(rows, with_labels=True, padding_side="left")
         batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in batch.items()}
-        batch["extension_table"] = batch["extension_table"].reshape(len(rows), -1, 2)
-        del batch["extension_mask"]  # for generation
+        if not batch["extension_table"].numel():
+            batch["extension_table"] = torch.zeros(len(rows), 0, TABLE_HEAD, dtype=torch.long)
         if pictures:
             batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch
@@ -81,7 +81,7 @@ class ConversationEncoding:
         prompt = self.processor.expand(prompt, images)
         before = self.processor.encode(prompt)
         # Together with what is before it, an answer may be cut into other tokens than alone.
-        ids = self.processor.encode(prompt + sample.answer.replace("<", f"<{ESCAPE}"))
+        ids = self.processor.encode(prompt + self.processor.escape_answer(sample.answer))
         same = (place for place, (one, other) in enumerate(zip(before, ids, strict=False)) if one != other)
         prompt_length = next(same, min(len(before), len(ids)))
         return EncodedConversation([*ids, self.processor.tokenizer.eos_token_id], prompt_length, len(sizes))

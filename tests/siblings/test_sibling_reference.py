@@ -1,0 +1,107 @@
+"""Prompts and answers as the originals' own code wrote them (`tests/golden/siblings`: tokenizers made for it, and
+conversations with their token ids, placeholders of pictures left out)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor
+
+from viscpm_hf.chat.sibling_chat import AnswerText
+from viscpm_hf.checkpoints.archive import check_tensors
+from viscpm_hf.checkpoints.errors import OriginalCheckpointError
+from viscpm_hf.training.encoding import ConversationEncoding
+from viscpm_hf.training.records import ChatSample
+
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "siblings"
+NAMES = sorted(folder.name for folder in GOLDEN.iterdir())
+CASES = {name: json.loads((GOLDEN / name / "cases.json").read_text("utf-8")) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def processors():
+    return {name: AutoProcessor.from_pretrained(GOLDEN / name) for name in NAMES}
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name in NAMES for case in CASES[name]])
+def test_prompts_and_answers(processors, name, case):
+    processor = processors[name]
+    messages, grids, views = [dict(message) for message in case["messages"]], [], 0
+    if case["image"] is not None:
+        rows, columns = processor.grid_of(tuple(case["image"]))
+        grids, views = [(rows, columns)], 1 + rows * columns
+        messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": messages[0]["content"]}]
+    ids = processor.encode_conversation(messages, grids, views)
+    assert [token for token in ids if token != processor.image_token_id] == case["prompt_ids"]
+    assert ids.count(processor.image_token_id) == views * processor.num_query_tokens
+    assert processor.answer_text(case["answer_ids"]) == case["answer"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_of_a_streamed_answer_are_the_answer(processors, name):
+    processor = processors[name]
+    for case in CASES[name]:
+        ids = [token for token in case["answer_ids"] if token not in (1, 2)]
+        text = AnswerText(processor)
+        pieces = [text.new_text(ids[: end + 1]) for end in range(len(ids))]
+        pieces.append(text.new_text(ids, is_last=True))
+        assert "".join(pieces) == case["answer"], case["name"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "minicpmv" in name])
+class TestGroundingTokens:
+    """`<ref>` and `<box>`, which MiniCPM-V writes."""
+
+    ANSWER = "<ref> 狗</ref><box> 12 3 45 6</box>"
+
+    def test_they_stay_tokens_in_answers_and_text_in_questions(self, processors, name):
+        processor = processors[name]
+        ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in ("<ref>", "</ref>", "<box>")}
+        assert list(ids.values()) == [103, 104, 105]
+        turns = [("user", self.ANSWER), ("assistant", self.ANSWER), ("user", "?")]
+        found = processor.encode_conversation([{"role": role, "content": text} for role, text in turns])
+        assert [found.count(token) for token in ids.values()] == [1, 1, 1]
+        parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        assert processor.encode_conversation(parts) == found
+        answer = processor.tokenizer(self.ANSWER, add_special_tokens=False)["input_ids"]
+        assert any(found[place : place + len(answer)] == answer for place in range(len(found)))
+        said = processor.tokenizer(self.ANSWER.replace("> ", ">"), add_special_tokens=False)["input_ids"]
+        assert processor.answer_text(said) == self.ANSWER
+
+    @pytest.mark.parametrize("token", ["<image>", "</image>", "<slice>", "<unk>", "</s>"])
+    def test_others_are_text_everywhere(self, processors, name, token):
+        processor = processors[name]
+        token_id = processor.tokenizer.convert_tokens_to_ids(token)
+        turns = [("user", "?"), ("assistant", f"a{token}b"), ("user", f"a{token}b")]
+        found = processor.encode_conversation([{"role": role, "content": text} for role, text in turns])
+        assert token_id not in found
+
+    def test_they_are_learned_as_tokens(self, processors, name):
+        encoded = ConversationEncoding(processors[name]).encode(ChatSample("狗在哪里？", self.ANSWER))
+        answer = processors[name].tokenizer(self.ANSWER, add_special_tokens=False)["input_ids"]
+        assert encoded.ids[encoded.prompt_length :] == [*answer, 2]
+
+
+def test_answers_of_visualcla_keep_their_white_space(processors):
+    text = "the dog \n\n"
+    for name, expected in (("visualcla", text), ("omnilmm", text.strip())):
+        processor = processors[name]
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert processor.answer_text([*ids, processor.tokenizer.eos_token_id]) == expected
+
+
+def test_a_tied_head_is_no_damage(tmp_path):
+    """The original's script of VisualCLA saves embedding and head as one tensor of two names."""
+    from collections import Counter
+
+    table = torch.zeros(4, 3)
+    records = Counter([table.untyped_storage().nbytes()])
+    tied = {"model.embed_tokens.weight": table, "lm_head.weight": table}
+    check_tensors(tmp_path, tied, records)
+    for other in (table[1:], table.T, table.view(torch.int32)):
+        with pytest.raises(OriginalCheckpointError, match=r"model.embed_tokens.weight .*share|share"):
+            check_tensors(tmp_path, {**tied, "lm_head.weight": other}, records)
+    with pytest.raises(OriginalCheckpointError, match="share"):
+        check_tensors(tmp_path, {**tied, "model.norm.weight": table}, records)
