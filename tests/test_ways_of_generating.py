@@ -1,5 +1,6 @@
 """However a model of ours is decoded and by whichever release of transformers, it answers the same."""
 
+import copy
 import json
 import os
 import subprocess
@@ -36,6 +37,18 @@ def test_every_way_is_greedy(named_model):
     expected = greedy(model, inputs)
     assert len(set(expected)) > 2  # an answer that could go wrong
     assert answers(model, inputs) == dict.fromkeys(answers(model, inputs), expected)
+
+
+def test_an_assistant_sees_the_image(named_model):
+    """A draft that is the model itself is always right, if it is shown the same."""
+    _, model, inputs = named_model
+    draft, passes = copy.deepcopy(model), []
+    draft.generation_config.update(num_assistant_tokens=3, num_assistant_tokens_schedule="constant")
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    model.generate(**inputs, assistant_model=draft, max_new_tokens=LENGTH, eos_token_id=None, do_sample=False)
+    hook.remove()
+    assert len(passes) == LENGTH // 4
 
 
 def test_exported_folders_answer_the_same(tmp_path):
