@@ -94,6 +94,12 @@ class Golden:
             shutil.copy(self.folder / "vision.json", folder)
         if way.startswith("chat"):
             shutil.copy(self.weights, folder)
+            named = {
+                "image_processor_type": "VisCpmChatBeeImageProcessor",
+                "input_size": vision["image_size"],
+                "auto_map": {"AutoImageProcessor": "processing_viscpmchatbee.VisCpmChatBeeImageProcessor"},
+            }
+            (folder / "preprocessor_config.json").write_text(json.dumps(named), "utf-8")
         else:
             tensors = self.state_dict()
             llm_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("llm.")} or tensors

@@ -124,7 +124,7 @@ def test_folder_without_weights_is_one_clear_error(tmp_path):
 def test_language_model_needs_no_image_processor(tmp_path):
     folder = GOLDEN_A.write_layout(tmp_path, "cpm-bee")
     with pytest.raises(OSError, match="language model alone"):
-        AutoImageProcessor.from_pretrained(folder)
+        VisCPMImageProcessor.from_pretrained(folder)
     assert type(AutoProcessor.from_pretrained(folder)) is CpmBeeTokenizer
 
 

@@ -336,7 +336,7 @@ def test_other_models_folder_is_one_clear_error(tmp_path):
     with pytest.raises(OriginalCheckpointError, match="is a cpm-bee checkpoint"):
         VisCPMChat(folder)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(OriginalCheckpointError, match="holds a BertConfig, but VisCPMChat needs"):
+    with pytest.raises(OriginalCheckpointError, match="model of the type bert, but one of the type viscpm_chat"):
         VisCPMChat(tmp_path)
 
 

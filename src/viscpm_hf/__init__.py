@@ -15,8 +15,8 @@ require(**{name: OLDEST[name] for name in ("torch", "transformers", "diffusers")
 
 # transformers imports torchao where it is installed, which warns of kernels that can't be had here.
 with quiet("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"):
+    from .loading.diffusers import register_pipelines
     from .loading.from_pretrained import register
-    from .pipelines.registration import register_pipelines
     from .tiny.embedded import tiny  # here, that the function goes before the package of its name
 
 

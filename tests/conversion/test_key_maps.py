@@ -11,7 +11,12 @@ from viscpm_hf.families import key_maps
 
 
 OPERATIONS = (key_maps.KEEP, key_maps.FOLD_WIDTH, key_maps.TOKEN_ROWS)
-MAPS = {"chat": key_maps.CHAT, "cpm-bee": key_maps.CPM_BEE, "cpm-bee within": key_maps.CPM_BEE_WITHIN}
+MAPS = {
+    "chat": key_maps.CHAT,
+    "cpm-bee": key_maps.CPM_BEE,
+    "cpm-bee within": key_maps.CPM_BEE_WITHIN,
+    "saved": key_maps.CPM_BEE_SAVED,
+}
 
 
 @pytest.mark.parametrize("key_map", MAPS.values(), ids=MAPS)

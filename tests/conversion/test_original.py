@@ -10,14 +10,13 @@ import torch
 from support import GOLDEN, HUB_SPELLING, Golden
 
 from viscpm_hf import OriginalCheckpointError, VisCPMChat, VisCPMChatForConditionalGeneration
+from viscpm_hf.checkpoints.location import find_original, kind_of
 from viscpm_hf.checkpoints.original import (
     CHAT,
     CPM_BEE,
     PAINT,
     chat_config,
     checkpoint_kind,
-    find_original_config,
-    is_original_config,
     load_state_dict,
     read_json,
     text_config,
@@ -98,11 +97,11 @@ def test_sizes_of_the_10b_model_by_default():
     ],
 )
 def test_whose_configuration_it_is(config, expected):
-    assert is_original_config(config) is expected
+    assert (kind_of(config) is not None) is expected
 
 
 def test_a_folder_saved_by_us_is_not_the_originals(saved_folder):
-    assert find_original_config(saved_folder) is None
+    assert find_original(saved_folder) is None
 
 
 # ------------------------------------------------------------------------------------------------------- damaged files

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
-from viscpm_hf import MiniCPMVImageProcessor
+from viscpm_hf import MiniCPMVImageProcessor, VisCPMImageProcessor
 from viscpm_hf.modeling.image_processing_minicpmv import plan_slices
 
 
@@ -144,7 +144,7 @@ def test_a_saved_processor_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("name", ["omnilmm", "visualcla"])
 def test_one_view_as_clip_makes_it(whole_folders, name):
-    processor = AutoImageProcessor.from_pretrained(whole_folders[name])
+    processor = VisCPMImageProcessor.from_pretrained(whole_folders[name])
     if name == "omnilmm":
         native = CLIPImageProcessorPil(size={"height": 84, "width": 84}, do_center_crop=False)
     else:

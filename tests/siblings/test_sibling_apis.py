@@ -10,7 +10,7 @@ from reference import visualcla, write_visualcla_release
 from sibling_folders import make_system, write_tokenizer
 from sibling_tokenizers import VISUALCLA_VOCAB_SIZE
 from test_image_processing_minicpmv import picture
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 from viscpm_hf import MiniCPMVChat, OmniLMMChat, img2base64
 from viscpm_hf.chat import visualcla as visualcla_api
@@ -319,7 +319,8 @@ def test_what_to_load_has_to_be_said(whole_folders):
 def test_the_released_adapter_answers_as_the_merged_model(visualcla_model, tmp_path):
     release = write_visualcla_release(visualcla(VISUALCLA_VOCAB_SIZE), tmp_path)
     write_tokenizer("visualcla", release.adapter)
-    assert type(AutoImageProcessor.from_pretrained(release.adapter)) is type(visualcla_model.image_processor)
+    own_class = type(visualcla_model.image_processor)
+    assert type(own_class.from_pretrained(release.adapter)) is own_class
     model, _, _ = visualcla_api.get_model_and_tokenizer_and_processor(
         text_model=release.text_model,
         vision_model=release.vision_model,

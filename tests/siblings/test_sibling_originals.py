@@ -22,10 +22,9 @@ from transformers import (
 )
 
 from viscpm_hf import OriginalCheckpointError
-from viscpm_hf.checkpoints.sibling_original import CONFIG_CLASSES, converted_tensors
+from viscpm_hf.checkpoints.sibling_original import converted_tensors
 from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, revert_operation
-from viscpm_hf.families.sibling_key_maps import KEY_MAPS
-from viscpm_hf.loading.sibling_models import MODEL_CLASSES
+from viscpm_hf.families.family import FAMILIES, SIBLINGS
 
 
 # ------------------------------------------------------------------------------------------------------------ key maps
@@ -34,12 +33,12 @@ from viscpm_hf.loading.sibling_models import MODEL_CLASSES
 @pytest.fixture(scope="module")
 def full_size_models():
     with torch.device("meta"):
-        return {name: model_class(CONFIG_CLASSES[name]()) for name, model_class in MODEL_CLASSES.items()}
+        return {kind: FAMILIES[kind].model_class(FAMILIES[kind].config_class()) for kind in SIBLINGS}
 
 
-@pytest.mark.parametrize("model_type", KEY_MAPS)
+@pytest.mark.parametrize("model_type", SIBLINGS)
 def test_every_original_tensor_has_one_place_or_a_reason(model_type, full_size_models):
-    matcher = KeyMatcher(KEY_MAPS[model_type])
+    matcher = KeyMatcher(FAMILIES[model_type].key_maps[0])
     targets: Counter[str] = Counter()
     for name in FULL_SIZE[model_type]():
         matches, reason = matcher.match_all(name), matcher.dropped_reason(name)
@@ -51,7 +50,7 @@ def test_every_original_tensor_has_one_place_or_a_reason(model_type, full_size_m
     assert set(targets) == set(full_size_models[model_type].state_dict())
 
 
-@pytest.mark.parametrize("model_type", KEY_MAPS)
+@pytest.mark.parametrize("model_type", SIBLINGS)
 def test_shapes_at_full_size(model_type, full_size_models):
     original = {name: torch.empty(shape, device="meta") for name, shape in FULL_SIZE[model_type]().items()}
     shapes = {name: tensor.shape for name, tensor in converted_tensors(model_type, original).items()}
@@ -76,7 +75,7 @@ def test_sizes_of_the_released_checkpoints(full_size_models):
 
 
 def test_the_way_back_gives_the_original_tensors(system):
-    matcher = KeyMatcher(KEY_MAPS[system.name])
+    matcher = KeyMatcher(FAMILIES[system.name].key_maps[0])
     converted = converted_tensors(system.name, system.tensors)
     for name, tensor in system.tensors.items():
         matches = matcher.match_all(name)
@@ -106,7 +105,9 @@ def test_arguments_of_a_user_stay(sibling_folder):
 
 def test_versions_of_minicpmv():
     """1.0's configuration has no slices; its keys' positions are interpolated, not computed."""
-    positions = [CONFIG_CLASSES["minicpmv"].from_dict(small_minicpmv(version).config) for version in ("1.0", "2.0")]
+    positions = [
+        FAMILIES["minicpmv"].config_class.from_dict(small_minicpmv(version).config) for version in ("1.0", "2.0")
+    ]
     assert [config.resampler_config.key_positions for config in positions] == ["interpolated", "computed"]
 
 
@@ -130,17 +131,17 @@ def test_later_minicpmv_is_refused_by_name(tmp_path, keys, version, auto_class):
 )
 def test_bad_configuration(changes, message):
     with pytest.raises(ValueError, match=message):
-        CONFIG_CLASSES["minicpmv"].from_dict(small_minicpmv(**changes).config)
+        FAMILIES["minicpmv"].config_class.from_dict(small_minicpmv(**changes).config)
 
 
 def test_omnilmm_without_marks_around_images_is_refused():
     with pytest.raises(ValueError, match="mm_use_im_start_end false"):
-        CONFIG_CLASSES["omnilmm"].from_dict({**small_omnilmm().config, "mm_use_im_start_end": False})
+        FAMILIES["omnilmm"].config_class.from_dict({**small_omnilmm().config, "mm_use_im_start_end": False})
 
 
 def test_visualcla_without_resampler_is_refused():
     with pytest.raises(ValueError, match="without resampler"):
-        CONFIG_CLASSES["visualcla"].from_dict({**small_visualcla().config, "use_visual_resampler": False})
+        FAMILIES["visualcla"].config_class.from_dict({**small_visualcla().config, "use_visual_resampler": False})
 
 
 @pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])

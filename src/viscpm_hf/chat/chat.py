@@ -7,31 +7,21 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
-from transformers import AutoConfig, AutoProcessor, BatchFeature, TextStreamer
+from transformers import BatchFeature, TextStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from ..checkpoints.adapters import AdapterFolder
-from ..checkpoints.original import (
-    ORIGINAL_CONFIG_NAMES,
-    ORIGINAL_WEIGHTS_NAME,
-    VISION_CONFIG_NAME,
-    VOCAB_NAME,
-    OriginalCheckpointError,
-    chat_config,
-    find_repository_file,
-    load_state_dict,
-    read_json,
-)
-from ..loading.from_pretrained import check_original_weights, load_original_chat
-from ..loading.options import LoadOptions, find_original_file, stored_dtype
+from ..checkpoints.errors import OriginalCheckpointError
+from ..checkpoints.location import Original, find_original, original_of
+from ..families.family import CHAT
+from ..loading.from_pretrained import own_config
+from ..loading.options import LoadOptions, find_original_file
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
-from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
 from ..modeling.fused_projections_cpm_bee import fusing_problem
 from ..modeling.generation_cpm_bee import reference_decoding
@@ -154,14 +144,15 @@ class VisCPMChat:
         model_path = resolve_model(model_path, "chat")
         original_file = find_original_file(model_path)
         if original_file is not None:
-            model, self.processor = self._load_file(original_file, config_path, vision_config_path, vocab_path)
+            source: Any = original_of(original_file, config_path, vision_config_path, vocab_path)
         else:
             if config_path is not None or vision_config_path is not None:
                 raise ValueError(
                     "config_path and vision_config_path belong to an original file; "
                     f"{model_path} is a folder or Hub id and has its own config.json."
                 )
-            model, self.processor = self._load_repository(model_path, vocab_path)
+            source = find_original(model_path) or model_path
+        model, self.processor = self._load(source, vocab_path)
         tokens, rows = self.processor.tokenizer.num_words, model.config.text_config.num_words
         if tokens != rows:
             raise OriginalCheckpointError(
@@ -180,53 +171,25 @@ class VisCPMChat:
 
     # ------------------------------------------------------------------------------------------------------- loading
 
-    def _load_file(
-        self, path: Path, config_path, vision_config_path, vocab_path
+    def _load(
+        self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
-        vocab_file = Path(vocab_path) if vocab_path is not None else path.parent / VOCAB_NAME
-        if not vocab_file.is_file():
-            raise FileNotFoundError(
-                f"There is no vocabulary at {vocab_file}. The checkpoint's {VOCAB_NAME} belongs beside it, or give "
-                "its path as vocab_path."
-            )
-        tokenizer = CpmBeeTokenizer(os.fspath(vocab_file))
-        if config_path is None:
-            beside = (path.parent / name for name in ORIGINAL_CONFIG_NAMES)
-            config_path = next((candidate for candidate in beside if candidate.is_file()), None)
-        if vision_config_path is None and (path.parent / VISION_CONFIG_NAME).is_file():
-            vision_config_path = path.parent / VISION_CONFIG_NAME
-        llm = read_json(config_path, "The configuration") if config_path is not None else {}
-        vision = read_json(vision_config_path, "The vision configuration") if vision_config_path is not None else {}
-        logger.info("configurations of %s: %s, %s", path, config_path, vision_config_path)
-
-        state_dict = load_state_dict(path)
-        config = chat_config(llm, vision, {name: tensor.shape for name, tensor in state_dict.items()})
-        stored = next((tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()), None)
-        dtype = self.options.choose_dtype(stored)
-        arguments = self.options.from_pretrained_arguments(dtype)
-        model = load_original_chat(path, config, state_dict, dtype=dtype, **arguments)
-        side = config.vision_config.image_size
-        image_processor = VisCPMImageProcessor(size={"height": side, "width": side})
-        return model, VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
-
-    def _load_repository(
-        self, name_or_path, vocab_path
-    ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
-        config = AutoConfig.from_pretrained(name_or_path)
-        if not isinstance(config, VisCPMChatConfig):
-            weights = find_repository_file(name_or_path, ORIGINAL_WEIGHTS_NAME)
-            if weights is not None:  # then there is more to say: VisCPM-Paint's file is named as Chat's
-                check_original_weights(load_state_dict(weights), VisCPMChatForConditionalGeneration, config, weights)
-            raise OriginalCheckpointError(
-                f"{name_or_path} holds a {type(config).__name__}, but VisCPMChat needs a VisCPM-Chat checkpoint."
-            )
-        stored = config.dtype or stored_dtype(name_or_path)
+        if isinstance(source, Original):
+            if source.family.is_sibling or (source.kind != CHAT and source.shapes is None):
+                raise OriginalCheckpointError(
+                    f"{source.name} is a {source.kind} checkpoint, but VisCPMChat needs one of VisCPM-Chat."
+                )
+            floating = (tensor.dtype for tensor in source.tensors.values() if tensor.is_floating_point())
+            stored, quantization = next(floating, None), None
+        else:
+            config = own_config(source, CHAT)
+            stored, quantization = config.dtype, getattr(config, "quantization_config", None)
         dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
-        processor = AutoProcessor.from_pretrained(name_or_path)
+        arguments = self.options.from_pretrained_arguments(dtype, quantization)
+        model = VisCPMChatForConditionalGeneration.from_pretrained(source, dtype=dtype, **arguments)
+        processor = VisCPMChatProcessor.from_pretrained(source)
         if vocab_path is not None:
             processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
-        arguments = self.options.from_pretrained_arguments(dtype, getattr(config, "quantization_config", None))
-        model = VisCPMChatForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype, **arguments)
         return model, processor
 
     # ------------------------------------------------------------------------------------------------------ answering

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..checkpoints.adapters import AdapterFolder
-from ..checkpoints.original import OriginalCheckpointError, find_repository_file, read_json
-from ..checkpoints.sibling_original import CONFIG_CLASSES
+from ..checkpoints.location import find_repository_file, json_object
+from ..families.family import FAMILIES, SIBLINGS
+from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions
 from ..modeling.decoding_presets import default_preset
 from ..modeling.generation_cpm_bee import RowSampling
@@ -120,17 +120,13 @@ class SiblingChat:
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
             model_path = adapter.require_base()
-        config = AutoConfig.from_pretrained(model_path)
-        if config.model_type not in CONFIG_CLASSES:
-            raise OriginalCheckpointError(
-                f"{model_path} holds a {type(config).__name__}, but SiblingChat needs a model of the type "
-                f"{', '.join(CONFIG_CLASSES)}."
-            )
+        config = own_config(model_path, *SIBLINGS)
         stored = config.dtype
         chosen = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(chosen, getattr(config, "quantization_config", None))
-        self.processor: VisionResamplerProcessor = AutoProcessor.from_pretrained(model_path)
-        model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=chosen, **arguments)
+        family = FAMILIES[config.model_type]
+        self.processor: VisionResamplerProcessor = family.processor_class.from_pretrained(model_path)
+        model = family.model_class.from_pretrained(model_path, dtype=chosen, **arguments)
         if adapter is not None:
             model.load_adapter(os.fspath(adapter.path))
         self.model = self.options.place(model).eval()
@@ -376,7 +372,7 @@ def is_sibling(model_path: str | os.PathLike) -> bool:
     if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
         return False
     file = find_repository_file(model_path, "config.json")
-    return file is not None and read_json(file, "The configuration").get("model_type") in CONFIG_CLASSES
+    return file is not None and json_object(Path(file)).get("model_type") in SIBLINGS
 
 
 class AnswerText:

@@ -22,8 +22,8 @@ MAX_PICKLE_BYTES = 64 * 2**20
 
 LOCAL_HEADER_BYTES = 30
 
-# The two that are one tensor where a language model was saved with its weights tied.
-TIED_NAMES = {"embed_tokens.weight", "lm_head.weight"}
+# Two that are one tensor where a language model was saved with its weights tied: the last two words of their names.
+TIED_NAMES = ({"embed_tokens.weight", "lm_head.weight"}, {"input_embedding.weight", "lm_head.weight"})
 
 
 def record_sizes(path: Path) -> Counter[int] | None:
@@ -102,8 +102,9 @@ def _are_tied(pair: Mapping[str, torch.Tensor]) -> bool:
     """Whether two tensors are one, a language model's embedding and its head."""
     one, other = pair.values()
     return (
-        {name.rpartition("model.")[2] for name in pair} == TIED_NAMES
+        {".".join(name.split(".")[-2:]) for name in pair} in TIED_NAMES
         and one.data_ptr() == other.data_ptr()
+        and one.nbytes == one.untyped_storage().nbytes()
         and one.dtype == other.dtype
         and one.shape == other.shape
         and one.stride() == other.stride()

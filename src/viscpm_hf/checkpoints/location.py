@@ -1,28 +1,40 @@
-"""Where a checkpoint's files are: a file, a folder or a Hub id, in the original's layout or in ours."""
+"""Where a checkpoint's files are: a file, a folder or a Hub id, in the original's layout or in ours.
+
+Commands, which want all of a checkpoint here, ask [`locate`]; `from_pretrained`, which knows our layout itself and
+downloads no more than it loads, asks [`find_original`].
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from transformers.utils.hub import cached_file
 
-from ..modeling.configuration_vision_resampler import MiniCPMVConfig, refuse_later_minicpmv
+from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
+from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
 from .errors import OriginalCheckpointError
 from .original import (
+    LLM_SIZE_KEYS,
     ORIGINAL_CONFIG_NAMES,
     ORIGINAL_SUFFIXES,
+    ORIGINAL_WEIGHTS_NAME,
     VAE_NAMES,
     VISION_CONFIG_NAME,
     VOCAB_NAME,
-    is_original_config,
+    load_state_dict,
+    read_json,
 )
-from .sibling_original import CONFIG_CLASSES, OTHER_FORMATS
+from .tensor_files import check_inside, mapped_tensors
 
 
 ORIGINAL_FILE, ORIGINAL_FOLDER = "original file", "original folder"
@@ -68,7 +80,7 @@ class Location:
     @property
     def is_sibling(self) -> bool:
         """Whether it is one of VisCPM's siblings."""
-        return self.kind in CONFIG_CLASSES
+        return self.kind in SIBLINGS
 
     @property
     def folder(self) -> Path:
@@ -114,13 +126,13 @@ def layout_of(folder: Path) -> tuple[str, str | None]:
     kind = CONVERTED_MODEL_TYPES.get(config.get("model_type"))
     if kind is not None:
         return TRANSFORMERS_FOLDER, kind
-    if (kind := config.get("model_type")) in CONFIG_CLASSES:
+    if (kind := config.get("model_type")) in SIBLINGS:
         if "resampler_config" in config:
             return TRANSFORMERS_FOLDER, kind
         if kind == MiniCPMVConfig.model_type:
             refuse_later_minicpmv(config)
         return ORIGINAL_FOLDER, kind
-    if original_files(folder) or is_original_config(config):
+    if original_files(folder) or kind_of(config) is not None:
         return ORIGINAL_FOLDER, None
     raise OriginalCheckpointError(
         f"{folder} holds no VisCPM checkpoint: it has no {' or '.join(ORIGINAL_SUFFIXES)} file of the original, and "
@@ -139,6 +151,17 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def original_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in ORIGINAL_SUFFIXES and file.is_file())
+
+
+def original_weight_files(location: Location, except_for: Path | None = None) -> list[Path]:
+    """The files of weights of an original location: one, or the shards that an index names; see [`original_weights`].
+
+    Raises:
+        OriginalCheckpointError: if there are none, or alternatives.
+        FileNotFoundError: if a shard is missing.
+    """
+    is_sharded = any((location.path / name).is_file() for name in WEIGHT_NAMES if name != ORIGINAL_WEIGHTS_NAME)
+    return weight_paths(location.path) if is_sharded else [original_weights(location, except_for)]
 
 
 def original_weights(location: Location, except_for: Path | None = None) -> Path:
@@ -214,7 +237,7 @@ def _download(
             return Path(hf_hub_download(repo_id, file, **where))
         if layout_is_converted(folder):
             return Path(snapshot_download(repo_id, **where))
-        if json_object(folder / "config.json").get("model_type") in CONFIG_CLASSES:
+        if json_object(folder / "config.json").get("model_type") in SIBLINGS:
             return Path(snapshot_download(repo_id, ignore_patterns=OTHER_FORMATS, **where))
         return Path(hf_hub_download(repo_id, _only_original(repo_id, folder, where), **where)).parent
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:  # offline mode's errors are among them
@@ -250,3 +273,278 @@ def _only_original(repo_id: str, folder: Path, where: dict[str, Any]) -> str:
             f"Choose one: {repo_id}/FILE"
         )
     return names[0]
+
+
+# ------------------------------------------------------------------------------------------------ for from_pretrained
+
+WHOLE, MERGED, ADAPTER = "whole", "merged", "adapter"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+# VisualCLA merged by its authors' script has its language model and its vision tower in folders of their own.
+TEXT_FOLDER, VISION_FOLDER = "text_encoder", "vision_encoder"
+# Copies of weights for other libraries, which some repositories have beside ours.
+OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]
+# As transformers looks for them.
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+# Where a repository's files come from, as the Hub's functions take it.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+
+
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint in an original's layout. Its files are looked for when they are needed."""
+
+    name: str
+    """A folder or a Hub id, as the user gave it."""
+    folder: Path
+    """Where its `config.json` is, and whatever else has been downloaded."""
+    kind: str
+    config: Mapping[str, Any]
+    """Its `config.json`."""
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    """`HUB_ARGUMENTS` and `variant`."""
+    weights: tuple[Path, ...] | None = None
+    """Files of weights that were chosen; None for those that a repository has by their usual names."""
+    vocab: Path | None = None
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.kind]
+
+    @cached_property
+    def layout(self) -> str:
+        """`"whole"`; of VisualCLA also `"merged"`, or `"adapter"`: changes to two bases."""
+        if self.kind != VisualCLAConfig.model_type:
+            return WHOLE
+        if self.file(ADAPTER_CONFIG_NAME) is not None:
+            return ADAPTER
+        is_merged = any(self.file(f"{part}/config.json") is not None for part in (TEXT_FOLDER, VISION_FOLDER))
+        return MERGED if is_merged else WHOLE
+
+    def file(self, name: str) -> Path | None:
+        """One of the checkpoint's files, downloaded if need be; None if it has none of that name."""
+        if os.path.isdir(self.name) or (self.folder / name).is_file():
+            path = self.folder / name
+            return path if path.is_file() else None
+        found = find_repository_file(self.name, name, **self.hub)
+        return None if found is None else Path(found)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file's object; empty if there is no such file."""
+        path = self.file(name)
+        return {} if path is None else read_json(path, f"The file {name}")
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files of weights, one or all shards, downloaded if need be; see [`weight_paths`]."""
+        if self.weights is not None:
+            return list(self.weights)
+
+        def find(name: str) -> Path | None:
+            if os.path.isdir(self.name):
+                return self.file(name)
+            found = find_repository_file(self.name, name, is_needed=True, **self.hub)
+            return None if found is None else Path(found)
+
+        return weight_paths(self.folder, self.hub.get("variant"), find, self.name)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by their original names, mapped: none is read before it is used."""
+        return tensors_of(self.weight_files)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size] | None:
+        """Shapes of the tensors; None if the weights aren't on this machine."""
+        if "tensors" not in self.__dict__ and self.weights is None and not os.path.isdir(self.name):
+            if not any((self.folder / name).is_file() for name in WEIGHT_NAMES):
+                return None
+        try:
+            return {name: tensor.shape for name, tensor in self.tensors.items()}
+        except FileNotFoundError:
+            return None
+
+
+def find_original(name_or_path: Any, /, **kwargs: Any) -> Original | None:
+    """What a folder or Hub id is, if it is in an original's layout; None for anything else.
+
+    A Hub repository is asked for its `config.json` alone.
+
+    Args:
+        name_or_path: also an [`Original`], which is returned.
+        kwargs: `HUB_ARGUMENTS` and `variant`; all others are ignored.
+
+    Raises:
+        ValueError: for a later MiniCPM-V, which has the model type alone in common.
+    """
+    if isinstance(name_or_path, Original):
+        return name_or_path
+    if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
+        return None
+    hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "variant") if kwargs.get(key) is not None}
+    # A Hub id is asked for the one file that its loading begins with anyway.
+    names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
+    candidates = (find_repository_file(name_or_path, name, **hub) for name in names)
+    found = next((path for path in candidates if path is not None), None)
+    if found is None:
+        return None
+    config = json_object(Path(found))  # of a damaged one transformers has its own words
+    kind = kind_of(config)
+    if kind is None:
+        return None
+    if kind == MiniCPMVConfig.model_type:
+        refuse_later_minicpmv(config)
+    return Original(os.fspath(name_or_path), Path(found).parent, kind, config, hub)
+
+
+def original_of(
+    weights: Path,
+    config_path: str | os.PathLike | None = None,
+    vision_config_path: str | os.PathLike | None = None,
+    vocab_path: str | os.PathLike | None = None,
+) -> Original:
+    """A file of VisCPM-Chat's with what lies beside it, or elsewhere.
+
+    Raises:
+        FileNotFoundError: if there is no vocabulary, or a file that was given isn't there.
+    """
+    location = Location(os.fspath(weights), weights, ORIGINAL_FILE)
+    vocab = Path(vocab_path) if vocab_path is not None else weights.parent / VOCAB_NAME
+    if not vocab.is_file():
+        raise FileNotFoundError(
+            f"There is no vocabulary at {vocab}. The checkpoint's {VOCAB_NAME} belongs beside it, or give its path as "
+            "vocab_path."
+        )
+    config: dict[str, Any] = {}
+    for file in (llm_config_file(location, config_path), vision_config_file(location, vision_config_path)):
+        if file is not None:
+            config |= read_json(file, "The configuration")
+    return Original(os.fspath(weights.parent), weights.parent, CHAT, config, weights=(weights,), vocab=vocab)
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """Which system an original `config.json` is of; None if it is none of an original's."""
+    model_type = config.get("model_type")
+    if model_type in SIBLINGS:
+        return None if "resampler_config" in config else model_type
+    if model_type is None and sum(key in config for key in LLM_SIZE_KEYS) < 2:
+        return None
+    kind = next((kind for kind, family in FAMILIES.items() if model_type in family.original_types), None)
+    if kind == CPM_BEE or model_type is None:  # CPM-Bee's file, of whichever system it is part
+        if "unet_cross_attention_dim" in config:
+            return PAINT
+        return CHAT if "query_num" in config or "vision_dim" in config else CPM_BEE
+    return kind
+
+
+def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, is_needed: bool = False, **kwargs):
+    """The path of a folder's or Hub repository's file, downloaded if need be; None if it has none.
+
+    Args:
+        is_needed: whether a repository that can't be reached is an error.
+        kwargs: `HUB_ARGUMENTS`; all others are ignored.
+    """
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, kwargs.get("subfolder") or "", filename)
+        return path if os.path.isfile(path) else None
+    try:
+        return cached_file(
+            name_or_path,
+            filename,
+            **{key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None},
+            _raise_exceptions_for_gated_repo=is_needed,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=is_needed,
+        )
+    except (OSError, ValueError):
+        if is_needed:
+            raise
+        return None  # transformers reports it when it looks itself
+
+
+def download_repository(repo_id: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> Path:
+    """A Hub repository's files on this machine; a folder is returned as it is."""
+    if os.path.isdir(repo_id):
+        return Path(repo_id)
+    known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
+    options = {key: hub_kwargs[key] for key in known if hub_kwargs.get(key) is not None}
+    return Path(snapshot_download(os.fspath(repo_id), ignore_patterns=OTHER_FORMATS, **options))
+
+
+# ------------------------------------------------------------------------------------------------------------ tensors
+
+
+def weight_paths(
+    folder: Path,
+    variant: str | None = None,
+    find: Callable[[str], Path | None] | None = None,
+    name: str | None = None,
+) -> list[Path]:
+    """The files of a folder's weights, one or all shards.
+
+    Args:
+        variant: `"v1"` for `pytorch_model.v1.bin`, as of `from_pretrained`.
+        find: finds, or fetches, a file by its name; the folder's own unless given.
+        name: of the checkpoint, for errors.
+
+    Raises:
+        ValueError: for an index that is none, or leads outside.
+        FileNotFoundError: if there are no weights, several that are alternatives, or a shard is missing.
+    """
+
+    def beside(file: str) -> Path | None:
+        return folder / file if (folder / file).is_file() else None
+
+    find, name = find or beside, name or os.fspath(folder)
+    for usual in WEIGHT_NAMES:
+        found = find(variant_name(usual, variant))
+        if found is None:
+            continue
+        if not usual.endswith(".json"):
+            return [found]
+        weight_map = read_json(found, "The index of weights").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise OriginalCheckpointError(f"{found} is no index of weights: it has no weight_map.")
+        shards = {}
+        for shard in dict.fromkeys(weight_map.values()):
+            check_inside(found.parent, shard, found, is_there=False)
+            shards[shard] = find(shard)
+            if shards[shard] is None:
+                raise FileNotFoundError(f"{name} lacks {shard}, one of the files that its index names.")
+            check_inside(shards[shard].parent, shard, found)
+        return list(shards.values())
+    files = [file for file in original_files(folder) if file.name not in VAE_NAMES and variant is None]
+    if len(files) == 1:
+        return files
+    wanted = " or ".join(variant_name(usual, variant) for usual in WEIGHT_NAMES[::2])
+    names = ", ".join(file.name for file in files) or "none"
+    raise FileNotFoundError(
+        f"{name} has {len(files)} files of weights instead of one ({names}): it takes {wanted}, or shards with their "
+        "index."
+    )
+
+
+def variant_name(name: str, variant: str | None) -> str:
+    """`pytorch_model.bin` of the variant `v1` is `pytorch_model.v1.bin`."""
+    stem, dot, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}{dot}{suffix}"
+
+
+def tensors_of(files: list[Path]) -> dict[str, torch.Tensor]:
+    """All tensors of these files, mapped: none is read before it is used.
+
+    Raises:
+        ValueError: for damaged files, ones that hold more than tensors, or a name that is in two of them.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        own = mapped_tensors(file) if file.suffix == ".safetensors" else load_state_dict(file)
+        twice = next((name for name in own if name in tensors), None)
+        if twice is not None:
+            raise OriginalCheckpointError(f"{file.parent} has {twice} twice; the second time in {file.name}.")
+        tensors |= own
+    return tensors

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from ..families import key_maps
+from ..families.family import CHAT, CPM_BEE, PAINT
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
@@ -27,7 +27,6 @@ from .weight_transforms import KeyMatcher, shape_after
 
 logger = logging.get_logger(__name__)
 
-CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
 ORIGINAL_SUFFIXES = (".pt", ".bin", ".pth")
 ORIGINAL_WEIGHTS_NAME = "pytorch_model.bin"
 # The Hub's name first, then the GitHub repository's.
@@ -36,7 +35,6 @@ VISION_CONFIG_NAME = "vision.json"
 VOCAB_NAME = "vocab.txt"
 # Paint's VAE as a file beside the weights: one of its parts, no alternative to them.
 VAE_NAMES = ("vae.bin", "vae.pt")
-ORIGINAL_MODEL_TYPES = ("viscpmchatbee", "cpmbee", "viscpmbee")
 
 # Names that only the original's language model configuration has, in the GitHub and in the Hub spelling.
 LLM_SIZE_KEYS = ("dim_model", "dim_ff", "dim_head", "position_bias_num_buckets")
@@ -63,9 +61,10 @@ VISION_SPELLINGS = {
     "num_query_tokens": ("query_num",),
 }
 VISION_HEAD_DIM = 64
-
-# Weights of a language model's block; of a pruned one any may be missing, the first layer's too.
-LLM_BLOCK = re.compile(r"(llm\.)?encoder\.layers\.\d+\.(self_att\.self_attention|ffn\.ffn)\.")
+# Of CPM-Bee alone or within VisCPM, as its authors or the Hub's own class saved it. Of a pruned one any block may be
+# missing, the first layer's too.
+LLM_PREFIX = re.compile(r"(llm\.|cpmbee\.)?")
+LLM_LAYER = re.compile(LLM_PREFIX.pattern + r"encoder\.layers\.\d+\.(self_att\.self_attention|ffn\.ffn)\.")
 
 # What a weight may be stored in; anything else is a quantised checkpoint, or none.
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -152,7 +151,7 @@ def checkpoint_kind(names: Mapping[str, Any]) -> str | None:
         return PAINT
     if any(name.startswith(("vpm.", "mapping.")) for name in names):
         return CHAT
-    if any(LLM_BLOCK.match(name) for name in names):
+    if any(LLM_LAYER.match(name) for name in names):
         return CPM_BEE
     return None
 
@@ -162,6 +161,8 @@ def key_map_of(kind: str, names: Mapping[str, Any]) -> key_maps.KeyMap:
         return key_maps.CHAT
     if kind == PAINT:
         return key_maps.PAINT_TEXT_ENCODER
+    if any(name.startswith("cpmbee.") for name in names):
+        return key_maps.CPM_BEE_SAVED
     return key_maps.CPM_BEE_WITHIN if any(name.startswith("llm.") for name in names) else key_maps.CPM_BEE
 
 
@@ -184,7 +185,7 @@ def check_state_dict(
                 unexpected.append(name)
             continue
         target, entry = match
-        if target not in expected:
+        if target not in expected or target in found:
             unexpected.append(name)
             continue
         found.add(target)
@@ -268,7 +269,7 @@ def text_config(original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | 
     """CPM-Bee's configuration from an original one; what it lacks comes from the tensors, then from the 10B model."""
     sizes = _pick(original, LLM_SPELLINGS)
     if shapes is not None:
-        shapes = {name.removeprefix("llm."): shape for name, shape in shapes.items()}
+        shapes = {LLM_PREFIX.sub("", name, count=1): shape for name, shape in shapes.items()}
         sizes = _text_sizes(shapes, sizes) | sizes
     return _configured(CpmBeeConfig, **sizes)
 
@@ -352,74 +353,3 @@ def _vision_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     if layers is not None:
         sizes["num_hidden_layers"] = layers
     return sizes
-
-
-# -------------------------------------------------------------------------------------------------- original folders
-
-
-def is_original_config(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is one of the original's: its model types, or none beside CPM-Bee's own keys."""
-    model_type = config.get("model_type")
-    if model_type is None:
-        return sum(key in config for key in LLM_SIZE_KEYS) >= 2
-    return model_type in ORIGINAL_MODEL_TYPES
-
-
-def find_original_config(
-    name_or_path: Any, /, *, as_text_encoder: bool = False, **hub_kwargs
-) -> VisCPMChatConfig | CpmBeeConfig | None:
-    """The configuration of a folder or Hub id in the original's layout; None for anything else.
-
-    With `as_text_encoder` it is that of VisCPM-Paint's text encoder, not of the language model within.
-
-    Sizes come from `config.json`, then from the tensors if the weights are at hand (their names are looked at, not
-    their values), then from the 10B model.
-    """
-    if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
-        return None
-    # A Hub id is asked for the one file that its loading begins with anyway.
-    names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
-    candidates = (find_repository_file(name_or_path, name, **hub_kwargs) for name in names)
-    found = next((path for path in candidates if path is not None), None)
-    if found is None:
-        return None
-    try:
-        original = read_json(found, "The configuration")
-    except OriginalCheckpointError:
-        return None  # transformers has its own words for it
-    if not is_original_config(original):
-        return None
-    folder = Path(found).parent
-    vision_file = folder / VISION_CONFIG_NAME
-    vision = read_json(vision_file, "The vision configuration") if vision_file.is_file() else None
-    weights = folder / ORIGINAL_WEIGHTS_NAME
-    state_dict = load_state_dict(weights) if weights.is_file() else None
-    shapes = None if state_dict is None else {name: tensor.shape for name, tensor in state_dict.items()}
-    kind = checkpoint_kind(shapes) if shapes is not None else None
-    if kind is None:
-        is_chat = original.get("model_type") == "viscpmchatbee" or "query_num" in original or "vision_dim" in original
-        kind = CHAT if is_chat else CPM_BEE
-    if as_text_encoder:
-        config = text_encoder_config(original, shapes)
-    else:
-        config = chat_config(original, vision, shapes) if kind == CHAT else text_config(original, shapes)
-    config.name_or_path = str(name_or_path)
-    return config
-
-
-def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, **hub_kwargs) -> str | None:
-    if os.path.isdir(name_or_path):
-        path = os.path.join(name_or_path, hub_kwargs.get("subfolder") or "", filename)
-        return path if os.path.isfile(path) else None
-    known = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
-    try:
-        return cached_file(
-            name_or_path,
-            filename,
-            **{key: hub_kwargs[key] for key in known if hub_kwargs.get(key) is not None},
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):
-        return None  # transformers reports it when it looks itself

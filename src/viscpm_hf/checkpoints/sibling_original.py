@@ -8,102 +8,22 @@ and its vision tower in folders of their own, or the `adapter` of the release, w
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..families.sibling_key_maps import KEY_MAPS
-from ..modeling.configuration_vision_resampler import (
-    MiniCPMVConfig,
-    OmniLMMConfig,
-    VisionResamplerConfig,
-    VisualCLAConfig,
-)
+from ..families.family import FAMILIES
+from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from .errors import OriginalCheckpointError
-from .original import (
-    WEIGHT_DTYPES,
-    CheckpointProblems,
-    _num_layers,
-    find_repository_file,
-    load_state_dict,
-    read_json,
-)
-from .tensor_files import SafetensorsFolder, check_inside, weight_files
+from .location import MERGED, TEXT_FOLDER, VISION_FOLDER, Original, download_repository, tensors_of, weight_paths
+from .original import WEIGHT_DTYPES, CheckpointProblems, _num_layers
 from .weight_transforms import KeyMatcher, apply_operation, shape_after
 
 
-WHOLE, MERGED, ADAPTER = "whole", "merged", "adapter"
-CONFIG_CLASSES: dict[str, type[VisionResamplerConfig]] = {
-    config_class.model_type: config_class for config_class in (OmniLMMConfig, MiniCPMVConfig, VisualCLAConfig)
-}
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-TEXT_FOLDER, VISION_FOLDER = "text_encoder", "vision_encoder"
 # Names of the whole model begin with these; those of its parts' own files don't.
 TEXT_PREFIX, VISION_PREFIX = "text_model.", "vision_model."
-# Copies of weights for other libraries, which some repositories have beside ours.
-OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf"]
-# Placeholders, and how far from the vocabulary's end they are if no file of the tokenizer tells.
-PLACEHOLDERS = {"omnilmm": ("<im_patch>", 9), "visualcla": ("<img_token>", 1)}
-
-
-@dataclass(frozen=True)
-class OriginalSibling:
-    """An original checkpoint of one of the siblings on this machine."""
-
-    folder: Path
-    model_type: str
-    layout: str
-    """`"whole"`, `"merged"` or `"adapter"`."""
-    original_config: dict[str, Any]
-
-
-def find_original_sibling(name_or_path: Any, /, *, with_weights: bool = False, **hub_kwargs) -> OriginalSibling | None:
-    """The original checkpoint in a folder or Hub repository; None for anything else.
-
-    Args:
-        with_weights: whether all of a Hub repository is to be there. Otherwise it is asked for `config.json` alone.
-
-    Raises:
-        OSError: if a repository can't be had.
-    """
-    if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
-        return None
-    config_file = find_repository_file(name_or_path, "config.json", **hub_kwargs)
-    if config_file is None:
-        return None
-    try:
-        original = read_json(config_file, "The configuration")
-    except OriginalCheckpointError:
-        return None  # transformers has its own words for it
-    model_type = original.get("model_type")
-    if model_type not in CONFIG_CLASSES or "resampler_config" in original:
-        return None
-    folder = Path(config_file).parent
-    if with_weights and not os.path.isdir(name_or_path):
-        folder = download_repository(name_or_path, hub_kwargs)
-    layout = WHOLE
-    if model_type == VisualCLAConfig.model_type:
-        if (folder / ADAPTER_CONFIG_NAME).is_file():
-            layout = ADAPTER
-        elif any((folder / name).is_dir() for name in (TEXT_FOLDER, VISION_FOLDER)):
-            layout = MERGED
-    return OriginalSibling(folder, model_type, layout, original)
-
-
-def download_repository(repo_id: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> Path:
-    """A Hub repository's files on this machine; a folder is returned as it is."""
-    if os.path.isdir(repo_id):
-        return Path(repo_id)
-    from huggingface_hub import snapshot_download
-
-    known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
-    options = {key: hub_kwargs[key] for key in known if hub_kwargs.get(key) is not None}
-    return Path(snapshot_download(os.fspath(repo_id), ignore_patterns=OTHER_FORMATS, **options))
 
 
 # ------------------------------------------------------------------------------------------------------------ tensors
@@ -116,38 +36,7 @@ def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
         ValueError: for damaged files, or ones that hold more than tensors.
         OSError: if there are none.
     """
-    paths = weight_paths(folder)
-    if paths[0].suffix == ".safetensors":
-        return SafetensorsFolder(folder, "model").state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    for path in paths:
-        tensors |= load_state_dict(path)
-    return tensors
-
-
-def weight_paths(folder: Path) -> list[Path]:
-    """The files of a folder's weights, one or all shards; raises as [`folder_tensors`]."""
-    if any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json")):
-        return [folder / name for name in weight_files(folder, "model")]
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        weight_map = read_json(index, "The index of weights").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise OriginalCheckpointError(f"{index} is no index of weights: it has no weight_map.")
-        names = list(dict.fromkeys(weight_map.values()))
-        for name in names:
-            check_inside(folder, name, index)
-    else:
-        names = [file.name for file in sorted(folder.glob("pytorch_model*.bin"))]
-        if len(names) != 1:
-            raise FileNotFoundError(
-                f"{folder} has {len(names)} files of weights instead of one ({', '.join(names) or 'none'}): it takes "
-                "model.safetensors or pytorch_model.bin, or shards with their index."
-            )
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, one of the {len(names)} files that its index names.")
-    return [folder / name for name in names]
+    return tensors_of(weight_paths(folder))
 
 
 def text_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -163,23 +52,20 @@ def vision_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {2 * VISION_PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
-def original_tensors(sibling: OriginalSibling) -> dict[str, torch.Tensor]:
+def original_tensors(original: Original) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint that is whole or merged, by their original names, mapped."""
-    if sibling.layout != MERGED:
-        return folder_tensors(sibling.folder)
+    if original.layout != MERGED:
+        return original.tensors
+    folder = download_repository(original.name, original.hub)
     for name in (TEXT_FOLDER, VISION_FOLDER):
-        if not (sibling.folder / name).is_dir():
-            raise FileNotFoundError(f"{sibling.folder} lacks {name}/, one of the parts of a merged VisualCLA.")
-    return {
-        **text_tensors(sibling.folder / TEXT_FOLDER),
-        **vision_tensors(sibling.folder / VISION_FOLDER),
-        **folder_tensors(sibling.folder),
-    }
+        if not (folder / name).is_dir():
+            raise FileNotFoundError(f"{folder} lacks {name}/, one of the parts of a merged VisualCLA.")
+    return {**text_tensors(folder / TEXT_FOLDER), **vision_tensors(folder / VISION_FOLDER), **original.tensors}
 
 
 def converted_tensors(model_type: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Original tensors -> ours; nearly all are views of them. Names that the map doesn't have are kept."""
-    matcher = KeyMatcher(KEY_MAPS[model_type])
+    matcher = KeyMatcher(FAMILIES[model_type].key_maps[0])
     converted: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if matcher.dropped_reason(name) is not None:
@@ -194,11 +80,17 @@ def converted_tensors(model_type: str, tensors: Mapping[str, torch.Tensor]) -> d
     return converted
 
 
+def converted_shapes(model_type: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Shapes by original names -> by ours."""
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return {name: tensor.shape for name, tensor in converted_tensors(model_type, empty).items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- sizes
 
 
 def with_stored_sizes(
-    config: VisionResamplerConfig, shapes: Mapping[str, torch.Size], folder: Path
+    config: VisionResamplerConfig, shapes: Mapping[str, torch.Size], original: Original
 ) -> VisionResamplerConfig:
     """The configuration with what the tensors, by our names, and the tokenizer's files know better.
 
@@ -210,9 +102,10 @@ def with_stored_sizes(
         config.text_config.vocab_size = embedding[0]
     for name, size in _vision_sizes(shapes).items():
         setattr(config.vision_config, name, size)
-    if config.model_type in PLACEHOLDERS:
-        token, distance = PLACEHOLDERS[config.model_type]
-        known = added_token_id(folder, token)
+    placeholder = FAMILIES[config.model_type].placeholder
+    if placeholder is not None:
+        token, distance = placeholder
+        known = added_token_id(original, token)
         config.image_token_id = config.text_config.vocab_size - distance if known is None else known
     return config
 
@@ -246,38 +139,20 @@ _POSITIONS = (
 )
 
 
-def added_token_id(folder: Path, token: str) -> int | None:
+def added_token_id(original: Original, token: str) -> int | None:
     """The id of a token that was added to a vocabulary, from whichever file of the tokenizer has it."""
-    added = folder / "added_tokens.json"
-    if added.is_file() and token in (ids := read_json(added, "The list of added tokens")):
+    if token in (ids := original.json("added_tokens.json")):
         return ids[token]
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        decoder = read_json(config, "The tokenizer's configuration").get("added_tokens_decoder") or {}
-        for index, entry in decoder.items():
-            if entry.get("content") == token:
-                return int(index)
-    whole = folder / "tokenizer.json"
-    if whole.is_file():
-        for entry in read_json(whole, "The tokenizer").get("added_tokens") or ():
-            if entry.get("content") == token:
-                return entry.get("id")
+    for index, entry in (original.json("tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+        if entry.get("content") == token:
+            return int(index)
+    for entry in original.json("tokenizer.json").get("added_tokens") or ():
+        if entry.get("content") == token:
+            return entry.get("id")
     return None
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
-
-
-def completed_config(config: VisionResamplerConfig, sibling: OriginalSibling) -> VisionResamplerConfig:
-    """The configuration of an original folder, corrected by its tensors if they are here."""
-    if sibling.layout == ADAPTER:
-        return config
-    try:
-        tensors = original_tensors(sibling)
-    except FileNotFoundError:  # of a repository that isn't downloaded
-        return config
-    shapes = {name: tensor.shape for name, tensor in converted_tensors(sibling.model_type, tensors).items()}
-    return with_stored_sizes(config, shapes, sibling.folder)
 
 
 def problems_of(

@@ -494,11 +494,14 @@ def weight_files(folder: Path, name: str) -> list[str]:
     return files
 
 
-def check_inside(folder: Path, file: str, index_file: Path) -> None:
-    """Raises [`ConversionError`] if a file name of an index leads out of the folder."""
+def check_inside(folder: Path, file: str, index_file: Path, is_there: bool = True) -> None:
+    """Raises [`ConversionError`] if a file name of an index, or the file itself if it is there, leads out of the
+    folder."""
     is_plain = isinstance(file, str) and file == os.path.basename(file) and file not in ("", ".", "..")
     if not is_plain or "\\" in file:
         raise ConversionError(f"{index_file} was refused: it names {file!r}, which isn't a file beside it.")
+    if not is_there:
+        return
     target = (folder / file).resolve()
     if target.parent not in (folder.resolve(), *_cache_blobs(folder)):
         raise ConversionError(f"{folder / file} was refused: it is a link to {target}, outside its folder.")

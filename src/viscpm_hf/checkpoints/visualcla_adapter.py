@@ -17,8 +17,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .errors import OriginalCheckpointError
+from .location import ADAPTER_CONFIG_NAME
 from .original import load_state_dict, read_json
-from .sibling_original import ADAPTER_CONFIG_NAME, TEXT_PREFIX, text_tensors, vision_tensors
+from .sibling_original import TEXT_PREFIX, text_tensors, vision_tensors
 from .tensor_files import mapped_tensors
 
 

@@ -20,6 +20,7 @@ from ..checkpoints.location import (
     ORIGINAL_FOLDER,
     PAINT_MODEL_TYPE,
     Location,
+    find_original,
     llm_config_file,
     locate,
     original_files,
@@ -240,12 +241,11 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
 
 def _inspect_without_weights(location: Location) -> Inspection:
     """A folder, or a Hub repository, of which only the configuration is at hand."""
-    from ..checkpoints.original import find_original_config
+    from ..loading.from_pretrained import original_config as config_of
 
-    config = find_original_config(location.path)
-    kind = None
-    if config is not None:
-        kind = CHAT if config.model_type == "viscpm_chat" else None
+    original = find_original(location.path)
+    config = None if original is None else config_of(original)
+    kind = CHAT if original is not None and original.kind == CHAT else None
     return Inspection(
         source=location.name,
         kind=kind,

@@ -17,7 +17,8 @@ from ..checkpoints.location import (
     Location,
     file_beside,
     llm_config_file,
-    original_weights,
+    original_weight_files,
+    tensors_of,
     vision_config_file,
     vocab_file,
 )
@@ -27,7 +28,6 @@ from ..checkpoints.original import (
     chat_config,
     checkpoint_kind,
     key_map_of,
-    load_state_dict,
     read_json,
     text_config,
 )
@@ -88,7 +88,8 @@ class Checkpoint:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors as `from_pretrained` takes them."""
-        return dict(self.tensors)
+        matcher = KeyMatcher(self.parts[0].key_map)
+        return {name: tensor for name, tensor in self.tensors.items() if matcher.dropped_reason(name) is None}
 
     def generation_config(self) -> GenerationConfig | None:
         """The checkpoint's own, if it has one."""
@@ -180,8 +181,8 @@ def open_original(
 
         return open_sibling(location)
     vae_file = Path(vae) if vae is not None else None
-    weights = original_weights(location, except_for=vae_file)
-    tensors = load_state_dict(weights)
+    files = original_weight_files(location, except_for=vae_file)
+    weights, tensors = files[0], tensors_of(files)
     kind = checkpoint_kind(tensors)
     if kind is None:
         raise OriginalCheckpointError(
@@ -217,7 +218,7 @@ def open_original(
     check_original_weights(tensors, model_class, config, weights)
     check_vocabulary(words, config)
     part = Part("", TRANSFORMERS_WEIGHTS, key_map_of(kind, tensors))
-    return Checkpoint(location, kind, tensors, [part], [weights], config, words, original_configs)
+    return Checkpoint(location, kind, tensors, [part], files, config, words, original_configs)
 
 
 def check_vocabulary(vocab: Path, config: PreTrainedConfig) -> None:

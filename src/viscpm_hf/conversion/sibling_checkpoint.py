@@ -7,26 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig
 
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import Location
-from ..checkpoints.sibling_original import (
+from ..checkpoints.location import (
     ADAPTER,
-    CONFIG_CLASSES,
     MERGED,
     TEXT_FOLDER,
     VISION_FOLDER,
-    OriginalSibling,
-    check_tensors,
-    converted_tensors,
-    find_original_sibling,
-    original_tensors,
+    Location,
+    Original,
+    find_original,
     weight_paths,
-    with_stored_sizes,
 )
+from ..checkpoints.sibling_original import check_tensors, converted_tensors, original_tensors, with_stored_sizes
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
-from ..families.sibling_key_maps import KEY_MAPS
+from ..families.family import FAMILIES
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from .planning import TRANSFORMERS_WEIGHTS, Checkpoint, Part
 
@@ -68,7 +64,7 @@ def open_sibling(location: Location) -> SiblingCheckpoint:
         OriginalCheckpointError: if it isn't, or is an adapter alone.
         FileNotFoundError: if a file is missing.
     """
-    sibling = find_original_sibling(location.path)
+    sibling = find_original(location.path)
     if sibling.layout == ADAPTER:
         raise OriginalCheckpointError(
             f"{location.name} is VisualCLA's adapter alone, which holds changes to two base models; merge it with "
@@ -91,7 +87,7 @@ def merge_command(adapter: str) -> str:
 
 def checkpoint_of(
     location: Location,
-    sibling: OriginalSibling,
+    sibling: Original,
     tensors: Mapping[str, torch.Tensor],
     weight_files: list[Path],
     made_by: list[str] | None = None,
@@ -103,9 +99,9 @@ def checkpoint_of(
     Raises:
         OriginalCheckpointError: if tensors are missing, unknown, or of another shape.
     """
-    kind = sibling.model_type
-    config = CONFIG_CLASSES[kind].from_dict(dict(sibling.original_config))
-    part = Part("", TRANSFORMERS_WEIGHTS, KEY_MAPS[kind])
+    kind = sibling.kind
+    config = sibling.family.config_class.from_dict(dict(sibling.config))
+    part = Part("", TRANSFORMERS_WEIGHTS, sibling.family.key_maps[0])
     checkpoint = checkpoint_class(
         location,
         kind,
@@ -114,14 +110,14 @@ def checkpoint_of(
         weight_files,
         config,
         None,
-        {"config.json": sibling.original_config},
+        {"config.json": dict(sibling.config)},
         made_by=made_by or [],
         **own,
     )
     tensors = empty_tensors(kind, checkpoint.specs())
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    checkpoint.config = with_stored_sizes(config, shapes, location.path)
-    check_tensors(tensors, model_class_of(kind), checkpoint.config, location.path)
+    checkpoint.config = with_stored_sizes(config, shapes, sibling)
+    check_tensors(tensors, sibling.family.model_class, checkpoint.config, location.path)
     return checkpoint
 
 
@@ -131,16 +127,10 @@ def empty_tensors(kind: str, specs: Mapping[str, TensorSpec]) -> dict[str, torch
     return converted_tensors(kind, empty)
 
 
-def model_class_of(kind: str) -> type[PreTrainedModel]:
-    from ..loading.sibling_models import MODEL_CLASSES
-
-    return MODEL_CLASSES[kind]
-
-
 def open_converted_sibling(location: Location) -> SiblingCheckpoint:
     """Maps a converted folder."""
     config: VisionResamplerConfig = AutoConfig.from_pretrained(location.path)
     weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
-    part = Part("", TRANSFORMERS_WEIGHTS, KEY_MAPS[location.kind])
+    part = Part("", TRANSFORMERS_WEIGHTS, FAMILIES[location.kind].key_maps[0])
     files = [location.path / file for file in weights.files]
     return SiblingCheckpoint(location, location.kind, weights.state_dict(), [part], files, config, None)

@@ -5,25 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
-from ..checkpoints.location import Location
-from ..checkpoints.sibling_original import (
+from ..checkpoints.location import (
     ADAPTER,
-    CONFIG_CLASSES,
     MERGED,
     TEXT_FOLDER,
     VISION_FOLDER,
-    OriginalSibling,
-    find_original_sibling,
-    original_tensors,
-    problems_of,
+    Location,
+    Original,
+    find_original,
     weight_paths,
-    with_stored_sizes,
 )
+from ..checkpoints.sibling_original import original_tensors, problems_of, with_stored_sizes
 from ..checkpoints.tensor_files import TensorSpec
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, read_adapter
 from .inspect import Inspection, convert_command, inspection
 from .planning import spec_of
-from .sibling_checkpoint import empty_tensors, merge_command, model_class_of
+from .sibling_checkpoint import empty_tensors, merge_command
 
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -45,7 +42,7 @@ BASES = (
 
 def inspect_sibling(location: Location) -> Inspection:
     """Inspects an original folder, or a Hub repository of which only the configuration is at hand."""
-    sibling = find_original_sibling(location.path)
+    sibling = find_original(location.path)
     missing = [] if _has_tokenizer(location.path) else [f"tokenizer ({' or '.join(TOKENIZERS)})"]
     if sibling.layout == ADAPTER:
         return _inspect_adapter(location, sibling, missing)
@@ -66,14 +63,14 @@ def inspect_sibling(location: Location) -> Inspection:
         problems.append(str(error))
     config, surplus = None, []
     try:
-        config = CONFIG_CLASSES[sibling.model_type].from_dict(dict(sibling.original_config))
+        config = sibling.family.config_class.from_dict(dict(sibling.config))
     except ValueError as error:
         problems.append(" ".join(str(error).split()))
     if config is not None and specs:
-        tensors = empty_tensors(sibling.model_type, specs)
+        tensors = empty_tensors(sibling.kind, specs)
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        config = with_stored_sizes(config, shapes, location.path)
-        found = problems_of(tensors, model_class_of(sibling.model_type), config)
+        config = with_stored_sizes(config, shapes, sibling)
+        found = problems_of(tensors, sibling.family.model_class, config)
         missing += found.missing
         surplus = list(found.unexpected)
         problems += [*found.misshaped, *found.mistyped]
@@ -91,10 +88,10 @@ def inspect_sibling(location: Location) -> Inspection:
     )
 
 
-def _inspect_adapter(location: Location, sibling: OriginalSibling, missing: list[str]) -> Inspection:
+def _inspect_adapter(location: Location, sibling: Original, missing: list[str]) -> Inspection:
     """The changes alone: what they are changes to is missing."""
     missing = [*BASES, *missing]
-    config = CONFIG_CLASSES[sibling.model_type].from_dict(dict(sibling.original_config))
+    config = sibling.family.config_class.from_dict(dict(sibling.config))
     files = {name: (location.path / name).stat().st_size for name in ADAPTER_FILES if (location.path / name).is_file()}
     specs: dict[str, TensorSpec] = {}
     problems = []
@@ -120,10 +117,10 @@ def _inspect_adapter(location: Location, sibling: OriginalSibling, missing: list
 
 
 def _inspection(
-    location: Location, sibling: OriginalSibling, files: dict[str, int], specs: dict[str, TensorSpec], config, **known
+    location: Location, sibling: Original, files: dict[str, int], specs: dict[str, TensorSpec], config, **known
 ) -> Inspection:
-    parts = [(_part(sibling.model_type, name), spec) for name, spec in specs.items()]
-    return inspection(location, sibling.model_type, files, parts, config, **known)
+    parts = [(_part(sibling.kind, name), spec) for name, spec in specs.items()]
+    return inspection(location, sibling.kind, files, parts, config, **known)
 
 
 def _part(model_type: str, name: str) -> str:

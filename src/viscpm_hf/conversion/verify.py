@@ -15,6 +15,7 @@ from ..checkpoints.errors import ConversionError
 from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
 from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
+from ..families.family import FAMILIES
 
 
 if TYPE_CHECKING:
@@ -167,13 +168,9 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
 
 def empty_model(config) -> torch.nn.Module:
     """A model of `config` whose weights take no memory."""
-    from ..loading.sibling_models import MODEL_CLASSES
-    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
-    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-
-    classes = {"viscpm_chat": VisCPMChatForConditionalGeneration, **MODEL_CLASSES}
+    family = next(family for family in FAMILIES.values() if family.config_class is type(config))
     with torch.device("meta"):
-        return classes.get(config.model_type, CpmBeeForCausalLM)(config)
+        return family.model_class(config)
 
 
 def check_transformers_folder(folder: Path) -> torch.nn.Module:

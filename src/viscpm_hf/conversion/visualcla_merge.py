@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import ORIGINAL_FOLDER, Location
-from ..checkpoints.sibling_original import (
+from ..checkpoints.location import (
     ADAPTER,
+    ORIGINAL_FOLDER,
+    Location,
     download_repository,
-    find_original_sibling,
-    text_tensors,
-    vision_tensors,
+    find_original,
     weight_paths,
 )
+from ..checkpoints.sibling_original import text_tensors, vision_tensors
 from ..checkpoints.tensor_files import TensorSpec
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, Adapter, check_adapter, check_bases, read_adapter
 from .convert import ConversionResult, parse_dtype, parse_size, run_plan
@@ -155,7 +155,7 @@ def open_release(
     """Maps bases and adapters, checks that they belong together; also returns their folders."""
     text, vision, *folders = (_folder(name) for name in (text_model, vision_model, *lora_models))
     adapters = [read_adapter(folder) for folder in folders]
-    sibling = find_original_sibling(folders[-1])
+    sibling = find_original(folders[-1])
     if sibling is None or sibling.layout != ADAPTER:
         raise OriginalCheckpointError(
             f"{folders[-1]} is no adapter of VisualCLA: its config.json is of another model."
@@ -168,7 +168,7 @@ def open_release(
         names[path] = f"lora_model/{path.name}" if number == 1 else f"lora_model_{number}/{path.name}"
     command = ["viscpm-hf", "merge", "visualcla", "--text-model", text.name, "--vision-model", vision.name]
     command += ["--lora-model", ",".join(folder.name for folder in folders)]
-    location = Location(lora_models[-1], folders[-1], ORIGINAL_FOLDER, sibling.model_type)
+    location = Location(lora_models[-1], folders[-1], ORIGINAL_FOLDER, sibling.kind)
     checkpoint = checkpoint_of(
         location, sibling, tensors, list(names), command, checkpoint_class=MergedCheckpoint, names=names
     )

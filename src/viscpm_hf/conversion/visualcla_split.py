@@ -15,14 +15,9 @@ from typing import Any
 import torch
 
 from ..checkpoints.errors import OriginalCheckpointError
+from ..checkpoints.location import ADAPTER, ADAPTER_CONFIG_NAME, find_original
 from ..checkpoints.original import read_json
-from ..checkpoints.sibling_original import (
-    ADAPTER,
-    ADAPTER_CONFIG_NAME,
-    TEXT_PREFIX,
-    VISION_PREFIX,
-    find_original_sibling,
-)
+from ..checkpoints.sibling_original import TEXT_PREFIX, VISION_PREFIX
 from ..checkpoints.tensor_files import ArchiveWriter, pieces
 from ..checkpoints.visualcla_adapter import NAME_PREFIX, Adapter, read_adapter
 from .export import write_json
@@ -58,10 +53,10 @@ def split_visualcla(lora_model: str | os.PathLike, output: str | os.PathLike) ->
     """
     folder = Path(lora_model).expanduser()
     adapter = read_adapter(folder)
-    sibling = find_original_sibling(folder)
+    sibling = find_original(folder)
     if sibling is None or sibling.layout != ADAPTER:
         raise OriginalCheckpointError(f"{folder} is no adapter of VisualCLA: its config.json is of another model.")
-    resampler = sibling.original_config.get(RESAMPLER_CONFIG)
+    resampler = sibling.config.get(RESAMPLER_CONFIG)
     missing = [part for part in OWN_PARTS if not _of_part(adapter.own, part)]
     if missing or resampler is None:
         raise OriginalCheckpointError(f"{folder} lacks {', '.join(missing) or RESAMPLER_CONFIG}: it is incomplete.")

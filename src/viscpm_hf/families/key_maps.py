@@ -132,6 +132,11 @@ CPM_BEE_WITHIN = KeyMap(
         for source in ("query", "vpm.", "mapping.", "unet.", "trans_block.")
     ),
 )
+# The Hub's own class saves it under a name of its own, and the embedding a second time as the head.
+CPM_BEE_SAVED = KeyMap(
+    _within(_LANGUAGE_MODEL, "cpmbee.", "model."),
+    dropped=(Dropped("lm_head.weight", "the embedding once more, as the tied head"),),
+)
 
 # VisCPM-Paint's file holds its text encoder and its UNet, in diffusers' own names. The VAE is another file.
 PAINT_TEXT_ENCODER = KeyMap(

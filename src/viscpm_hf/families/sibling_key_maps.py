@@ -139,6 +139,3 @@ VISUALCLA = KeyMap(
         Dropped("text_model.model.layers.{n}.self_attn.rotary_emb.inv_freq", _ROTATIONS),
     ),
 )
-
-# Model type -> its map.
-KEY_MAPS = {"omnilmm": OMNILMM, "minicpmv": MINICPMV, "visualcla": VISUALCLA}

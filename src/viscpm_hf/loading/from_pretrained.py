@@ -1,17 +1,18 @@
-"""The one table: configuration <-> model <-> tokenizer <-> processor <-> map of the original weights.
+"""One hook for each of our own classes: `from_pretrained` of an original's folder or repository.
 
-`register()` tells transformers' Auto classes of it. transformers has no plugins, so it runs when `viscpm_hf` is
-imported. Folders and Hub ids in the original's layout need more than a registration (their `config.json` may lack a
-model type, they have no image processor, their remote code no longer imports), so the classes below look for that
-layout first and otherwise do what they always did.
+`register()` runs when `viscpm_hf` is imported, since transformers has no plugins. It fills that library's registries
+and replaces none of its functions: other models load as if this package weren't there. What the registries can't say
+is said by our classes: `AutoModel` and its kin call `from_pretrained` of a class of ours, which looks whether the
+checkpoint is an original one ([`find_original`]) and otherwise does what it always did. The repositories' own names
+(`model_type` `viscpmchatbee`, a `VisCpmChatBeeTokenizer`) are registered too: a registered class goes before the
+repository's code, with and without `trust_remote_code`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,241 +23,477 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
 )
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import modeling_auto, tokenization_auto
 
+from ..checkpoints.errors import OriginalCheckpointError
+from ..checkpoints.location import (
+    ADAPTER,
+    HUB_ARGUMENTS,
+    MERGED,
+    Original,
+    download_repository,
+    find_original,
+    kind_of,
+)
 from ..checkpoints.original import (
-    CHAT,
-    CPM_BEE,
-    ORIGINAL_WEIGHTS_NAME,
-    PAINT,
-    OriginalCheckpointError,
+    VISION_CONFIG_NAME,
+    chat_config,
     check_state_dict,
     checkpoint_kind,
-    find_original_config,
-    find_repository_file,
     key_map_of,
-    load_state_dict,
-    read_json,
+    text_config,
+    text_encoder_config,
 )
-from ..checkpoints.processors import register_sibling_processors
-from ..checkpoints.weight_transforms import register_key_map
-from ..families import key_maps
-from ..modeling.configuration_beit3 import Beit3Config
+from ..checkpoints.processors import load_image_processor, load_processor, load_tokenizer, without_source
+from ..checkpoints.sibling_original import (
+    check_tensors,
+    converted_shapes,
+    converted_tensors,
+    original_tensors,
+    with_stored_sizes,
+)
+from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases
+from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_key_map
+from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
-from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
-from ..modeling.image_processing_viscpm import VisCPMImageProcessor
-from ..modeling.modeling_beit3 import Beit3Model
-from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM, CpmBeeModel
+from ..modeling.modeling_cpm_bee import CpmBeeModel
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
-from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
-from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
-from .model_loading import load_placed, needs_placement
-from .sibling_models import register_sibling_models
+from .placement import load_with_device_map
+from .quantization import load_quantized
 
 
-# Keyword arguments that say where files come from; the rest belongs to the object that is loaded.
-SOURCE_ARGUMENTS = (
-    "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder",
-    "trust_remote_code", "code_revision", "name_or_path", "gguf_file", "config", "backend", "use_fast",
-    "tokenizer_type", "user_agent", "_from_auto", "_from_pipeline", "_commit_hash",
-    "_raise_exceptions_for_gated_repo", "_raise_exceptions_for_missing_entries",
-    "_raise_exceptions_for_connection_errors",
+# Arguments of a model's `from_pretrained` that say where the files are: an original's are here by then.
+_SOURCE = (
+    *HUB_ARGUMENTS,
+    "trust_remote_code", "code_revision", "name_or_path", "use_safetensors", "variant", "adapter_kwargs",
+    "_from_auto", "_from_pipeline", "_commit_hash",
 )  # fmt: skip
 
-# A configuration, its models by Auto class, and the maps that load original files into them.
-MODELS: tuple[tuple[type, dict[type, type], tuple[key_maps.KeyMap, ...]], ...] = (
-    (
-        VisCPMChatConfig,
-        {
-            AutoModel: VisCPMChatModel,
-            AutoModelForImageTextToText: VisCPMChatForConditionalGeneration,
-            AutoModelForMultimodalLM: VisCPMChatForConditionalGeneration,
-            AutoModelForCausalLM: VisCPMChatForConditionalGeneration,
-        },
-        (key_maps.CHAT,),
-    ),
-    (
-        CpmBeeConfig,
-        {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
-        (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN),
-    ),
-    (Beit3Config, {AutoModel: Beit3Model}, ()),
-    (VisCPMPaintTextEncoderConfig, {AutoModel: VisCPMPaintTextEncoder}, (key_maps.PAINT_TEXT_ENCODER,)),
-)
+
+# -------------------------------------------------------------------------------------------------------- registration
 
 
 def register() -> None:
-    """Registers everything; a second call changes nothing."""
-    for config_class, models, maps in MODELS:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto_class, model_class in models.items():
-            auto_class.register(config_class, model_class, exist_ok=True)
-        if maps:
-            register_key_map(config_class.model_type, *maps)
-        for model_class in set(models.values()):
-            model_class._keys_to_ignore_on_load_unexpected = [
-                f"^{re.escape(entry.source)}" for key_map in maps for entry in key_map.dropped
-            ]
-    for config_class in (VisCPMChatConfig, CpmBeeConfig, VisCPMPaintTextEncoderConfig):
-        AutoTokenizer.register(config_class, tokenizer_class=CpmBeeTokenizer, exist_ok=True)
-    AutoImageProcessor.register(VisCPMChatConfig, image_processor_classes={"pil": VisCPMImageProcessor}, exist_ok=True)
-    AutoProcessor.register(VisCPMChatConfig, VisCPMChatProcessor, exist_ok=True)
+    """Registers every family; a second call changes nothing."""
+    for family in FAMILIES.values():
+        _register_models(family)
+        _register_processors(family)
+
+
+def _register_models(family: Family) -> None:
+    config_class = family.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     # A saved folder carries the code of its classes, so that it also loads where this package isn't installed.
-    for config_class, models, _ in MODELS:
-        config_class.register_for_auto_class()
-        for auto_class, model_class in reversed(models.items()):  # of several, the first one stays
+    config_class.register_for_auto_class()
+    for auto_class, model_class in reversed(family.models.items()):  # of several, the first one stays
+        auto_class.register(config_class, model_class, exist_ok=True)
+        if auto_class is not AutoModel or model_class is not family.models.get(AutoModelForImageTextToText):
             model_class.register_for_auto_class(auto_class)
-    for processor_class in (CpmBeeTokenizer, VisCPMImageProcessor, VisCPMChatProcessor):
-        processor_class.register_for_auto_class()
     # `transformers serve` and the test mixins look a model up by these tables of names.
-    for names in (
-        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    ):
-        names[VisCPMChatConfig.model_type] = VisCPMChatForConditionalGeneration.__name__
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[CpmBeeConfig.model_type] = CpmBeeForCausalLM.__name__
-
-    for config_class in (AutoConfig, VisCPMChatConfig, CpmBeeConfig):
-        _prefer_original(config_class, _original_config)
-    _prefer_original(AutoTokenizer, _original_tokenizer)
-    for processor_class in (AutoImageProcessor, VisCPMImageProcessor):
-        _prefer_original(processor_class, _original_image_processor)
-    for processor_class in (AutoProcessor, VisCPMChatProcessor):
-        _prefer_original(processor_class, _original_processor)
-    for model_class in (
-        VisCPMChatForConditionalGeneration,
-        VisCPMChatModel,
-        CpmBeeForCausalLM,
-        CpmBeeModel,
-        VisCPMPaintTextEncoder,
-    ):
-        _check_original(model_class)
-    register_sibling_models()
-    register_sibling_processors()
-
-
-# ------------------------------------------------------------------------------------------- the original's layout
-
-
-def _prefer_original(auto_class: type, load: Callable[..., Any]) -> None:
-    """Makes `auto_class.from_pretrained` use `load` for the original's layout."""
-    stock = auto_class.__dict__.get("from_pretrained", auto_class.from_pretrained)
-    stock = getattr(stock, "__func__", stock)
-    if hasattr(stock, "_viscpm_hf"):
+    if AutoModelForImageTextToText in family.models:
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
+    elif AutoModelForCausalLM in family.models:
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
+    if not family.key_maps:
         return
-
-    @functools.wraps(stock)
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        config = find_original_config(pretrained_model_name_or_path, **kwargs)
-        if config is None:
-            if cls is AutoTokenizer and kwargs.get("trust_remote_code"):
-                kwargs["trust_remote_code"] = not _has_our_tokenizer(pretrained_model_name_or_path, kwargs)
-            return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
-        return load(config, pretrained_model_name_or_path, **kwargs)
-
-    from_pretrained._viscpm_hf = True
-    auto_class.from_pretrained = classmethod(from_pretrained)
-
-
-def _has_our_tokenizer(path: Any, kwargs: dict[str, Any]) -> bool:
-    """Other Auto classes prefer a registered class to a folder's own code; AutoTokenizer has to be told."""
-    if not isinstance(path, (str, os.PathLike)):
-        return False
-    config_file = find_repository_file(path, "tokenizer_config.json", **kwargs)
-    if config_file is None:
-        return False
-    return read_json(config_file, "The configuration").get("tokenizer_class") == CpmBeeTokenizer.__name__
+    if family.is_sibling:
+        _hook(config_class, "from_dict", _sibling_config_from_dict)
+    else:
+        register_key_map(config_class.model_type, *family.key_maps)
+        for model_class in set(family.models.values()):
+            model_class._keys_to_ignore_on_load_unexpected = [
+                f"^{name_pattern(entry.source)}" for key_map in family.key_maps for entry in key_map.dropped
+            ]
+    for model_type in family.original_types:
+        if model_type not in _ORIGINAL_CONFIGS:
+            _ORIGINAL_CONFIGS[model_type] = _original_config_class(model_type)
+        AutoConfig.register(model_type, _ORIGINAL_CONFIGS[model_type], exist_ok=True)
+    _hook(config_class, "from_pretrained", _config_from_pretrained)
+    for model_class in set(family.models.values()):
+        _hook(model_class, "from_pretrained", _model_from_pretrained)
 
 
-def _without_source(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key not in SOURCE_ARGUMENTS}
-
-
-def _original_config(config, path, /, **kwargs):
-    return type(config).from_dict(config.to_dict(), name_or_path=str(path), **_without_source(kwargs))
-
-
-def _original_tokenizer(config, path, /, **kwargs) -> CpmBeeTokenizer:
-    vocab_file = find_repository_file(path, "vocab.txt", **kwargs)
-    if vocab_file is None:
-        raise OSError(f"{path} has no vocab.txt, the vocabulary of the original checkpoint.")
-    return CpmBeeTokenizer(vocab_file, name_or_path=str(path), **_without_source(kwargs))
-
-
-def _original_image_processor(config, path, /, **kwargs) -> VisCPMImageProcessor:
-    if not isinstance(config, VisCPMChatConfig):
-        raise OSError(f"{path} holds a language model alone; it needs no image processor.")
-    side = config.vision_config.image_size
-    options = {key: value for key, value in _without_source(kwargs).items() if key != "return_unused_kwargs"}
-    return VisCPMImageProcessor(**{"size": {"height": side, "width": side}, **options})
-
-
-def _original_processor(config, path, /, **kwargs) -> VisCPMChatProcessor | CpmBeeTokenizer:
-    tokenizer = _original_tokenizer(config, path, **kwargs)
-    if not isinstance(config, VisCPMChatConfig):
-        return tokenizer
-    return VisCPMChatProcessor(
-        _original_image_processor(config, path, **kwargs), tokenizer, num_query_tokens=config.num_query_tokens
-    )
-
-
-def _check_original(model_class: type) -> None:
-    """Makes `model_class.from_pretrained` compare an original file with the model before anything is loaded.
-
-    transformers only warns of missing weights, and fills them with noise. What concerns `device_map` and quantisation
-    is checked likewise.
-    """
-    stock = model_class.from_pretrained.__func__
-    if hasattr(stock, "_viscpm_hf"):
+def _register_processors(family: Family) -> None:
+    config_class, tokenizer_class = family.config_class, family.tokenizer_class
+    if family.image_processor_class is not None:
+        AutoImageProcessor.register(
+            config_class, image_processor_classes={"pil": family.image_processor_class}, exist_ok=True
+        )
+        _hook(family.image_processor_class, "from_pretrained", _image_processor_from_pretrained)
+    if family.image_processor_name is not None:
+        renamed = _renamed(family.image_processor_class, family.image_processor_name)
+        AutoImageProcessor.register(_Named, image_processor_classes={"pil": renamed}, exist_ok=True)
+    if family.processor_class is not None:
+        AutoProcessor.register(config_class, family.processor_class, exist_ok=True)
+        _hook(family.processor_class, "from_pretrained", _processor_from_pretrained)
+    if tokenizer_class is None:
         return
+    if tokenizer_class is not TokenizersBackend:
+        _hook(tokenizer_class, "from_pretrained", _tokenizer_from_pretrained)
+    # By name and never by configuration: AutoTokenizer prefers a folder's code to a class that it knows by the latter.
+    names = [_renamed(tokenizer_class, name) for name in family.tokenizer_names]
+    if tokenizer_class is TokenizersBackend:
+        names.append(_OmniLMMTokenizer)
+    for named in (tokenizer_class, *names):
+        AutoTokenizer.register(_Named, tokenizer_class=named, exist_ok=True)
+    if family.is_sibling:
+        # The originals name a class of the library's that reads their files otherwise than they were read in training.
+        tokenization_auto.TOKENIZER_MAPPING_NAMES[config_class.model_type] = (names or [tokenizer_class])[-1].__name__
+        tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
+    for own_class in (tokenizer_class, family.image_processor_class, family.processor_class):
+        if own_class not in (None, TokenizersBackend):
+            own_class.register_for_auto_class()
 
-    @functools.wraps(stock)
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        is_text_encoder = issubclass(cls, VisCPMPaintTextEncoder)
-        found = find_original_config(pretrained_model_name_or_path, as_text_encoder=is_text_encoder, **kwargs)
-        state_dict = kwargs.get("state_dict")
-        if found is not None:
-            if config is None:
-                config = found if isinstance(found, cls.config_class) else found.get_text_config()
-            weights = find_repository_file(pretrained_model_name_or_path, ORIGINAL_WEIGHTS_NAME, **kwargs)
-            if weights is not None:
-                state_dict = load_state_dict(weights)
-                check_original_weights(state_dict, cls, config, weights)
-        if args:
-            return stock(cls, pretrained_model_name_or_path, *args, config=config, **kwargs)
-        source = {key: kwargs[key] for key in SOURCE_ARGUMENTS if key in kwargs}
-        shape = config or cls.config_class.from_pretrained(pretrained_model_name_or_path, **source)
-        if not needs_placement(shape, kwargs):
-            return stock(cls, pretrained_model_name_or_path, config=config, **kwargs)
-        kwargs.pop("state_dict", None)
-        return load_placed(
-            stock,
-            cls,
-            pretrained_model_name_or_path,
-            config=config,
-            shape=shape,
-            state_dict=state_dict,
-            **kwargs,
+
+class _Named(PreTrainedConfig):
+    """Of no checkpoint: what is registered for it is found by its name alone."""
+
+    model_type = "viscpm_hf_named"
+
+
+def _renamed(own_class: type, name: str) -> type:
+    """A class that loads `own_class`, for repositories that know it by another name."""
+    load = classmethod(lambda cls, *args, **kwargs: own_class.from_pretrained(*args, **kwargs))
+    return type(name, (own_class,), {"from_pretrained": load, "__module__": __name__})
+
+
+class _OmniLMMTokenizer(TokenizersBackend):
+    """Loads the library's own class; the name is a place for a hook."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        return _tokenizer_from_pretrained(
+            TokenizersBackend.from_pretrained.__func__, TokenizersBackend, name_or_path, *args, **kwargs
         )
 
-    from_pretrained._viscpm_hf = True
-    model_class.from_pretrained = classmethod(from_pretrained)
+
+_ORIGINAL_CONFIGS: dict[str, type[PreTrainedConfig]] = {}
+
+
+def _original_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """What AutoConfig finds by the model type of an original; what it makes is a configuration of ours."""
+
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        name = kwargs.get("name_or_path", "")
+        original = find_original(name) if os.path.isdir(name) else None
+        if original is None:  # of the Hub: sizes that this file lacks are known when the model's weights are here
+            kind = kind_of(config_dict)
+            original = Original(name, Path(name), kind, config_dict, {"local_files_only": True})
+        return _with_arguments(original_config(original, shapes=original.shapes), kwargs)
+
+    members = {"model_type": model_type, "from_dict": classmethod(from_dict), "__module__": __name__}
+    return type(f"Original_{model_type}", (PreTrainedConfig,), members)
+
+
+def _hook(own_class: type, name: str, function: Callable[..., Any]) -> None:
+    """Makes a class method of one of our classes call `function(stock, cls, ...)`; once."""
+    stock = getattr(own_class, name).__func__
+    if hasattr(stock, "_viscpm_hf"):
+        return
+
+    @functools.wraps(stock)
+    def hooked(cls, *args, **kwargs):
+        return function(stock, cls, *args, **kwargs)
+
+    hooked._viscpm_hf = True
+    setattr(own_class, name, classmethod(hooked))
+
+
+# ----------------------------------------------------------------------------------------------------- configurations
+
+
+def original_config(
+    original: Original, config_class: type | None = None, shapes: Mapping[str, torch.Size] | None = None
+) -> PreTrainedConfig:
+    """An original's configuration by our names.
+
+    Args:
+        config_class: what a model needs, which may be a part of the checkpoint; the checkpoint's own if None.
+        shapes: of the tensors by their original names: sizes that the files lack come from them, and otherwise are
+            those of the released model.
+    """
+    if original.family.is_sibling:
+        config = original.family.config_class.from_dict(dict(original.config))
+        if original.layout == ADAPTER or shapes is None:
+            return config
+        return with_stored_sizes(config, converted_shapes(original.kind, shapes), original)
+    kind = (checkpoint_kind(shapes) if shapes else None) or original.kind
+    if config_class is None:
+        config_class = FAMILIES[kind].config_class
+    if config_class is VisCPMPaintTextEncoderConfig:
+        config = text_encoder_config(original.config, shapes)
+    elif config_class is CpmBeeConfig or kind != CHAT:
+        config = text_config(original.config, shapes)
+    else:
+        vision = {} if "vision_dim" in original.config else original.json(VISION_CONFIG_NAME)
+        config = chat_config(original.config, vision, shapes)
+    config.name_or_path, config.tokenizer_class = original.name, FAMILIES[CHAT].tokenizer_class.__name__
+    return config
+
+
+def shapes_of(original: Original) -> dict[str, torch.Size] | None:
+    """Shapes by original names, of a merged VisualCLA with its parts; None if the weights aren't on this machine."""
+    if original.layout == MERGED and os.path.isdir(original.name):
+        return {name: tensor.shape for name, tensor in original_tensors(original).items()}
+    return None if original.layout == ADAPTER else original.shapes
+
+
+def _with_arguments(config: PreTrainedConfig, kwargs: dict[str, Any]) -> Any:
+    """The configuration with a caller's arguments in place of its own values, as every `from_dict` takes them."""
+    stock = PreTrainedConfig.from_dict.__func__
+    return stock(type(config), config.to_dict(), **{"name_or_path": config.name_or_path, **kwargs})
+
+
+def _config_from_pretrained(stock: Callable[..., Any], cls: type, pretrained_model_name_or_path: Any, **kwargs) -> Any:
+    original = find_original(pretrained_model_name_or_path, **kwargs)
+    if original is None:
+        return stock(cls, pretrained_model_name_or_path, **kwargs)
+    returns_unused = {key: kwargs[key] for key in ("return_unused_kwargs",) if key in kwargs}
+    kwargs = {**without_source(kwargs), **returns_unused}
+    return _with_arguments(original_config(original, shapes=shapes_of(original)), kwargs)
+
+
+def _sibling_config_from_dict(stock: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs) -> Any:
+    """The sizes that an original `config.json` lacks come from the tensors, if they are here."""
+    result = stock(cls, config_dict, **kwargs)
+    name = kwargs.get("name_or_path", "")
+    original = find_original(name) if os.path.isdir(name) else None
+    shapes = None if original is None else shapes_of(original)
+    if shapes is None:
+        return result
+    config, *others = result if isinstance(result, tuple) else (result,)
+    config = with_stored_sizes(config, converted_shapes(original.kind, shapes), original)
+    return (config, *others) if others else config
+
+
+def own_config(name_or_path: str | os.PathLike, *kinds: str, **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of a checkpoint of one of these kinds, in an original's layout or in ours.
+
+    AutoConfig would ask whether to run the code of a folder that it doesn't know.
+
+    Args:
+        kwargs: `HUB_ARGUMENTS`.
+
+    Raises:
+        OriginalCheckpointError: if it is another model's.
+        OSError: if there is none.
+    """
+    content, _ = PreTrainedConfig.get_config_dict(name_or_path, **kwargs)
+    if not isinstance(content, dict):
+        raise OriginalCheckpointError(
+            f"The config.json of {name_or_path} holds a {type(content).__name__}, no object."
+        )
+    own_types = {family.config_class.model_type: kind for kind, family in FAMILIES.items()}
+    found = kind_of(content) or own_types.get(content.get("model_type"))
+    if found not in kinds:
+        what = content.get("model_type") if found is None else FAMILIES[found].config_class.__name__
+        needed = ", ".join(FAMILIES[kind].config_class.model_type for kind in kinds)
+        raise OriginalCheckpointError(
+            f"{name_or_path} holds a model of the type {what}, but one of the type {needed} is needed here."
+        )
+    return FAMILIES[found].config_class.from_pretrained(name_or_path, **kwargs)
+
+
+def _complete(config: PreTrainedConfig, said: PreTrainedConfig, stored: PreTrainedConfig) -> None:
+    """Gives a configuration the sizes that its file doesn't say and the tensors do, in place."""
+    for name, value in vars(stored).items():
+        if isinstance(value, PreTrainedConfig):
+            _complete(getattr(config, name), getattr(said, name), value)
+        elif not name.startswith("_") and getattr(config, name, None) == getattr(said, name, None) != value:
+            setattr(config, name, value)
+
+
+# ---------------------------------------------------------------------------------------- tokenizers and processors
+
+
+def _tokenizer_from_pretrained(
+    stock: Callable[..., Any], cls: type, pretrained_model_name_or_path: Any, *args, **kwargs
+) -> Any:
+    original = find_original(pretrained_model_name_or_path, **kwargs)
+    if original is None:
+        return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+    return load_tokenizer(original, **kwargs)
+
+
+def _image_processor_from_pretrained(
+    stock: Callable[..., Any], cls: type, pretrained_model_name_or_path: Any, *args, **kwargs
+) -> Any:
+    original = find_original(pretrained_model_name_or_path, **kwargs)
+    if original is None:
+        return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+    return load_image_processor(original, original_config(original, shapes=shapes_of(original)), **kwargs)
+
+
+def _processor_from_pretrained(
+    stock: Callable[..., Any], cls: type, pretrained_model_name_or_path: Any, *args, **kwargs
+) -> Any:
+    original = find_original(pretrained_model_name_or_path, **kwargs)
+    if original is None:
+        return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+    return load_processor(original, original_config(original, shapes=shapes_of(original)), **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _model_from_pretrained(
+    stock: Callable[..., Any],
+    cls: type[PreTrainedModel],
+    pretrained_model_name_or_path: Any,
+    *args: Any,
+    config: PreTrainedConfig | None = None,
+    text_model: str | os.PathLike | None = None,
+    vision_model: str | os.PathLike | None = None,
+    **kwargs: Any,
+) -> Any:
+    """An original's tensors are compared with the model before anything is loaded: transformers only warns of missing
+    ones, and fills them with noise. `device_map` and quantisation are ours in any case.
+
+    Args:
+        text_model, vision_model: the bases of VisualCLA's adapter.
+    """
+    path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
+    original = find_original(path, **kwargs) if state_dict is None else None
+    bases = {"text_model": text_model, "vision_model": vision_model}
+    if original is None:
+        if text_model is not None or vision_model is not None:
+            raise ValueError(f"text_model and vision_model belong to VisualCLA's adapter, which {path} isn't.")
+    else:
+        is_auto = "adapter_kwargs" in kwargs  # which nobody but an Auto class passes, and every one of them does
+        if is_auto and cls is original.family.base_class and cls is not original.family.model_class:
+            # The repository's own AutoModel is the model that answers.
+            return original.family.model_class.from_pretrained(original, *args, config=config, **kwargs)
+        read = _read_sibling if original.family.is_sibling else _read
+        config, state_dict = read(original, cls, config, is_auto, bases, kwargs)
+        path, kwargs = None, {key: value for key, value in kwargs.items() if key not in _SOURCE}
+    source = {key: kwargs[key] for key in _SOURCE if key in kwargs and key != "adapter_kwargs"}
+    shape = config or cls.config_class.from_pretrained(path, **source)
+    if needs_placement(shape, kwargs):
+        loaded = load_placed(stock, cls, path, config=config, shape=shape, state_dict=state_dict, **kwargs)
+    else:
+        if state_dict is not None:
+            kwargs["state_dict"] = state_dict
+        loaded = stock(cls, path, *args, config=config, **kwargs)
+    if original is not None:
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = model.name_or_path = original.name
+        generation = None if original.weights is not None else original.file("generation_config.json")
+        if generation is not None and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+    return loaded
+
+
+def _read(
+    original: Original,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig | None,
+    is_auto: bool,
+    bases: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """The configuration and the tensors, by their original names, that a model of VisCPM's needs; both are checked.
+
+    Args:
+        config: as the user, or an Auto class, gave it.
+        is_auto: whether an Auto class asks, which has read `config.json` alone.
+    """
+    shapes = {name: tensor.shape for name, tensor in original.tensors.items()}
+    stored = original_config(original, model_class.config_class, shapes)
+    if config is None:
+        config = stored
+    elif is_auto and type(config) is type(stored):
+        _complete(config, original_config(original, model_class.config_class), stored)
+    check_original_weights(original.tensors, model_class, config, original.weight_files[0])
+    return config, needed_tensors(original.tensors, model_class)
+
+
+def _read_sibling(
+    original: Original,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig | None,
+    is_auto: bool,
+    bases: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+    """As [`_read`], by our names; of VisualCLA's adapter together with its bases."""
+    if original.layout == ADAPTER:
+        check_bases(original.folder, **bases)
+        folders = [download_repository(path, kwargs) for path in bases.values()]
+        tensors = adapted_tensors(*folders, [download_repository(original.name, original.hub)])
+    elif any(base is not None for base in bases.values()):
+        raise ValueError(
+            f"text_model and vision_model belong to VisualCLA's adapter, but {original.name} is a whole model."
+        )
+    else:
+        tensors = original_tensors(original)
+    tensors = converted_tensors(original.kind, tensors)
+    said = original.family.config_class.from_dict(dict(original.config))
+    stored = with_stored_sizes(said, {name: tensor.shape for name, tensor in tensors.items()}, original)
+    if config is None:
+        config = stored
+    elif is_auto:
+        _complete(config, said, stored)
+    check_tensors(tensors, model_class, config, original.folder)
+    return config, tensors
+
+
+def needs_placement(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
+    """Whether [`load_placed`] has something to do."""
+    return kwargs.get("device_map") is not None or _is_quantized(config, kwargs)
+
+
+def load_placed(
+    stock: Callable[..., Any],
+    model_class: type[PreTrainedModel],
+    name_or_path: Any,
+    *,
+    config: PreTrainedConfig | None,
+    shape: PreTrainedConfig,
+    state_dict: Mapping[str, torch.Tensor] | None,
+    **kwargs,
+) -> Any:
+    """Loads with a `device_map`, a `quantization_config`, or both.
+
+    Args:
+        stock: transformers' own `from_pretrained`, with the class as its first argument.
+        config: as the user gave it; `shape` is what the model will be like in any case.
+        state_dict: of the mapped original file, if it is one.
+        kwargs: further arguments of `from_pretrained`.
+    """
+
+    def load(path, *, config, state_dict, **kwargs):
+        stock_load = functools.partial(stock, model_class, config=config)
+        if kwargs.get("device_map") is not None:
+            return load_with_device_map(stock_load, model_class, path, shape, state_dict, **kwargs)
+        return stock_load(path, state_dict=state_dict if path is None else None, **kwargs)
+
+    if _is_quantized(shape, kwargs):
+        return load_quantized(load, model_class, name_or_path, shape, state_dict=state_dict, **kwargs)
+    return load(name_or_path, config=config, state_dict=state_dict, **kwargs)
+
+
+def _is_quantized(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
+    return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
+
+
+# --------------------------------------------------------------------------------------------------- VisCPM's tensors
 
 
 def check_original_weights(
     state_dict: dict[str, torch.Tensor], model_class: type, config: Any, path: str | os.PathLike
 ) -> None:
     """Raises [`OriginalCheckpointError`] unless the state dict is what `model_class` of `config` needs."""
-    kind = checkpoint_kind(state_dict)
-    wants = CHAT if issubclass(model_class, (VisCPMChatForConditionalGeneration, VisCPMChatModel)) else CPM_BEE
-    if isinstance(config, VisCPMPaintTextEncoderConfig):
-        wants = PAINT
+    kind, wants = checkpoint_kind(state_dict), _wanted_kind(model_class)
     if wants == CPM_BEE and kind in (CHAT, PAINT):  # both files hold a language model
         kind = CPM_BEE
     if kind is None:
@@ -285,6 +522,7 @@ def check_original_weights(
     prefix = "model." if isinstance(model, (CpmBeeModel, VisCPMChatModel)) else ""
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     expected = {prefix + name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    _check_tied(state_dict, path)
     problems = check_state_dict(state_dict, key_map_of(kind, state_dict), expected)
     if problems:
         raise OriginalCheckpointError(
@@ -293,18 +531,34 @@ def check_original_weights(
         )
 
 
-def load_original_chat(
-    path: str | os.PathLike, config: VisCPMChatConfig, state_dict: dict[str, torch.Tensor], **kwargs
-) -> VisCPMChatForConditionalGeneration:
-    """Loads a mapped original Chat file (`load_state_dict`) into a model; `kwargs` go to `from_pretrained`."""
-    check_original_weights(state_dict, VisCPMChatForConditionalGeneration, config, Path(path))
-    return VisCPMChatForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+def _check_tied(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
+    """Raises [`OriginalCheckpointError`] if there is a head of its own, which CPM-Bee doesn't have."""
+    head, embedding = state_dict.get("lm_head.weight"), state_dict.get("cpmbee.input_embedding.weight")
+    if head is None or embedding is None or head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding):
+        return
+    raise OriginalCheckpointError(
+        f"{path} has lm_head.weight besides the embedding, and its values are others: CPM-Bee's head is the embedding."
+    )
+
+
+def needed_tensors(
+    state_dict: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel]
+) -> dict[str, torch.Tensor]:
+    """A checked state dict without what the model has no use for."""
+    matcher = KeyMatcher(key_map_of(_wanted_kind(model_class), state_dict))
+    return {name: tensor for name, tensor in state_dict.items() if matcher.dropped_reason(name) is None}
+
+
+def _wanted_kind(model_class: type[PreTrainedModel]) -> str:
+    if issubclass(model_class, (VisCPMChatForConditionalGeneration, VisCPMChatModel)):
+        return CHAT
+    return PAINT if issubclass(model_class, VisCPMPaintTextEncoder) else CPM_BEE
 
 
 def load_original_text_encoder(
     path: str | os.PathLike, config: VisCPMPaintTextEncoderConfig, state_dict: dict[str, torch.Tensor], **kwargs
 ) -> VisCPMPaintTextEncoder:
-    """As [`load_original_chat`], for the text encoder of an original Paint file."""
-    check_original_weights(state_dict, VisCPMPaintTextEncoder, config, Path(path))
-    own = {name: tensor for name, tensor in state_dict.items() if not name.startswith("unet.")}
+    """Loads the text encoder of a mapped original Paint file; `kwargs` go to `from_pretrained`."""
+    check_original_weights(state_dict, VisCPMPaintTextEncoder, config, path)
+    own = needed_tensors(state_dict, VisCPMPaintTextEncoder)
     return VisCPMPaintTextEncoder.from_pretrained(None, config=config, state_dict=own, **kwargs)

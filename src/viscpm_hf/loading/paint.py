@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
     PipelineQuantizationConfig,
+    SchedulerMixin,
     UNet2DConditionModel,
 )
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers.utils import logging
 
+from ..checkpoints.location import find_repository_file, kind_of, variant_name
 from ..checkpoints.original import (
     CHAT,
     CPM_BEE,
@@ -34,7 +37,6 @@ from ..checkpoints.original import (
     OriginalCheckpointError,
     check_state_dict,
     checkpoint_kind,
-    is_original_config,
     load_state_dict,
     read_json,
     text_encoder_config,
@@ -85,17 +87,32 @@ VAE_CONFIG = {
 
 # What is not ours to load from a Hub repository: the same weights once more in an older format.
 CONVERTED_IGNORED = ["*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx"]
-ORIGINAL_WANTED = [
-    "*.json", "*.txt", ORIGINAL_WEIGHTS_NAME, "unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*",
-]  # fmt: skip
+# Of the original's, the weights aside. Its UNet's lie there a second time, in `unet/`: 3.5 GB that are not needed.
+ORIGINAL_WANTED = ["*.json", "*.txt", "unet/*.json", "vae/*", "scheduler/*", "tokenizer/*"]
 HUB_ARGUMENTS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
 
 
 # ------------------------------------------------------------------------------------------------------------ finding
 
 
+def open_pipeline(stock: Callable[..., Any], pipeline_class: type, name_or_path: Any, **kwargs: Any) -> Any:
+    """`from_pretrained` of our pipelines: of the original's files, or of a folder that diffusers knows.
+
+    diffusers takes no other device maps for a whole pipeline than a device's name and `"balanced"`; of these the
+    original's files are put on a device.
+    """
+    folder = find_folder(name_or_path, kwargs)
+    if not is_original_folder(folder):
+        return stock(folder, **kwargs)
+    device = kwargs.pop("device_map", None)
+    if device == "balanced":
+        raise ValueError('device_map="balanced" needs a converted folder: convert the original first.')
+    pipeline = load_original(pipeline_class, folder, **{"scheduler": stored_scheduler(Path(folder)), **kwargs})
+    return pipeline if device is None else pipeline.to(device)
+
+
 def find_folder(name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> str:
-    """A local path as it is; the local copy of a Hub repository.
+    """A local path as it is; the local copy of a Hub repository, of which no more is downloaded than is loaded.
 
     diffusers itself refuses repositories whose components are of other libraries than its own and transformers.
     """
@@ -108,7 +125,22 @@ def find_folder(name_or_path: str | os.PathLike, kwargs: Mapping[str, Any]) -> s
     index = read_json(hf_hub_download(name, DiffusionPipeline.config_name, **hub), "The pipeline's index")
     if str((index.get("text_encoder") or [""])[0]).endswith("modeling_viscpm_paint"):
         return snapshot_download(name, ignore_patterns=CONVERTED_IGNORED, **hub)
-    return snapshot_download(name, allow_patterns=ORIGINAL_WANTED, **hub)
+    if find_repository_file(name, "text_encoder/config.json", **hub) is not None:  # in parts, without a whole file
+        return snapshot_download(name, allow_patterns=[*ORIGINAL_WANTED, "unet/*", "text_encoder/*"], **hub)
+    weights = variant_name(ORIGINAL_WEIGHTS_NAME, kwargs.get("variant"))
+    return snapshot_download(name, allow_patterns=[*ORIGINAL_WANTED, weights], **hub)
+
+
+def stored_scheduler(folder: Path) -> SchedulerMixin | None:
+    """The scheduler of a folder, of the class that its index says; None if it has none."""
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        return None
+    index = folder / DiffusionPipeline.config_name
+    named = read_json(index, "The pipeline's index").get("scheduler") if index.is_file() else None
+    scheduler_class = getattr(diffusers, named[1], None) if isinstance(named, list) and len(named) == 2 else None
+    if scheduler_class is DDPMScheduler:  # then the original's numbers, which its file alone doesn't give any more
+        return reference_scheduler(read_json(folder / "scheduler" / "scheduler_config.json", "The scheduler's file"))
+    return None if scheduler_class is None else scheduler_class.from_pretrained(folder / "scheduler")
 
 
 def is_original_folder(path: str | os.PathLike) -> bool:
@@ -118,19 +150,21 @@ def is_original_folder(path: str | os.PathLike) -> bool:
         return True
     config = path / "text_encoder" / "config.json"
     if config.is_file():
-        return is_original_config(read_json(config, "The text encoder's configuration"))
+        return kind_of(read_json(config, "The text encoder's configuration")) is not None
     return not (path / DiffusionPipeline.config_name).is_file() or (path / ORIGINAL_WEIGHTS_NAME).is_file()
 
 
-def find_original_file(folder: Path) -> Path:
+def find_original_file(folder: Path, variant: str | None = None) -> Path:
     """The one original checkpoint of a folder.
 
     Raises:
         OriginalCheckpointError: if there is none, or several that are alternatives.
     """
-    weights = folder / ORIGINAL_WEIGHTS_NAME
+    weights = folder / variant_name(ORIGINAL_WEIGHTS_NAME, variant)
     if weights.is_file():
         return weights
+    if variant is not None:
+        raise OriginalCheckpointError(f"{folder} has no {weights.name}, the variant {variant!r} of its weights.")
     files = sorted(file for file in folder.iterdir() if file.suffix in ORIGINAL_SUFFIXES and file.name != VAE_NAME)
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
@@ -182,7 +216,8 @@ def load_original(
     """
     if kwargs.pop("device_map", None) is not None:
         raise ValueError("device_map needs a converted folder: convert the original first (viscpm-hf convert).")
-    for name in (*HUB_ARGUMENTS, "use_safetensors", "variant", "low_cpu_mem_usage", "trust_remote_code"):
+    variant = kwargs.pop("variant", None)
+    for name in (*HUB_ARGUMENTS, "use_safetensors", "low_cpu_mem_usage", "trust_remote_code", "proxies"):
         kwargs.pop(name, None)
     dtype = dtype if dtype is not None else torch_dtype
     text_encoder_options, unet_quantization = dict(text_encoder_options or {}), None
@@ -209,7 +244,7 @@ def load_original(
         if unet is None:
             unet = _load_diffusers_folder(UNet2DConditionModel, path / "unet", _dtype_of("unet", dtype))
     else:
-        file = find_original_file(path) if path.is_dir() else path
+        file = find_original_file(path, variant) if path.is_dir() else path
         state_dict = load_state_dict(file)
         _check_kind(state_dict, file)
         if text_encoder is None:

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..checkpoints.location import HUB_ID, Location, json_object, locate, original_weights
-from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind, load_state_dict
+from ..checkpoints.location import HUB_ID, Location, json_object, locate, original_weight_files, tensors_of
+from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
 from ..conversion.paint import empty_part, empty_parts
 from ..conversion.verify import empty_model
@@ -265,8 +265,7 @@ def _paint(name: str, config: VisCPMPaintTextEncoderConfig, unet: dict, vae: dic
 
 
 def _original(name: str, location: Location) -> ModelSizes:
-    weights = original_weights(location)
-    state_dict = load_state_dict(weights)
+    state_dict = tensors_of(original_weight_files(location))
     kind = checkpoint_kind(state_dict)
     if kind is None:
         raise ValueError(f"{name} is no checkpoint of VisCPM or CPM-Bee.")

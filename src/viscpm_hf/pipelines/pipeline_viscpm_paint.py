@@ -32,6 +32,7 @@ from transformers import (
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from .lora_files import adapters_of, check_savable, fitting_lora, remove_adapters, scale_by_alphas, unreadable
+from .opening import open_pipeline
 from .pipeline_output import VisCPMPaintPipelineOutput
 from .prompt_safety import UNSAFE_SCORE, UnsafePromptError, check_prompts
 from .ranking import has_chinese, score_images
@@ -176,12 +177,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         Raises:
             OriginalCheckpointError: if the original files can't be used; the message says why.
         """
-        from ..loading.paint import find_folder, is_original_folder, load_original
-
-        folder = find_folder(pretrained_model_name_or_path, kwargs)
-        if is_original_folder(folder):
-            return load_original(cls, folder, **kwargs)
-        return super().from_pretrained(folder, **kwargs)
+        return open_pipeline(super().from_pretrained, cls, pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As [`DiffusionPipeline.save_pretrained`], and the code that loads the folder without this package.
@@ -332,6 +328,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             negative_prompt_embeds = None
         return prompt_embeds, negative_prompt_embeds
 
+    @torch.no_grad()
     def _encode_texts(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Embeddings `(length, width)` of every different text, in one forward pass, and of padding `(width,)`."""
         missing = list(dict.fromkeys(texts))

@@ -18,22 +18,6 @@ PIPELINE_FILE, PIPELINE_CLASS = "pipeline_viscpm_paint", "VisCPMPaintPipeline"
 COMPONENT_FILES = {"text_encoder": "modeling_viscpm_paint", "tokenizer": "tokenization_cpm_bee"}
 
 RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:modeling\.)?(\w+) import", re.MULTILINE)
-# Reads the original's files, and needs the whole package for it.
-LOADING_FILE = "loading_viscpm_paint"
-LOADING_WITHOUT_PACKAGE = '''"""Stands for the part of viscpm_hf that reads the original's files."""
-
-
-def find_folder(name_or_path, kwargs):
-    return name_or_path
-
-
-def is_original_folder(path):
-    return False
-
-
-def load_original(pipeline_class, path, **kwargs):
-    raise ImportError("The original's files need the package viscpm_hf: pip install viscpm-hf")
-'''
 # Never runs: diffusers looks for these lines, not at what they are in.
 ALL_FILES = "\n\nif False:  # for diffusers, which copies what is imported in this file, and no more\n{imports}\n"
 ALL_FILES_MARK = "if False:  # for diffusers"
@@ -80,7 +64,5 @@ def _flat_source(name: str) -> str:
     """A file's text, importing from its own folder only."""
     here = Path(__file__).parent
     places = (here / f"{name}.py", here.parent / "modeling" / f"{name}.py")
-    if name == LOADING_FILE:
-        return LOADING_WITHOUT_PACKAGE
     path = next(path for path in places if path.is_file())
     return RELATIVE_IMPORT.sub(r"\1from .\2 import", path.read_text("utf-8"))

@@ -2,6 +2,10 @@
 
 diffusers has no plugins: it looks the class in `model_index.json` up as an attribute of its own module. That module is
 a lazy one, and so are our attributes: importing all pipelines takes a second, which nobody who chats should wait for.
+
+The one hook in another library's class is here, too ([`hook_diffusion_pipeline`]): the original's repository has its
+models in other places than diffusers looks, and names its own code, so that `DiffusionPipeline.from_pretrained` has to
+leave such a repository to our class as soon as it has read its `model_index.json`. Nothing is asked of the Hub for it.
 """
 
 from __future__ import annotations
@@ -11,8 +15,14 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from contextvars import ContextVar
 from typing import Any
 
+from .. import modeling, pipelines
+from ..pipelines import opening
+
+
+PIPELINES_PACKAGE, MODELING_PACKAGE = pipelines.__name__, modeling.__name__
 
 # Pipelines, where they live, and the tables of diffusers' `AutoPipelineFor...` that they belong to.
 PIPELINES = {
@@ -23,18 +33,32 @@ PIPELINES = {
 }
 # Files of ours that a saved pipeline names for its components.
 COMPONENT_MODULES = ("modeling_viscpm_paint", "tokenization_cpm_bee")
+# The original's name of its class, in whose place ours stands.
+ORIGINAL_PIPELINE = "VisCPMPaintBeePipeline"
 PIPELINE_MODULE = "diffusers.pipelines.pipeline_utils"
 AUTO_PIPELINE_MODULE = "diffusers.pipelines.auto_pipeline"
 AUTO_PIPELINE_KEY = "viscpm-paint"
 
 
 def load_pipeline_class(name: str) -> type:
-    prefer_installed()
-    return getattr(importlib.import_module(f"{__package__}.{PIPELINES[name][0]}"), name)
+    hook_diffusion_pipeline()
+    if name == ORIGINAL_PIPELINE:
+        own_class = load_pipeline_class("VisCPMPaintPipeline")
+        load = classmethod(lambda cls, *args, **kwargs: own_class.from_pretrained(*args, **kwargs))
+        return type(name, (own_class,), {"from_pretrained": load, "__module__": __name__})
+    return getattr(importlib.import_module(f"{PIPELINES_PACKAGE}.{PIPELINES[name][0]}"), name)
+
+
+def open_pipeline(*args: Any, **kwargs: Any) -> Any:
+    """See `paint.open_pipeline`, which is imported when it is needed."""
+    from .paint import open_pipeline
+
+    return open_pipeline(*args, **kwargs)
 
 
 def register_pipelines() -> None:
     """Registers everything, now or as soon as diffusers is imported; a second call changes nothing."""
+    opening.opener = open_pipeline
     if "diffusers" in sys.modules:
         extend_diffusers()
     elif not any(isinstance(finder, DiffusersFinder) for finder in sys.meta_path):
@@ -67,7 +91,7 @@ def extend_diffusers() -> None:
     if hasattr(module_class, "_viscpm_hf"):
         return
     if not hasattr(module_class, "__getattr__"):  # DIFFUSERS_SLOW_IMPORT: an ordinary module, all of it loaded
-        for name in PIPELINES:
+        for name in (*PIPELINES, ORIGINAL_PIPELINE):
             setattr(diffusers, name, load_pipeline_class(name))
         register_auto_pipelines()
         return
@@ -76,13 +100,13 @@ def extend_diffusers() -> None:
         _viscpm_hf = True
 
         def __getattr__(self, name: str):
-            if name in PIPELINES:
+            if name in PIPELINES or name == ORIGINAL_PIPELINE:
                 value = load_pipeline_class(name)
                 setattr(self, name, value)
                 return value
             value = super().__getattr__(name)
             if name == "DiffusionPipeline":
-                prefer_installed()
+                hook_diffusion_pipeline()
             if name.startswith("AutoPipelineFor"):
                 register_auto_pipelines()
             return value
@@ -92,7 +116,7 @@ def extend_diffusers() -> None:
 
     diffusers.__class__ = DiffusersModule
     if PIPELINE_MODULE in sys.modules:
-        prefer_installed()
+        hook_diffusion_pipeline()
     if AUTO_PIPELINE_MODULE in sys.modules:  # too late to notice its first use
         register_auto_pipelines()
 
@@ -103,33 +127,67 @@ def register_auto_pipelines() -> None:
     for name, (_, table) in PIPELINES.items():
         key = AUTO_PIPELINE_KEY + ("-controlnet" if "ControlNet" in name else "")
         getattr(auto_pipeline, table)[key] = load_pipeline_class(name)
+    table = getattr(auto_pipeline, PIPELINES["VisCPMPaintPipeline"][1])
+    table[f"{AUTO_PIPELINE_KEY}-original"] = load_pipeline_class(ORIGINAL_PIPELINE)
 
 
-def prefer_installed() -> None:
-    """Makes diffusers take our classes for a saved pipeline that carries their code, without a flag to trust it."""
+class _OursInstead(Exception):
+    """Ends diffusers' loading of a checkpoint of ours; the argument is the name of the pipeline's class."""
+
+
+_may_leave: ContextVar[bool] = ContextVar("_may_leave", default=False)
+
+
+def hook_diffusion_pipeline() -> None:
+    """Makes `DiffusionPipeline.from_pretrained` leave our checkpoints to our classes, and to nobody's code.
+
+    Which pipeline it is, it learns from the file that it reads first. So no checkpoint is looked at twice, and for
+    others nothing happens.
+    """
     pipeline_class = importlib.import_module(PIPELINE_MODULE).DiffusionPipeline
-    stock = pipeline_class.load_config.__func__
+    stock, stock_read = pipeline_class.from_pretrained.__func__, pipeline_class._dict_from_json_file.__func__
     if hasattr(stock, "_viscpm_hf"):
         return
 
     @functools.wraps(stock)
-    def load_config(cls, *args, **kwargs):
-        loaded = stock(cls, *args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        _name_installed(config)
-        return loaded
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        before = _may_leave.set(cls is pipeline_class)
+        try:
+            return stock(cls, pretrained_model_name_or_path, **kwargs)
+        except _OursInstead as ours:
+            (name,) = ours.args
+        finally:
+            _may_leave.reset(before)
+        for argument in ("custom_pipeline", "custom_revision", "trust_remote_code"):
+            kwargs.pop(argument, None)
+        return load_pipeline_class(name).from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    load_config._viscpm_hf = True
-    pipeline_class.load_config = classmethod(load_config)
+    @functools.wraps(stock_read)
+    def read(cls, json_file):
+        config = stock_read(cls, json_file)
+        name = config.get("_class_name") if isinstance(config, dict) else None
+        is_original = name == ORIGINAL_PIPELINE or (isinstance(name, list) and name[-1:] == [ORIGINAL_PIPELINE])
+        if _may_leave.get() and (is_original or _is_converted(config)):
+            raise _OursInstead(ORIGINAL_PIPELINE if is_original else config["_class_name"][-1])
+        _name_installed(config)
+        return config
+
+    from_pretrained._viscpm_hf = True
+    pipeline_class.from_pretrained = classmethod(from_pretrained)
+    pipeline_class._dict_from_json_file = classmethod(read)
+
+
+def _is_converted(config: Any) -> bool:
+    """Whether a `model_index.json` names our own files as its code."""
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    return isinstance(name, list) and name[-1] in PIPELINES and name[0] == PIPELINES[name[-1]][0]
 
 
 def _name_installed(config: dict[str, Any]) -> None:
     """Replaces the files of a `model_index.json` by our modules."""
-    name = config.get("_class_name")
-    if not isinstance(name, (list, tuple)) or name[-1] not in PIPELINES or name[0] != PIPELINES[name[-1]][0]:
+    if not _is_converted(config):
         return
-    config["_class_name"] = name[-1]
-    package = __package__.rpartition(".")[0]
+    config["_class_name"] = config["_class_name"][-1]
     for component, value in config.items():
         if isinstance(value, (list, tuple)) and value[0] in COMPONENT_MODULES:
-            config[component] = [f"{package}.modeling.{value[0]}", value[1]]
+            config[component] = [f"{MODELING_PACKAGE}.{value[0]}", value[1]]

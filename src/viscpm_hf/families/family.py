@@ -1,0 +1,161 @@
+"""Every system is a row: its classes, its key maps, and the names that its original repositories go by.
+
+A new system is one more row here, a key map, and its files in `modeling/` (CONTRIBUTING.md). Nothing else asks which
+system a checkpoint is of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
+
+from ..modeling.configuration_beit3 import Beit3Config
+from ..modeling.configuration_cpm_bee import CpmBeeConfig
+from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from ..modeling.configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisualCLAConfig
+from ..modeling.image_processing_minicpmv import MiniCPMVImageProcessor
+from ..modeling.image_processing_viscpm import VisCPMImageProcessor
+from ..modeling.modeling_beit3 import Beit3Model
+from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM, CpmBeeModel
+from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
+from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+from ..modeling.modeling_vision_resampler import (
+    MiniCPMVForConditionalGeneration,
+    OmniLMMForConditionalGeneration,
+    VisualCLAForConditionalGeneration,
+)
+from ..modeling.processing_minicpmv import MiniCPMVProcessor
+from ..modeling.processing_omnilmm import OmniLMMProcessor
+from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..modeling.processing_visualcla import VisualCLAProcessor
+from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
+from ..modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
+from . import key_maps, sibling_key_maps
+from .key_maps import KeyMap
+
+
+CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A system."""
+
+    kind: str
+    config_class: type[PreTrainedConfig]
+    models: Mapping[type, type[PreTrainedModel]]
+    """Auto class -> model class, of our own folders."""
+    key_maps: tuple[KeyMap, ...] = ()
+    """What loads original files; the first one is also the way back."""
+    processor_class: type | None = None
+    tokenizer_class: type | None = None
+    image_processor_class: type | None = None
+    original_types: tuple[str, ...] = ()
+    """`model_type` in an original `config.json`, where it isn't ours."""
+    tokenizer_names: tuple[str, ...] = ()
+    """Names of our tokenizer's class in original repositories."""
+    image_processor_name: str | None = None
+    """Likewise of the image processor's."""
+    releases: Mapping[str, str | None] = field(default_factory=dict)
+    """Alternatives within the original repository by their released names: the `variant` that means each."""
+    placeholder: tuple[str, int] | None = None
+    """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """What an original repository's own `AutoModel` gives: the model that answers, not the one without a head."""
+        return self.models.get(AutoModelForImageTextToText) or self.models.get(AutoModelForCausalLM, self.base_class)
+
+    @property
+    def base_class(self) -> type[PreTrainedModel]:
+        return self.models[AutoModel]
+
+    @property
+    def is_sibling(self) -> bool:
+        """Whether it is a tower, a resampler and a stock language model (`modeling_vision_resampler`)."""
+        return self.kind in SIBLINGS
+
+
+def _answering(model_class: type[PreTrainedModel], base_class: type[PreTrainedModel] | None = None) -> dict:
+    autos = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+    return {AutoModel: base_class or model_class, **dict.fromkeys(autos, model_class)}
+
+
+FAMILIES: dict[str, Family] = {
+    family.kind: family
+    for family in (
+        Family(
+            CHAT,
+            VisCPMChatConfig,
+            _answering(VisCPMChatForConditionalGeneration, VisCPMChatModel),
+            (key_maps.CHAT,),
+            VisCPMChatProcessor,
+            CpmBeeTokenizer,
+            VisCPMImageProcessor,
+            original_types=("viscpmchatbee",),
+            tokenizer_names=("VisCpmChatBeeTokenizer",),
+            image_processor_name="VisCpmChatBeeImageProcessor",
+            releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
+        ),
+        Family(
+            CPM_BEE,
+            CpmBeeConfig,
+            {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
+            (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
+            tokenizer_class=CpmBeeTokenizer,
+            original_types=("cpmbee",),
+        ),
+        Family(
+            PAINT,
+            VisCPMPaintTextEncoderConfig,
+            {AutoModel: VisCPMPaintTextEncoder},
+            (key_maps.PAINT_TEXT_ENCODER,),
+            tokenizer_class=CpmBeeTokenizer,
+            original_types=("viscpmbee",),
+            tokenizer_names=("VisCpmBeeTokenizer",),
+            releases={"zhplus": None, "balance": "balance"},
+        ),
+        Family("beit3", Beit3Config, {AutoModel: Beit3Model}),
+        Family(
+            OmniLMMConfig.model_type,
+            OmniLMMConfig,
+            _answering(OmniLMMForConditionalGeneration),
+            (sibling_key_maps.OMNILMM,),
+            OmniLMMProcessor,
+            TokenizersBackend,
+            VisCPMImageProcessor,
+            placeholder=("<im_patch>", 9),
+        ),
+        Family(
+            MiniCPMVConfig.model_type,
+            MiniCPMVConfig,
+            _answering(MiniCPMVForConditionalGeneration),
+            (sibling_key_maps.MINICPMV,),
+            MiniCPMVProcessor,
+            LegacySentencePieceTokenizer,
+            MiniCPMVImageProcessor,
+        ),
+        Family(
+            VisualCLAConfig.model_type,
+            VisualCLAConfig,
+            _answering(VisualCLAForConditionalGeneration),
+            (sibling_key_maps.VISUALCLA,),
+            VisualCLAProcessor,
+            LegacySentencePieceTokenizer,
+            VisCPMImageProcessor,
+            placeholder=("<img_token>", 1),
+        ),
+    )
+}
+SIBLINGS = (OmniLMMConfig.model_type, MiniCPMVConfig.model_type, VisualCLAConfig.model_type)
