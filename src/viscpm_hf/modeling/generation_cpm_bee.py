@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
@@ -19,7 +19,11 @@ from .compatibility import CACHE, named_cache
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
+<<<<<<< HEAD
 from .sequences_cpm_bee import TokenSequences
+=======
+from .generation_images import ImageGenerationMixin
+>>>>>>> main
 from .token_space_cpm_bee import AllowedTokens
 
 
@@ -66,7 +70,7 @@ class RowSampling(LogitsProcessor):
         return drawn
 
 
-class CpmBeeGenerationMixin(GenerationMixin):
+class CpmBeeGenerationMixin(ImageGenerationMixin):
     """`generate` for models that hold a CPM-Bee."""
 
     def language_model(self):
