@@ -19,11 +19,8 @@ from .compatibility import CACHE, named_cache
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
-<<<<<<< HEAD
+from .generation_images import ImageGenerationMixin, with_drawing_last
 from .sequences_cpm_bee import TokenSequences
-=======
-from .generation_images import ImageGenerationMixin
->>>>>>> main
 from .token_space_cpm_bee import AllowedTokens
 
 
@@ -152,13 +149,6 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
                     setattr(outputs, CACHE, None)  # it holds the prompt alone
         return with_strings(outputs, kwargs.get("extension_table"), 0 if ids is None else ids.shape[1])
 
-    def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration: bool = False, **kwargs):
-        cache = kwargs.get(CACHE)
-        if not is_first_iteration and cache is not None and not cache.is_compileable:
-            # The library takes no step of an assistant for the first one, but its prompt has images too.
-            is_first_iteration = cache.get_seq_length() == 0
-        return super().prepare_inputs_for_generation(input_ids, *args, is_first_iteration=is_first_iteration, **kwargs)
-
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         # `max_new_tokens` as the model's default is not to win against a `max_length` that was asked for.
@@ -175,8 +165,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
             if table is not None and isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 # The half without a prompt has to know the tokens that the other half answers with.
                 processor.model = partial(processor.model, extension_table=table)
-        # The library puts temperature and its like behind the processors that are given.
-        return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
+        return with_drawing_last(processors, args[0] if args else kwargs["generation_config"])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         if isinstance(model_kwargs.get(CACHE), FastDecodingCache):

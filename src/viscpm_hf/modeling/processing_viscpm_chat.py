@@ -179,15 +179,10 @@ class VisCPMChatProcessor(ProcessorMixin):
             ValueError: if texts and images don't match in number, a prompt is too long, or a document is malformed.
         """
         if text is None:
-<<<<<<< HEAD
             raise ValueError("VisCPMChatProcessor needs text: a chat-template prompt, a document or plain text.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-=======
-            raise ValueError("VisCPMChatProcessor needs text: a question, a document or a chat-template prompt.")
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
->>>>>>> main
         text_kwargs = merged["text_kwargs"]
         texts = [text] if isinstance(text, (str, Mapping)) else list(text)
         if not texts:

@@ -85,14 +85,17 @@ class Structure:
         count = self.segment_ids.shape[1]
         more = input_ids[:, count:]
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        is_open = (input_ids[:, count - 1] != _end_token_id(config)) & ~(more == config.bos_token_id).any(1)
+        is_open = input_ids[:, count - 1] != _end_token_id(config)
+        kinds = self.token_type_ids
+        is_said_to_be = kinds is not None and kinds.shape == input_ids.shape and bool((kinds[:, count:] == 1).all())
+        if not is_said_to_be:  # as `generate` says it of whatever it generated
+            is_open &= ~(more == config.bos_token_id).any(1)
         if mask is not None:
             is_open &= mask[:, count - 1].to(is_open.device).bool()
         if not is_open.all() or not self._fits(
             input_ids[:, :count], None if mask is None else mask[:, :count], config
         ):
             return None
-        kinds = self.token_type_ids
         if kinds is None:
             kinds = answer_kinds(input_ids[:, :count] == ANSWER_TOKEN_ID, self.segment_ids, self.segment_relations)
         return replace(
