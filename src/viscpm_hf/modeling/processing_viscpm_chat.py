@@ -169,7 +169,9 @@ class VisCPMChatProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("VisCPMChatProcessor needs text: a question, a document or a chat-template prompt.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         text_kwargs = merged["text_kwargs"]
         texts = [text] if isinstance(text, (str, Mapping)) else list(text)
         if not texts:

@@ -147,7 +147,9 @@ class VisionResamplerProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"{type(self).__name__} needs text: a prompt as its chat template writes it.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         text_kwargs = merged["text_kwargs"]
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:

@@ -328,6 +328,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             negative_prompt_embeds = None
         return prompt_embeds, negative_prompt_embeds
 
+    @torch.no_grad()
     def _encode_texts(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Embeddings `(length, width)` of every different text, in one forward pass, and of padding `(width,)`."""
         missing = list(dict.fromkeys(texts))
@@ -435,6 +436,8 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         if prompt is None:
             logger.warning_once("Prompts given as embeddings can't be checked by the prompt checker.")
             return None
+        if self.tokenizer is not None:
+            self.tokenize_prompts(prompt)  # refuses what is too long to be drawn, before it is looked at
         reasons = check_prompts(
             self.prompt_checker, self.prompt_checker_tokenizer, prompt, self.config.prompt_check_threshold
         )
