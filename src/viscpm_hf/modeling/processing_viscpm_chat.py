@@ -190,7 +190,8 @@ class VisCPMChatProcessor(ProcessorMixin):
         prompts = [self.parse_prompt(entry) for entry in texts]
         pixel_inputs: Mapping[str, Any] = {}
         wanted = [prompt.num_images for prompt in prompts]
-        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN)
+        limit = merged["images_kwargs"].get("max_image_pixels")
+        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN, limit)
         if flat_images:
             pixel_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
 
