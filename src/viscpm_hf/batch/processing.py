@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL.PngImagePlugin import PngInfo
-
 from ..chat.answering import ChatRequest
 from ..chat.data_rows import ASSISTANT, HUMAN, check_marks, messages_of, named_images, read_message, without_marks
 from ..modeling.processing_viscpm_chat import IMAGE_TOKEN
 from ..paint.painting import PaintRequest, check_paint_request, paint_batch
+from ..paint.record import png_info
 from .rows import InputRow, resolve_image, seed_of, text_of
 from .runner import PreparedRow
 
@@ -146,11 +144,10 @@ class PaintRows:
                 "flagged": result.flags[0],
                 "reason": result.reasons[0],
             }
-            info = PngInfo()
-            settings = {**self.options, "negative_prompt": item.request.negative_prompt}
-            for name, value in {"Software": "viscpm-hf", **found, "settings": json.dumps(settings)}.items():
-                if value is not None:
-                    info.add_itxt(name, str(value))
+            info = png_info(result, 0, self.painter.model_path)
+            for name in ("file", "flagged", "reason"):
+                if found[name] is not None:
+                    info.add_itxt(name, str(found[name]))
             temporary = path.with_name(path.name + ".tmp")
             result.images[0].save(temporary, "PNG", pnginfo=info)
             os.replace(temporary, path)

@@ -32,6 +32,8 @@ class DrawingSettings:
     """Pixels, multiples of 8; None: what the checkpoint was made for."""
     steps: int = 50
     guidance_scale: float = 7.5
+    scheduler: str | None = None
+    """A name of `SCHEDULERS`; None: the painter's."""
 
 
 @dataclass(eq=False)
@@ -202,5 +204,6 @@ class PaintEngine:
             num_images_per_prompt=settings.num_images,
             height=settings.height,
             width=settings.width,
+            scheduler=settings.scheduler,
             callback_on_step_end=after_step,
         )

@@ -380,6 +380,8 @@ class ImagesRequest(Request):
     seed: Seed | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=50)] | None = None
+    preset: Literal["fast", "quality", "reference"] | None = None
+    """Scheduler, steps and guidance; `steps` and `guidance_scale` beside it count, `quality` is refused."""
 
 
 class DrawnImage(BaseModel):
