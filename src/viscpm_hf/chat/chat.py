@@ -25,7 +25,7 @@ from ..loading.options import LoadOptions, find_original_file
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
 from ..modeling.fused_projections_cpm_bee import fusing_problem
-from ..modeling.generation_cpm_bee import RowSampling, reference_decoding
+from ..modeling.generation_cpm_bee import RowSampling, answer_generation, reference_decoding
 from ..modeling.image_processing_viscpm import VisCPMImageProcessor
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
@@ -385,6 +385,7 @@ class VisCPMChat:
         """The new tokens of every row of a batch, without what ends them."""
         if generation.get("stop_strings") is not None:
             options["tokenizer"] = self.processor.tokenizer
+        generation = answer_generation(self.model.generation_config, generation)
         sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
         end = self.processor.tokenizer.eos_token_id
         return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
@@ -471,7 +472,7 @@ def sampling(
     samples = generation.get("do_sample", defaults.do_sample)
     if not samples or all(seed is None for seed in seeds):
         yield {}
-    elif (generation.get("num_beams", defaults.num_beams) or 1) == 1:
+    elif (generation.get("num_beams") or 1) == 1:
         chosen = [int(torch.randint(2**31, (1,))) if seed is None else seed for seed in seeds]
         drawing = RowSampling([torch.Generator(device).manual_seed(seed) for seed in chosen])
         yield {"logits_processor": [*(generation.get("logits_processor") or []), drawing]}
