@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +13,8 @@ from torch import nn
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from .errors import OriginalCheckpointError
+from .json_files import load_json
+from .tensor_files import safetensors_header
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,7 +38,7 @@ class AdapterFolder:
         if not (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
             return None
         try:
-            config = json.loads((path / ADAPTER_CONFIG).read_text("utf-8"))
+            config = load_json(path / ADAPTER_CONFIG)
             return cls(path, config.get("base_model_name_or_path"))
         except (ValueError, AttributeError) as error:
             raise OriginalCheckpointError(f"{path / ADAPTER_CONFIG} is no adapter's configuration: {error}") from error
@@ -65,6 +66,7 @@ class AdapterFolder:
             raise ImportError(f'{self.path} is an adapter, which needs peft: pip install "viscpm-hf[train]".')
         if not (self.path / ADAPTER_WEIGHTS).is_file():
             raise OriginalCheckpointError(f"{self.path} has no {ADAPTER_WEIGHTS}: the adapter is not complete.")
+        safetensors_header(self.path / ADAPTER_WEIGHTS)  # the library's own errors name no file
         with safe_open(self.path / ADAPTER_WEIGHTS, "pt") as weights:
             modules = dict(model.named_modules())
             for key in weights.keys():

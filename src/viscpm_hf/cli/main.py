@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 
@@ -58,6 +59,9 @@ def _explain(error: Exception) -> str:
     """One line for people."""
     if isinstance(error, OSError) and (wanted := not_reached()) is not None:
         return wanted
+    if isinstance(error, pickle.UnpicklingError):
+        # Torch's own words advise to load the file nevertheless.
+        return "A file asks for more than tensors, or is damaged, and was not loaded: get it from its source again."
     # A configuration of the wrong types is the first of those that the user can mend, out of GPU memory the last.
     if isinstance(error, (StrictDataclassError, ValueError, OSError, ImportError, MemoryError, RuntimeError)):
         return describe(error)
