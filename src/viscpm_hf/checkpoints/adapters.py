@@ -12,6 +12,7 @@ from torch import nn
 
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..version import OLDEST, require
 from .errors import OriginalCheckpointError
 from .json_files import load_json
 from .tensor_files import safetensors_header
@@ -59,11 +60,12 @@ class AdapterFolder:
             The processor in the adapter's folder, or else the one given.
 
         Raises:
-            ImportError: without the library peft.
+            ImportError: without the library peft, or if it is too old.
             OriginalCheckpointError: if the adapter is another model's.
         """
         if find_spec("peft") is None:
             raise ImportError(f'{self.path} is an adapter, which needs peft: pip install "viscpm-hf[train]".')
+        require(peft=OLDEST["peft"])
         if not (self.path / ADAPTER_WEIGHTS).is_file():
             raise OriginalCheckpointError(f"{self.path} has no {ADAPTER_WEIGHTS}: the adapter is not complete.")
         safetensors_header(self.path / ADAPTER_WEIGHTS)  # the library's own errors name no file
