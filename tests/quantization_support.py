@@ -21,12 +21,13 @@ SIZES = {"dim_model": 128, "dim_ff": 256, "num_layers": 2, "num_heads": 2, "dim_
 
 def original_tensors(model: torch.nn.Module, key_map: key_maps.KeyMap) -> dict[str, torch.Tensor]:
     """A model's weights in fp16, under the original's names."""
+    num_words = model.config.get_text_config(decoder=True).num_words
     matcher, tied = KeyMatcher(key_map), set(getattr(model, "all_tied_weights_keys", ()))
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name not in tied:
             original, entry = matcher.match_target(name)
-            tensors[original] = revert_operation(entry.operation, tensor).half()
+            tensors[original] = revert_operation(entry.operation, tensor, num_words).half()
     return tensors
 
 

@@ -1,6 +1,7 @@
 """`VisCPMPaint`, the original's own interface."""
 
 import copy
+import gc
 import inspect
 import json
 import pickle
@@ -12,10 +13,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from paint_support import CASES, PAINT
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from viscpm_hf import CpmBeeTokenizer, OriginalCheckpointError, UnsafeImageError, UnsafePromptError, VisCPMPaint
-from viscpm_hf.paint.paint import SCHEDULERS, image_grid, make_scheduler, scheduler_class
+from viscpm_hf.paint.paint import PRESETS, SCHEDULERS, image_grid, make_scheduler, scheduler_class
 
 
 ALONE = {"image_safety_checker": False, "prompt_safety_checker": False, "add_ranker": False, "device": "cpu"}
@@ -245,6 +247,78 @@ def test_guidance_of_one_takes_one_pass(other_painter):
         other_painter.generate("moon", "a long negative prompt", guidance_scale=scale, num_inference_steps=1)
     handle.remove()
     assert sizes == [1, 2, 2]
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors there are."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_drawing_what_was_encoded_takes_no_memory_for_the_text_encoder():
+    painter = VisCPMPaint(PAINT / "pytorch_model.bin", **ALONE)
+    painter.pipeline.text_encoder = paint_support.components(dim_ff=20_000)["text_encoder"]  # most of the weights
+    sizes = [
+        sum(weight.nbytes for weight in getattr(painter.pipeline, name).parameters())
+        for name in ("text_encoder", "unet", "vae")
+    ]
+    expected = [painter.generate_all(prompt, "红", generator=3, num_inference_steps=2) for prompt in ("蓝色", "a cat")]
+    peaks = []
+    handle = painter.pipeline.unet.register_forward_hook(lambda *_: peaks.append(live_bytes()))
+    painter.generate("蓝色", num_inference_steps=2)
+    with_encoder = max(peaks)
+    peaks.clear()
+    encoded = painter.encode(["蓝色", "a cat"], "红")
+    painter.free_text_encoder()
+    actual = [painter.generate_all(prompt, generator=3, num_inference_steps=2) for prompt in encoded]
+    handle.remove()
+    assert with_encoder - max(peaks) > 0.95 * sizes[0] > 5 * (sizes[1] + sizes[2])
+    for one, other in zip(actual, expected, strict=True):
+        assert (levels(one.images[0]) - levels(other.images[0])).abs().max() <= 1
+        assert (one.prompt, one.negative_prompt) == (other.prompt, other.negative_prompt)
+    with pytest.raises(ValueError, match="encoded with it"):
+        painter.generate(encoded[0], "绿")
+
+
+@pytest.mark.parametrize("policy", ["raise", "flag", "black"])
+def test_encoded_prompts_are_checked_too(tmp_path, policy):
+    painter = VisCPMPaint(PAINT / "pytorch_model.bin", **ALONE, prompt_policy=policy)
+    painter.pipeline.register_modules(**paint_support.prompt_checker(tmp_path, 0.9))
+    (encoded,) = painter.encode(["蓝色"])
+    painter.free_text_encoder()
+    if policy == "raise":
+        with pytest.raises(UnsafePromptError, match="refused"):
+            painter.generate(encoded)
+        return
+    result = painter.generate_all(encoded, num_inference_steps=1)
+    assert result.flags == [True] and "the prompt checker says" in result.reasons[0]
+    assert any(result.images[0].tobytes()) == (policy == "flag")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_arguments(painter, name):
+    own = painter.pipeline.scheduler
+    record = painter.generate_all("蓝色", generator=1, **PRESETS[name]).settings
+    assert record["steps"] == PRESETS[name]["num_inference_steps"]
+    assert record["scheduler"] == ("DDPMScheduler" if name == "reference" else "DPMSolverMultistepScheduler")
+    assert painter.pipeline.scheduler is own
+    with pytest.raises(TypeError, match="num_inference_steps"):
+        painter.generate("蓝色", num_inference_steps=3, **PRESETS[name])
+
+
+def test_a_drawing_with_a_lora_wants_it_again(painter, tmp_path):
+    painter = copy.deepcopy(painter)
+    painter.pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    painter.generate_all("蓝色", generator=1, num_inference_steps=1, guidance_rescale=0.5).save(tmp_path / "image.png")
+    again = painter.draw_again(tmp_path / "image.png")
+    assert again.images[0].tobytes() == PIL.Image.open(tmp_path / "image.png").tobytes()
+    painter.pipeline.unload_lora_weights()
+    with pytest.raises(ValueError, match="these LoRAs: style; loaded are: none"):
+        painter.draw_again(tmp_path / "image.png")
 
 
 def test_numbers_of_numpy(painter):

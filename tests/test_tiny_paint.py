@@ -10,6 +10,7 @@ from plain_drawings import PAINTS, drawings, likest_drawing
 
 import viscpm_hf
 from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline, VisCPMPaintTextEncoder
+from viscpm_hf.paint import PRESETS
 from viscpm_hf.shapes import LANGUAGES, check_painting, judged_prompts
 
 
@@ -84,6 +85,14 @@ def test_draws_in_few_steps_with_a_faster_sampler():
         for prompt in prompts
     ]
     assert sum(verdict.is_right for verdict in verdicts) >= 4, verdicts
+
+
+@pytest.mark.parametrize("preset", ["fast", "quality"])
+def test_presets_draw_what_the_reference_draws(painter, preset):
+    prompts = judged_prompts("zh", 6, seed=7)
+    images = [painter.generate(prompt.text, generator=5, **PRESETS[preset]) for prompt in prompts]
+    verdicts = [check_painting(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
+    assert sum(verdict.is_right for verdict in verdicts) >= 5, verdicts  # 39 and 40 of 40 in docs/painting.md
 
 
 def test_half_precision_draws_alike(painter):

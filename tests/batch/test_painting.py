@@ -111,4 +111,5 @@ def test_rows_become_files(tmp_path):
         with PIL.Image.open(output / result["file"]) as image:
             assert_same([image], alone(painter, request, **STEPS).images)
             assert image.text["prompt"] == row["prompt"] and image.text["seed"] == str(result["seed"])
-            assert json.loads(image.text["settings"])["negative_prompt"] == row["negative_prompt"]
+            assert image.text["negative_prompt"] == (row["negative_prompt"] or "")
+        assert_same(painter.draw_again(output / result["file"]).images, alone(painter, request, **STEPS).images)

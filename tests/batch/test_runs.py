@@ -284,6 +284,24 @@ def test_conversations(small_chat, tmp_path):
     assert found["first"]["question"] == "颜色?"
 
 
+def test_images_and_messages(small_chat, tmp_path):
+    """Rows as LLaMA-Factory, ms-swift and TRL have them."""
+    part = {"type": "image", "path": "image_0.png"}
+    rows = [
+        {"id": "right", "image": "image_0.png", "question": "颜色?"},
+        {"id": "list", "images": ["image_0.png"], "question": "颜色?"},
+        {"id": "path", "images": "image_0.png", "image": None, "question": "<image>\n颜色?"},
+        {"id": "messages", "images": ["image_0.png"], "messages": [{"role": "user", "content": "<image>颜色?"}]},
+        {"id": "parts", "messages": [{"role": "user", "content": [part, {"type": "text", "text": "颜色?"}]}]},
+    ]
+    rows.append({**rows[3], "id": "answered"})
+    rows[-1]["messages"] = [*rows[3]["messages"], {"role": "assistant", "content": "what a data set expects"}]
+    found, _ = run_all(chat_rows(small_chat), write_lines(tmp_path / "in.jsonl", *rows), 3)
+    right = {key: value for key, value in found["right"].items() if key != "id"}
+    for row in rows:
+        assert {key: value for key, value in found[row["id"]].items() if key != "id"} == right, row
+
+
 BAD_ROWS = {
     "no question": ({}, 'The row has no "question"'),
     "question": ({"question": ["月"]}, '"question" is a text, got list'),
@@ -301,6 +319,15 @@ BAD_ROWS = {
     "conversations": ({"conversations": "月"}, '"conversations" is a list of turns'),
     "empty": ({"conversations": []}, '"conversations" is a list of turns'),
     "order": ({"conversations": [{"from": "gpt", "value": "x"}]}, "Turn 0 of"),
+    "mark": ({"question": "<image>\n月"}, "1 <image> marks in its questions, but 0 pictures"),
+    "marked turn": (
+        {"image": None, "conversations": [{"from": "human", "value": "<image>月"}]},
+        "1 <image> marks in its questions, but 0 pictures",
+    ),
+    "two marks": ({"image": "image_0.png", "question": "<image><image>"}, "2 <image> marks"),
+    "two images": ({"images": ["image_0.png"] * 2, "question": "月"}, "the path of one picture"),
+    "both": ({"images": ["a.png"], "image": "b.png", "question": "月"}, "both name pictures"),
+    "empty image": ({"image": "", "question": "月"}, "the path of one picture"),
     "turn": ({"conversations": [{"from": "human", "value": None}]}, "Turn 0 of"),
 }
 
@@ -313,6 +340,6 @@ def test_bad_rows_leave_the_others(small_chat, tmp_path):
     for name, (_, message) in BAD_ROWS.items():
         assert message in found[name]["error"], name
         assert set(found[name]) == {"id", "error"}
-    assert found[None]["error"].startswith("Line 21 is a JSON int")
+    assert found[None]["error"].startswith("Line 27 is a JSON int")
     expected, _ = run_all(chat_rows(small_chat), write_lines(tmp_path / "good.jsonl", *good), 8)
     assert {key: found[key] for key in expected} == expected

@@ -1,13 +1,19 @@
 """`viscpm-hf paint`."""
 
+import gc
 import json
 
+import numpy as np
 import paint_support
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from paint_support import PAINT
 from PIL import Image
 
+from viscpm_hf import VisCPMPaint, VisCPMPaintTextEncoder
 from viscpm_hf.cli.main import main
+from viscpm_hf.paint import read_record
 
 
 MODEL = str(PAINT / "pytorch_model.bin")
@@ -26,7 +32,73 @@ def test_an_image_with_all_it_takes_to_draw_it_again(tmp_path, capsys):
         assert image.text["seed"] == "3"
         assert image.text["model"] == MODEL
         settings = json.loads(image.text["settings"])
-    assert settings == {"steps": 2, "scheduler": "EulerDiscreteScheduler", "guidance": 5.0, "size": [16, 16]}
+    assert (settings["steps"], settings["scheduler"]) == (2, "EulerDiscreteScheduler")
+    assert (settings["guidance"], settings["size"]) == (5.0, [16, 16])
+
+
+def same(first, second):
+    with Image.open(first) as one, Image.open(second) as other:
+        return one.tobytes() == other.tobytes()
+
+
+def test_a_png_is_drawn_again(tmp_path, capsys):
+    for part in paint_support.ranker(tmp_path).values():
+        part.save_pretrained(tmp_path / "ranker")
+    output, again = tmp_path / "out.png", tmp_path / "again.png"
+    arguments = ["--negative", "红", "--preset", "fast", "--steps", "3", "--size", "24", "--guidance", "0.5"]
+    arguments += ["--save-all", "--candidates", "2", "--ranker", str(tmp_path / "ranker")]
+    rest = ["--no-check-prompt", "--no-check-image", "--device", "cpu"]
+    assert main(["paint", MODEL, "蓝色", "-o", str(output), *arguments, *rest]) == 0
+    for drawn in (output, tmp_path / "out.1.png"):
+        assert main(["paint", "--from", str(drawn), "-o", str(again), *rest]) == 0
+        assert same(drawn, again)
+    assert main(["paint", "--from", str(again), "-o", str(tmp_path / "third.png"), *rest]) == 0
+    assert same(again, tmp_path / "third.png")
+    assert not same(output, tmp_path / "out.1.png")
+
+
+def test_what_cannot_be_drawn_again(tmp_path, capsys):
+    output, again = tmp_path / "out.png", str(tmp_path / "again.png")
+    rest = ["--no-rank", "--no-check-prompt", "--no-check-image", "--device", "cpu"]
+
+    def error_of(*arguments):
+        assert main(["paint", *arguments, "-o", again, *rest]) == 1
+        error = capsys.readouterr().err.strip()
+        assert error.count("\n") == 0
+        return error
+
+    Image.new("RGB", (16, 16)).save(output)
+    assert "doesn't say its prompt, model, settings" in error_of("--from", str(output))
+    output.write_bytes(b"no image")
+    assert "no image file" in error_of("--from", str(output))
+    assert "No such file" in error_of("--from", "/nowhere.png")
+    painter = VisCPMPaint(MODEL, False, False, False, device="cpu")
+    painter.generate_all("蓝色", generator=1, num_inference_steps=1).save(output, model="some/model")
+    assert "was drawn by 'some/model', which isn't here" in error_of("--from", str(output))
+    assert "can't be given: steps, seed" in error_of("--from", str(output), "--steps", "3", "--seed", "1")
+    latents = torch.zeros(1, 4, 8, 8)
+    painter.generate_all("蓝色", generator=1, num_inference_steps=1, latents=latents).save(output, model=MODEL)
+    assert "latents were given as tensors" in error_of("--from", str(output))
+    generator = torch.Generator().manual_seed(0)
+    painter.generate_all("蓝色", generator=generator, num_inference_steps=1).save(output, model=MODEL)
+    assert "no seed" in error_of("--from", str(output))
+    assert error_of() == "viscpm-hf: error: Give a MODEL, and a prompt or --prompts-file."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps", "scheduler", "guidance"),
+    [
+        (["--preset", "fast"], 12, "DPMSolverMultistepScheduler", 7.5),
+        (["--preset", "reference"], 50, "DDPMScheduler", 7.5),
+        (["--preset", "quality", "--guidance", "3", "--scheduler", "ddim"], 25, "DDIMScheduler", 3.0),
+        ([], 50, "DDPMScheduler", 7.5),
+    ],
+)
+def test_presets(tmp_path, arguments, steps, scheduler, guidance):
+    output, rest = tmp_path / "out.png", ["--no-rank", "--no-check-prompt", "--no-check-image", "--device", "cpu"]
+    assert main(["paint", MODEL, "蓝色", "-o", str(output), *arguments, *rest]) == 0
+    record = read_record(output)
+    assert (record.steps, record.scheduler, record.guidance_scale) == (steps, scheduler, guidance)
 
 
 def test_candidates_with_scores(tmp_path, capsys):
@@ -53,7 +125,36 @@ def test_a_file_of_prompts(tmp_path, capsys):
     assert main(["paint", MODEL, "--prompts-file", str(prompts), "-o", str(tmp_path / "out.png"), *ALONE]) == 0
     with Image.open(tmp_path / "out-2.png") as image:
         assert image.text["prompt"] == "a red circle"
-    assert (tmp_path / "out-1.png").is_file()
+    assert main(["paint", MODEL, "蓝色", "-o", str(tmp_path / "alone.png"), "--seed", "5", *ALONE]) == 0
+    assert main(
+        ["paint", MODEL, "--prompts-file", str(prompts), "-o", str(tmp_path / "out.png"), "--seed", "5", *ALONE]
+    ) == 0  # fmt: skip
+    with Image.open(tmp_path / "alone.png") as alone, Image.open(tmp_path / "out-1.png") as first:
+        difference = np.asarray(alone, int) - np.asarray(first, int)
+        assert abs(difference).max() <= 1  # encoded together, the last bit may round the other way
+
+
+def test_a_file_is_encoded_in_one_pass_and_drawn_without_the_text_encoder(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("蓝色\na red circle\n" + "a" * 10_000 + "\n蓝色\n", "utf-8")
+    passes, alive = [], []
+
+    def see(module, arguments, *_):
+        if isinstance(module, VisCPMPaintTextEncoder):
+            passes.append(1)
+        if isinstance(module, UNet2DConditionModel):
+            gc.collect()
+            alive.append(any(type(thing) is VisCPMPaintTextEncoder for thing in gc.get_objects()))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        output = str(tmp_path / "out.png")
+        assert main(["paint", MODEL, "--prompts-file", str(prompts), "-o", output, *ALONE]) == 1
+    finally:
+        handle.remove()
+    assert len(passes) == 2  # all prompts, and the empty one that is kept when the encoder goes
+    assert alive and not any(alive)
+    assert [(tmp_path / f"out-{number}.png").is_file() for number in (1, 2, 3, 4)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from support import Golden
 
 from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
 from viscpm_hf.cli import main
+from viscpm_hf.paint import read_record
 from viscpm_hf.serving.demo import browser_language, create_demo, start
 from viscpm_hf.serving.demo_chat import ChatPage, Visit
 from viscpm_hf.serving.demo_labels import ERROR_TEXTS, Labels, report, status
@@ -90,9 +91,20 @@ def easel(tmp_path):
         engine.close(drain=False)
 
 
-def paint(page, prompt="一只猫", negative="", steps=2, size=16, number=1, is_random=False, seed=3, language="en"):
+def paint(
+    page,
+    prompt="一只猫",
+    negative="",
+    steps=2,
+    size=16,
+    number=1,
+    is_random=False,
+    seed=3,
+    language="en",
+    preset="preset_reference",
+):
     pictures, downloads, said = asyncio.run(
-        page.paint(prompt, negative, steps, 5.0, size, number, is_random, seed, language)
+        page.paint(prompt, negative, steps, 5.0, size, number, is_random, seed, language, preset)
     )
     assert downloads == gr.skip() or downloads["visible"] == bool(pictures)
     return pictures, downloads.get("value"), said
@@ -255,8 +267,18 @@ def test_the_pictures_are_the_painters_with_their_settings_inside(easel):
                 "model": "some-model", "settings": "",
             }  # fmt: skip
             settings = json.loads(image.text["settings"])
-        assert settings == {"steps": 2, "scheduler": "DDPMScheduler", "guidance": 5.0, "size": [16, 16]}
+        assert (settings["steps"], settings["guidance"], settings["size"]) == (2, 5.0, [16, 16])
+        again = page.engine.painter.draw_again(file)
+        assert again.images[0].tobytes() == expected.images[index].tobytes()
     assert paint(page, is_random=True)[1] != paint(page, is_random=True)[1]
+
+
+def test_presets_are_schedulers(easel):
+    page = easel()
+    _, files, _ = paint(page, preset="preset_fast")
+    record = read_record(files[0])
+    assert (record.scheduler, record.steps) == ("DPMSolverMultistepScheduler", 2)
+    assert record.scheduler_config["use_karras_sigmas"]
 
 
 def test_candidates_come_with_scores_the_best_first(easel, tmp_path):

@@ -1,11 +1,14 @@
 """The engine: whatever is answered together, everyone gets the answer they would get alone."""
 
+import json
 import threading
 from dataclasses import replace
 
 import PIL.Image
 import pytest
+import torch
 
+from viscpm_hf import VisCPMChat
 from viscpm_hf.modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from viscpm_hf.serving.engine import ChatEngine, _Share
 from viscpm_hf.serving.sampling import SamplingSettings
@@ -140,6 +143,104 @@ def test_a_stop_string_ends_the_answer_and_is_not_in_it(golden, engine):
     short = engine.answer(prompt, replace(settings, max_new_tokens=3), timeout=60)[0]
     assert (short.reason, short.num_tokens) == ("length", 3)
     assert whole.text.startswith(short.text)
+
+
+def test_scores_are_the_models_own(golden, chat, engine):
+    """Log-probabilities of each token, as `generate` has them, whatever is answered beside it."""
+    messages = [{"role": "user", "content": "what is this?"}]
+    inputs = chat.processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    output = chat.model.generate(
+        **inputs, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    expected = [torch.log_softmax(logits[0].float(), -1).topk(3) for logits in output.logits]
+    ids = output.sequences[0, -len(expected) :].tolist()
+    beside = Recorder()
+    engine.submit(engine.prepare.turn(*turns(golden)[0]), SamplingSettings(max_new_tokens=20), beside)
+    settings = SamplingSettings(max_new_tokens=8, top_logprobs=3, repetition_penalty=1.0)
+    (answer,) = engine.answer(engine.prepare.messages(messages), settings, timeout=60)
+    eos = chat.processor.tokenizer.eos_token_id
+    assert len(answer.scores) == answer.num_tokens == sum(token != eos for token in ids)
+    for score, best, token in zip(answer.scores, expected, ids, strict=False):
+        assert score.token.decode() == chat.processor.tokenizer.decode([token])
+        assert score.logprob == pytest.approx(best.values[0].item(), abs=1e-4)
+        assert [logprob for _, logprob in score.best] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert "".join(score.token.decode() for score in answer.scores) == answer.text
+    assert beside.over.wait(60)
+
+
+def test_scores_come_with_their_text(golden, engine):
+    prompt = engine.prepare.turn(*turns(golden)[0])
+    settings, answer = long_answer(engine, prompt)
+    recorder = Recorder()
+    stop = answer.text[len(answer.text) // 2 :][:3]
+    engine.submit(prompt, replace(settings, top_logprobs=0, stop=(stop, answer.text[-3:] + "never")), recorder)
+    assert recorder.over.wait(60)
+    told = ""
+    for event in recorder.events[:-1]:
+        told += b"".join(score.token for score in event.scores).decode()
+        assert recorder.text.startswith(told) or told.startswith(recorder.text)
+    assert told.startswith(recorder.text) and len(told) < len(recorder.text) + len(stop) + 10
+    assert all(score.logprob <= 0 and not score.best for event in recorder.events[:-1] for score in event.scores)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_have_the_form_that_is_asked_for(golden):
+    pytest.importorskip("llguidance")
+    chat = VisCPMChat("viscpm-tiny", device="cpu")
+    engine = ChatEngine(chat)
+    constraint = engine.constraints.of_schema(SCHEMA)
+    expected = chat.ask(None, "What is a circle?", mode="generate", max_new_tokens=12).answer
+    recorders = [Recorder() for _ in range(6)]
+    for seed, recorder in enumerate(recorders):  # beside each other, and beside an answer that is free
+        form = constraint if seed else None
+        temperature = 1.5 if seed else 0.0
+        settings = SamplingSettings(
+            max_new_tokens=60 if seed else 12, temperature=temperature, seed=seed, constraint=form
+        )
+        engine.submit(engine.prepare.turn(None, "What is a circle?"), settings, recorder)
+    for recorder in recorders:
+        assert recorder.over.wait(60)
+        assert isinstance(recorder.events[-1], Finished), recorder.events[-1]
+    assert recorders[0].text == expected
+    for recorder in recorders[1:]:
+        answer = json.loads(recorder.text)
+        assert answer.keys() == {"colour", "count"} and answer["colour"] in ("red", "blue")
+        assert 0 <= answer["count"] <= 99 and recorder.events[-1].reason == "stop"
+    engine.close(drain=False)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "foo"}, "Invalid type"),
+        ({"$ref": "#/nowhere"}, "nowhere"),
+        ({"type": "string", "pattern": "("}, "can't be used"),
+        ({"enum": ["x" * 40_000]}, "more than the 32,768"),
+    ],
+)
+def test_schemas_that_cannot_be_kept_are_refused(engine, schema, message):
+    pytest.importorskip("llguidance")
+    with pytest.raises(ValueError, match=message):
+        engine.constraints.of_schema(schema)
+
+
+def test_a_form_without_words_fails_its_own_request(golden, chat, engine):
+    pytest.importorskip("llguidance")
+    constraint = engine.constraints.of_schema({"const": "\U0001fae8"})
+    prompt = engine.prepare.turn(None, "what is this?")
+    beside = Recorder()
+    engine.submit(prompt, SamplingSettings(max_new_tokens=12), beside)
+    with pytest.raises(ValueError, match="can't go on in the form"):
+        engine.answer(prompt, SamplingSettings(constraint=constraint), timeout=60)
+    assert beside.over.wait(60)
+    assert beside.text == chat.ask(None, "what is this?", mode="generate", max_new_tokens=12).answer
 
 
 def test_a_conversation_of_messages_is_the_same_as_turns(golden, chat, engine):

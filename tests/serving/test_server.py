@@ -13,6 +13,7 @@ from serving_support import Server, data_uri, question
 from support import Golden
 
 from viscpm_hf import VisCPMPaintPipeline
+from viscpm_hf.paint import read_record
 
 
 GOLDEN = Golden("chat_a")
@@ -125,11 +126,21 @@ def test_without_a_picture_and_with_two(client, image):
         assert answer.choices[0].finish_reason
 
 
-def test_a_painted_picture(client, server):
+def test_a_painted_picture(client, server, tmp_path):
     asked = {"model": PAINT, "prompt": "一只猫", "extra_body": {"seed": 3, "steps": 2, "negative_prompt": "dog"}}
     first = client.images.generate(**asked, n=2, response_format="b64_json")
     pictures = [PIL.Image.open(io.BytesIO(base64.b64decode(entry.b64_json))) for entry in first.data]
     assert pictures[0].text["prompt"] == "一只猫"
+    pictures[1].fp.seek(0)
+    (tmp_path / "second.png").write_bytes(pictures[1].fp.read())
+    record = read_record(tmp_path / "second.png")
+    assert (record.model, record.negative_prompt, record.seed, record.steps) == (PAINT, "dog", 4, 2)
+    fast = client.images.generate(
+        model=PAINT, prompt="cat", response_format="b64_json", extra_body={"preset": "fast", "steps": 3}
+    )
+    (tmp_path / "fast.png").write_bytes(base64.b64decode(fast.data[0].b64_json))
+    record = read_record(tmp_path / "fast.png")
+    assert (record.scheduler, record.steps) == ("DPMSolverMultistepScheduler", 3)
     assert [entry.seed for entry in first.data] == [3, 4]
     second = client.images.generate(**asked, response_format="url")
     served = PIL.Image.open(io.BytesIO(httpx.get(second.data[0].url).content))
@@ -147,6 +158,7 @@ def test_a_painted_picture(client, server):
         ({"n": 99}, "n: "),
         ({"prompt": "  "}, "prompt is empty"),
         ({"extra_body": {"steps": 999}}, "steps is 999"),
+        ({"quality": "low", "extra_body": {"preset": "fast"}}, "either quality .low. or preset .fast."),
         ({"model": "dall-e-3"}, "no model"),
     ],
 )

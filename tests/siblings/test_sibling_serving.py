@@ -1,6 +1,7 @@
 """The server's engine with the siblings: answers of many callers together, each as it would be alone."""
 
 import base64
+import importlib.util
 import json
 import threading
 
@@ -72,6 +73,24 @@ def test_penalties_and_stops_are_each_answers_own(chat, engine):
         prompt, SamplingSettings(max_new_tokens=10, repetition_penalty=1.3, stop=(stop,)), timeout=60
     )
     assert answer.text == expected[: expected.index(stop)] and answer.reason == "stop"
+
+
+def test_scores_and_forms(chat, engine):
+    prompt = engine.prepare.turn(IMAGE, "What?")
+    (answer,) = engine.answer(prompt, SamplingSettings(max_new_tokens=10, top_logprobs=2), timeout=60)
+    assert answer.text == chat.ask(IMAGE, "What?", **SHORT).answer
+    assert len(answer.scores) == answer.num_tokens
+    for score in answer.scores:
+        assert score.token == score.best[0][0] and score.logprob == score.best[0][1] <= 0
+    if importlib.util.find_spec("llguidance") is None:
+        with pytest.raises(ValueError, match="needs llguidance, which is not installed"):
+            engine.constraints.of_schema({})
+        return
+    form = engine.constraints.of_schema({"enum": ["no", "yes"]})
+    for seed in range(3):
+        settings = SamplingSettings(max_new_tokens=20, temperature=2.0, seed=seed, constraint=form)
+        (answer,) = engine.answer(prompt, settings, timeout=60)
+        assert json.loads(answer.text) in ("no", "yes") and answer.reason == "stop"
 
 
 def test_the_reference_decoding_is_the_preset(chat, engine):

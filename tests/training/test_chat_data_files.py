@@ -10,7 +10,7 @@ from chat_training_support import conversation, write_rows
 
 from viscpm_hf.training import data_files
 from viscpm_hf.training.data_files import DataPart, JsonSource, TableSource, open_source
-from viscpm_hf.training.records import BadRowError
+from viscpm_hf.training.records import BadRowError, read_record
 
 
 ROWS = [conversation("a.png", (f"问题 {index} 🙂", "答" * index), note="x\ny") for index in range(1, 30)]
@@ -42,7 +42,8 @@ def test_rows_and_lines(tmp_path, chunk, style):
     if style == "array":
         assert source.where(3) == f"{path} line 6"
     if style == "no newline":
-        assert source.where(3) == f"{path} line 1"
+        assert source.where(0) == f"{path} row 1 (index 0), line 1"
+        assert source.where(3) == f"{path} row 4 (index 3), line 1"
 
 
 def test_lines_in_a_json_file(tmp_path):
@@ -128,6 +129,30 @@ def parquet(tmp_path_factory):
     )
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train-0.parquet")
     return folder
+
+
+def test_lists_of_pictures_in_parquet(tmp_path):
+    """`images`, still encoded as `image` is; a mark without a picture is a bad row there too."""
+    import datasets
+
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (40, 40), "red").save(file, "PNG")
+    entry = {"bytes": file.getvalue(), "path": None}
+    features = datasets.Features(
+        {
+            "images": [datasets.Image()],
+            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+        }
+    )
+    messages = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"images": images, "messages": messages} for images in ([entry], [], [entry, entry])]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    source = open_source(str(tmp_path / "train.parquet"))
+    (_, good), *bad = source.scan()
+    assert read_record(good).images == (file.getvalue(),)
+    for (index, row), count in zip(bad, (0, 2), strict=True):
+        with pytest.raises(BadRowError, match=f"row {index + 1}: 1 <image> marks .* but {count} pictures"):
+            read_record(row, source=source.where(index))
 
 
 @pytest.mark.parametrize("way", ["folder", "file"])

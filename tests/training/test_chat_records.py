@@ -1,10 +1,24 @@
 """Rows of every format as records, and records as samples."""
 
+from pathlib import Path
+
 import PIL.Image
 import pytest
 from chat_training_support import conversation
 
 from viscpm_hf.training.records import CAPTION_INSTRUCTIONS, BadRowError, ChatRecord, read_record
+
+
+TURNS = [("<image>\nWhat colour?", "Red."), ("And <image>?", "Blue.")]
+
+
+def as_messages(turns, parts=None):
+    messages = []
+    for question, answer in turns:
+        content = question if parts is None else [*parts, {"type": "text", "text": question}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        parts = parts and []
+    return messages
 
 
 def test_every_answered_turn_is_a_sample():
@@ -43,6 +57,41 @@ def test_pictures_in_memory_and_in_tables():
         assert read_record(conversation(image, ("q", "a"))).images == (expected,)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"images": ["a.png", "b.png"], **conversation(None, *TURNS)},
+        {"images": ["a.png", "b.png"], "image": None, "messages": as_messages(TURNS)},
+        {"images": [{"path": "a.png", "bytes": None}, {"path": "b.png"}], "messages": as_messages(TURNS)},
+        {"images": ["a.png", "b.png"], "prompt": as_messages(TURNS)[:3], "completion": as_messages(TURNS)[3:]},
+    ],
+    ids=["LLaMA-Factory", "ms-swift", "of tables", "TRL"],
+)
+def test_layouts_of_other_trainers(row):
+    record = read_record(row)
+    assert list(record.images) == [Path("a.png"), Path("b.png")]
+    assert list(record.turns) == [("What colour?", "Red."), ("And ?", "Blue.")]
+
+
+@pytest.mark.parametrize("images", ["a.png", ["a.png"], PIL.Image.new("RGB", (2, 2)), b"x", {"bytes": b"x"}])
+def test_images_is_read_as_image(images):
+    turns = conversation(None, ("q", "a"))["conversations"]
+    for key in ("image", "images"):
+        assert len(read_record({key: images, "conversations": turns}).images) == 1
+        assert len(read_record({key: images, "caption": "a cat"}).images) == 1
+
+
+def test_parts_of_messages():
+    text = [("q", "a")]
+    inside = as_messages(text, [{"type": "image", "image": b"x"}])
+    assert read_record({"messages": inside}).images == (b"x",)
+    beside = as_messages(text, [{"type": "image"}, {"type": "image"}])
+    record = read_record({"images": ["a.png", "b.png"], "messages": beside})
+    assert len(record.images) == 2 and record.turns[0] == ("q", "a")
+    record = read_record({"prompt": "q", "completion": "a"})
+    assert list(record.turns) == [("q", "a")]
+
+
 @pytest.mark.parametrize(("caption", "language"), [("一只猫", "zh"), ("a cat", "en")])
 def test_captions_get_an_instruction_of_their_language(caption, language):
     questions = {read_record({"image": "a.png", "caption": caption}, seed=seed).turns[0] for seed in range(40)}
@@ -68,6 +117,20 @@ def test_captions_get_an_instruction_of_their_language(caption, language):
         (conversation(None, ("q", " "), ("q", "a")), "turn 1 has no answer, but others follow"),
         (conversation(7, ("q", "a")), "'image' is a path or a picture, not int"),
         ({"caption": "a cat"}, "caption without an image"),
+        (conversation(None, ("<image>\nq", "a")), "1 <image> marks in its questions, but 0 pictures"),
+        (conversation("", ("<image>\nq", "a")), "1 <image> marks in its questions, but 0 pictures"),
+        (conversation("a.png", ("<image>\nq", "a"), ("<image>q", "a")), "2 <image> marks .* but 1 pictures"),
+        ({"images": ["a.png", "b.png"], **conversation(None, ("<image>\nq", "a"))}, "1 <image> marks .*but 2 pict"),
+        ({"images": [], **conversation(None, ("<image>\nq", "a"))}, "but 0 pictures"),
+        ({"messages": as_messages([("q", "a")], [{"type": "image"}])}, "1 <image> marks .* but 0 pictures"),
+        ({"messages": as_messages([("q", "a")], [{"type": "video"}])}, "part that is neither text nor a picture"),
+        ({"messages": as_messages([("q", "a")], [{"type": "image", "url": "http://x/y.png"}])}, "is not fetched"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "from 'system'"),
+        ({"images": ["a.png"], **conversation("b.png", ("q", "a"))}, "'image' and 'images' both name pictures"),
+        ({"videos": ["a.mp4"], **conversation(None, ("q", "a"))}, "'videos': the model takes pictures and text"),
+        ({"messages": [], **conversation(None, ("q", "a"))}, "'conversations' and 'messages' are both"),
+        ({"prompt": "q"}, "neither 'conversations' nor 'caption'"),
+        ({"prompt": "q", "completion": ["a"]}, "two texts, or two lists"),
         ({"image": "a.png", "caption": 3}, "'caption' is text"),
     ],
 )

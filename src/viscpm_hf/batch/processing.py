@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL.PngImagePlugin import PngInfo
-
 from ..chat.answering import ChatRequest
+from ..chat.data_rows import ASSISTANT, HUMAN, check_marks, messages_of, named_images, read_message, without_marks
+from ..modeling.processing_viscpm_chat import IMAGE_TOKEN
 from ..paint.painting import PaintRequest, check_paint_request, paint_batch
+from ..paint.record import png_info
 from .rows import InputRow, resolve_image, seed_of, text_of
 from .runner import PreparedRow
 
@@ -30,8 +30,9 @@ PLAIN_NAME = re.compile(r"[a-z0-9_][a-z0-9_-]{0,99}")
 @dataclass
 class ChatRows:
     """Answers rows `{"id", "image", "question"}`, optionally with `"context"` (what an earlier turn's result has by
-    that name) and `"seed"`; or with LLaVA's `"conversations"` in place of the question: the last human turn is asked,
-    with the turns before it as context.
+    that name) and `"seed"`; or with LLaVA's `"conversations"` (or `"messages"`, or `"prompt"` and `"completion"`) in
+    place of the question: the last human turn is asked, with the turns before it as context. `"images"` is read as
+    `"image"`; `<image>` marks are dropped, but there has to be a picture for each.
     """
 
     chat: VisCPMChat
@@ -44,12 +45,24 @@ class ChatRows:
 
     def prepare(self, row: InputRow) -> PreparedRow:
         values = row.values
-        image = resolve_image(values.get("image"), self.images)
-        if "conversations" in values:
-            question, turns = conversation_of(values["conversations"])
+        named = named_images(values)
+        has_messages = "conversations" in values or "question" not in values
+        messages = messages_of(values) if has_messages else None
+        if messages is not None:
+            question, turns, num_marks, own = conversation_of(messages)
             context = self.chat.context_of(turns)
+            if own and named is not None:
+                raise ValueError("Pictures stand both in the messages and beside them: keep one of them.")
+            named = own or named
         else:
-            question, context = text_of(values, "question"), text_of(values, "context", "")
+            text, context = text_of(values, "question"), text_of(values, "context", "")
+            question, num_marks = without_marks(text), text.count(IMAGE_TOKEN)
+        if values.get("image") == "":
+            named = ""  # a row that names no picture has none, or null
+        elif isinstance(named, list) and named is not values.get("image") and len(named) == 1:
+            (named,) = named
+        image = resolve_image(named, self.images)
+        check_marks(num_marks, int(image is not None))
         request = ChatRequest(image, question, context)
         seed = seed_of(values, None if self.seed is None else self.seed + row.index)
         return PreparedRow(row, (request, seed), self.chat.prompt_length(request))
@@ -71,23 +84,29 @@ class ChatRows:
         ]
 
 
-def conversation_of(turns: Any) -> tuple[str, list[tuple[str, str]]]:
-    """LLaVA's `[{"from": "human", "value": ...}, {"from": "gpt", ...}, ...]` -> the last question and the turns before
-    it; an answer after it is what a data set expects, and is not shown to the model.
+def conversation_of(messages: Sequence[Any]) -> tuple[str, list[tuple[str, str]], int, list[Any]]:
+    """LLaVA's `[{"from": "human", "value": ...}, {"from": "gpt", ...}, ...]`, or messages of `role` and `content` ->
+    the last question, the turns before it, the number of image marks in the questions, and pictures among their parts;
+    an answer after the question is what a data set expects, and is not shown to the model.
 
     Raises:
         ValueError: for anything else.
     """
-    if not isinstance(turns, list) or not turns:
+    if not messages:
         raise ValueError('"conversations" is a list of turns {"from": "human" or "gpt", "value": text}.')
-    texts = []
-    for index, turn in enumerate(turns):
-        expected = ("human", "gpt")[index % 2]
-        if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
-            raise ValueError(f'Turn {index} of "conversations" is not {{"from": "{expected}", "value": text}}.')
-        texts.append(turn["value"].replace("<image>", "").strip())
+    texts, num_marks, images = [], 0, []
+    for index, message in enumerate(messages):
+        speaker, text, own = read_message(message, index)
+        expected = (HUMAN, ASSISTANT)[index % 2]
+        if speaker not in expected or not isinstance(text, str):
+            raise ValueError(f'Turn {index} of "conversations" is not {{"from": "{expected[0]}", "value": text}}.')
+        if index % 2 == 0:
+            num_marks += text.count(IMAGE_TOKEN)
+            text = without_marks(text)
+        texts.append(text)
+        images += own
     last = (len(texts) - 1) // 2 * 2
-    return texts[last], list(zip(texts[:last:2], texts[1:last:2], strict=True))
+    return texts[last], list(zip(texts[:last:2], texts[1:last:2], strict=True)), num_marks, images
 
 
 @dataclass
@@ -125,11 +144,10 @@ class PaintRows:
                 "flagged": result.flags[0],
                 "reason": result.reasons[0],
             }
-            info = PngInfo()
-            settings = {**self.options, "negative_prompt": item.request.negative_prompt}
-            for name, value in {"Software": "viscpm-hf", **found, "settings": json.dumps(settings)}.items():
-                if value is not None:
-                    info.add_itxt(name, str(value))
+            info = png_info(result, 0, self.painter.model_path)
+            for name in ("file", "flagged", "reason"):
+                if found[name] is not None:
+                    info.add_itxt(name, str(found[name]))
             temporary = path.with_name(path.name + ".tmp")
             result.images[0].save(temporary, "PNG", pnginfo=info)
             os.replace(temporary, path)

@@ -6,7 +6,6 @@ downloads no more than it loads, asks [`find_original`].
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from transformers.utils.hub import cached_file
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
 from .errors import OriginalCheckpointError
+from .json_files import load_json
 from .original import (
     LLM_SIZE_KEYS,
     ORIGINAL_CONFIG_NAMES,
@@ -123,10 +123,12 @@ def layout_of(folder: Path) -> tuple[str, str | None]:
     if json_object(folder / "text_encoder" / "config.json").get("model_type") == PAINT_MODEL_TYPE:
         return DIFFUSERS_FOLDER, "paint"
     config = json_object(folder / "config.json")
-    kind = CONVERTED_MODEL_TYPES.get(config.get("model_type"))
-    if kind is not None:
-        return TRANSFORMERS_FOLDER, kind
-    if (kind := config.get("model_type")) in SIBLINGS:
+    kind = config.get("model_type")
+    if isinstance(kind, (list, dict)):
+        raise OriginalCheckpointError(f"{folder / 'config.json'} names no model type but a {type(kind).__name__}.")
+    if kind in CONVERTED_MODEL_TYPES:
+        return TRANSFORMERS_FOLDER, CONVERTED_MODEL_TYPES[kind]
+    if kind in SIBLINGS:
         if "resampler_config" in config:
             return TRANSFORMERS_FOLDER, kind
         if kind == MiniCPMVConfig.model_type:
@@ -143,8 +145,8 @@ def layout_of(folder: Path) -> tuple[str, str | None]:
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty if there is no such file, or none of an object."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = load_json(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

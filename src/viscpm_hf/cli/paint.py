@@ -15,13 +15,17 @@ from .model_options import add_model_options, load_paint
 
 
 if TYPE_CHECKING:
-    from PIL.PngImagePlugin import PngInfo
-
-    from ..paint.paint import PaintResult
+    from ..paint.paint import EncodedPrompt, PaintResult, VisCPMPaint
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CANDIDATES = 4
+PRESET_NAMES = ("fast", "quality", "reference")  # of PRESETS, which a parser needn't import
+# What a PNG file says itself.
+OF_THE_RECORD = (
+    "prompt", "prompts_file", "negative", "preset", "steps", "scheduler", "guidance", "size", "seed", "candidates",
+    "contact_sheet", "save_all",
+)  # fmt: skip
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -32,18 +36,35 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "the one that Chinese-CLIP likes best. / "
         "根据文字生成图片；默认与原版一致：生成四张候选图，检查并排序后返回最佳的一张。",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder, Hub id, or original .pt/.bin file / 模型")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="folder, Hub id, or original .pt/.bin file; with --from only if it is another place than then / 模型",
+    )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to draw / 提示词")
     parser.add_argument("-o", "--output", metavar="PNG", required=True, help="image to write / 输出图片")
     parser.add_argument(
         "--prompts-file", metavar="TXT", help="a prompt a line, - for stdin; writes PNG-1, PNG-2 ... / 提示词文件"
     )
+    parser.add_argument(
+        "--from",
+        dest="again",
+        metavar="PNG",
+        help="draw a PNG of viscpm-hf again, with its own settings / 按图中记录重画",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESET_NAMES),
+        help="scheduler, steps and guidance in one: fast (12 steps of DPM++ 2M Karras), quality (25), reference "
+        "(the original's 50 of DDPM) / 预设",
+    )
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw / 反向提示词")
-    parser.add_argument("--steps", type=positive(int), default=50, help="denoising steps (50) / 采样步数")
+    parser.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")
     parser.add_argument(
         "--scheduler", metavar="NAME", help="ddpm (the original's), dpm++, euler, ddim, unipc, ... or a class / 采样器"
     )
-    parser.add_argument("--guidance", type=float, default=7.5, help="weight of the prompt (7.5) / 引导系数")
+    parser.add_argument("--guidance", type=float, help="weight of the prompt (7.5) / 引导系数")
     parser.add_argument("--size", type=positive(int), help="height and width in pixels (512) / 图片边长")
     parser.add_argument("--seed", type=int, help="of the first candidate; the others follow / 随机种子")
     parser.add_argument(
@@ -99,17 +120,26 @@ def numbered(output: Path, number: int, count: int) -> Path:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.again is not None:
+        return draw_again(arguments)
+    if arguments.model is None:
+        raise ValueError("Give a MODEL, and a prompt or --prompts-file.")
     prompts = read_prompts(arguments)
     output = check_output(arguments.output)
     sheet = check_output(arguments.contact_sheet) if arguments.contact_sheet else None
     painter = load_paint(arguments, scheduler=arguments.scheduler, candidates=arguments.candidates or CANDIDATES)
     refused = 0
+    encoded = dict.fromkeys(prompts)
+    if arguments.prompts_file is not None:
+        refused, encoded = encode_all(painter, prompts, arguments.negative)
     for number, prompt in enumerate(prompts, start=1):
+        if prompt not in encoded:
+            continue
         try:
             paint(
                 painter,
                 arguments,
-                prompt,
+                encoded[prompt] or prompt,
                 numbered(output, number, len(prompts)),
                 sheet and numbered(sheet, number, len(prompts)),
             )
@@ -118,40 +148,111 @@ def run(arguments: argparse.Namespace) -> int:
                 raise
             # The others of the file may well be fine.
             refused += 1
-            print(f"viscpm-hf: error: {prompt[:40]}: {error}", file=sys.stderr)
+            complain(prompt, error)
     return 1 if refused else 0
 
 
-def paint(painter, arguments: argparse.Namespace, prompt: str, output: Path, sheet: Path | None) -> None:
-    """Draws, writes and reports the images of one prompt."""
-    from ..paint.paint import image_grid
+def complain(prompt: str, error: Exception) -> None:
+    print(f"viscpm-hf: error: {prompt[:40]}: {error}", file=sys.stderr)
 
+
+def encode_all(painter: VisCPMPaint, prompts: list[str], negative: str | None) -> tuple[int, dict[str, EncodedPrompt]]:
+    """All prompts in one pass, after which the text encoder goes; and how many of them can't be drawn."""
+    from ..paint.painting import PaintRequest, check_paint_request
+
+    fine, refused = [], 0
+    for prompt in prompts:
+        try:
+            check_paint_request(painter, PaintRequest(prompt, negative))
+            fine.append(prompt)
+        except ValueError as error:
+            if len(prompts) == 1:
+                raise
+            refused += 1
+            complain(prompt, error)
+    fine = list(dict.fromkeys(fine))
+    encoded = dict(zip(fine, painter.encode(fine, negative), strict=True)) if fine else {}
+    painter.free_text_encoder()
+    return refused, encoded
+
+
+def draw_again(arguments: argparse.Namespace) -> int:
+    """Draws the image of a PNG file again."""
+    from ..paint.record import read_record
+    from ..tiny.embedded import resolve_model
+
+    given = [name for name in OF_THE_RECORD if getattr(arguments, name) not in (None, False)]
+    if given:
+        raise ValueError(
+            "--from takes everything from the PNG file; beside it these can't be given: "
+            + ", ".join(name.replace("_", "-") for name in given)
+        )
+    record = read_record(arguments.again)
+    output = check_output(arguments.output)
+    if arguments.model is None:
+        # A name out of a file is not fetched from the network.
+        if not os.path.exists(resolve_model(record.model, "paint")):
+            raise ValueError(
+                f"{arguments.again} was drawn by {record.model[:200]!r}, which isn't here: give the MODEL too."
+            )
+        arguments.model = record.model
+    arguments.rank = False
+    begin = time.perf_counter()
+    painter = load_paint(arguments)
+    result = painter.draw_again(record)
+    if result.settings["dtype"] != record.dtype:
+        print(
+            f"viscpm-hf: drawn in {record.dtype} then, in {result.settings['dtype']} now: it may differ a little.",
+            file=sys.stderr,
+        )
+    finish(result, arguments, output, None, time.perf_counter() - begin)
+    return 0
+
+
+def call_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Scheduler, steps and guidance: those of the preset, those given, or the original's."""
+    from ..paint.paint import PRESETS
+
+    preset = PRESETS[arguments.preset] if arguments.preset is not None else {}
+    given = {
+        "scheduler": arguments.scheduler,
+        "num_inference_steps": arguments.steps,
+        "guidance_scale": arguments.guidance,
+    }
+    return {**preset, **{name: value for name, value in given.items() if value is not None}}
+
+
+def paint(
+    painter: VisCPMPaint, arguments: argparse.Namespace, prompt: str | EncodedPrompt, output: Path, sheet: Path | None
+) -> None:
+    """Draws, writes and reports the images of one prompt."""
     begin = time.perf_counter()
     result = painter.generate_all(
         prompt,
-        negative_prompt=arguments.negative,
+        negative_prompt=arguments.negative if isinstance(prompt, str) else None,
         num_images_per_prompt=1 if arguments.rank else arguments.candidates or 1,
-        guidance_scale=arguments.guidance,
         image_size=arguments.size,
         generator=arguments.seed,
-        num_inference_steps=arguments.steps,
+        **call_arguments(arguments),
     )
-    seconds = time.perf_counter() - begin
-    settings = {
-        "steps": arguments.steps,
-        "scheduler": type(painter.pipeline.scheduler).__name__,
-        "guidance": arguments.guidance,
-        "size": list(result.images[0].size),
-    }
+    finish(result, arguments, output, sheet, time.perf_counter() - begin)
+
+
+def finish(
+    result: PaintResult, arguments: argparse.Namespace, output: Path, sheet: Path | None, seconds: float
+) -> None:
+    """Writes and reports images."""
+    from ..paint.paint import image_grid
+
     places = [output]
     if arguments.save_all:
         places += [output.with_name(f"{output.stem}.{index}{output.suffix}") for index in range(1, len(result.images))]
     for index, place in enumerate(places):
-        save(result, index, place, arguments, settings)
+        result.save(place, index, arguments.model)
     if sheet is not None:
         image_grid(result.images, captions=[caption(result, index) for index in range(len(result.images))]).save(sheet)
     if arguments.json:
-        print(json.dumps(as_dict(result, places, settings, seconds), ensure_ascii=False), flush=True)
+        print(json.dumps(as_dict(result, places, seconds), ensure_ascii=False), flush=True)
     else:
         print(f"{output}  ({caption(result, 0)}, {seconds:.1f} s)", flush=True)
     for index, reason in enumerate(result.reasons):
@@ -169,37 +270,12 @@ def caption(result: PaintResult, index: int) -> str:
     return ", ".join(parts)
 
 
-def save(result: PaintResult, index: int, path: Path, arguments: argparse.Namespace, settings: dict[str, Any]) -> None:
-    options = {}
-    if path.suffix.lower() == ".png":
-        options["pnginfo"] = png_metadata(result, index, arguments, settings)
-    result.images[index].save(path, **options)
-
-
-def png_metadata(result: PaintResult, index: int, arguments: argparse.Namespace, settings: dict[str, Any]) -> PngInfo:
-    """Everything that it takes to draw the image again."""
-    from PIL.PngImagePlugin import PngInfo
-
-    metadata = PngInfo()
-    for name, value in (
-        ("Software", "viscpm-hf"),
-        ("prompt", result.prompt),
-        ("negative_prompt", arguments.negative or ""),
-        ("seed", str(result.seeds[index])),
-        ("model", arguments.model),
-        ("settings", json.dumps(settings)),
-        ("score", None if result.scores[index] is None else f"{result.scores[index]:.4f}"),
-    ):
-        if value is not None:
-            metadata.add_itxt(name, value)
-    return metadata
-
-
-def as_dict(result: PaintResult, places: list[Path], settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+def as_dict(result: PaintResult, places: list[Path], seconds: float) -> dict[str, Any]:
     return {
         "prompt": result.prompt,
         "output": str(places[0]),
-        **settings,
+        **{name: result.settings[name] for name in ("steps", "scheduler", "guidance")},
+        "size": list(result.images[0].size),
         "candidates": [
             {
                 "seed": result.seeds[index],

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import (
     DIFFUSERS_FOLDER,
@@ -272,8 +271,6 @@ def convert_command(source: str, missing: list[str]) -> str:
 
 
 def _inspect_converted(location: Location) -> Inspection:
-    from transformers import AutoConfig
-
     is_paint = location.layout == DIFFUSERS_FOLDER
     folders = {"": "model"}
     if is_paint:
@@ -292,7 +289,7 @@ def _inspect_converted(location: Location) -> Inspection:
             missing.append(str(error))
         except ConversionError as error:
             problems.append(str(error))
-    config = AutoConfig.from_pretrained(location.path / ("text_encoder" if is_paint else ""))
+    config = read_config(location.path / ("text_encoder" if is_paint else ""))
     surplus: list[str] = []
     quantization = stored_quantization(location.path)
     if quantization is not None and not (missing or problems):
@@ -333,8 +330,7 @@ def _as_before(parts: list[tuple[str, TensorSpec]], config: Any) -> tuple[list[t
     from .verify import empty_model
 
     if config.model_type == PAINT_MODEL_TYPE:
-        with torch.device("meta"):
-            model = VisCPMPaintTextEncoder(config)
+        model = without_weights(lambda: VisCPMPaintTextEncoder(config))
     else:
         model = empty_model(config)
     tied = set(model.all_tied_weights_keys)

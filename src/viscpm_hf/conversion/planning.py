@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..checkpoints.configurations import read_config
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import (
     Location,
@@ -304,7 +305,7 @@ def open_converted(location: Location) -> Checkpoint:
         from .paint import open_converted_paint
 
         return open_converted_paint(location, words)
-    config = AutoConfig.from_pretrained(location.path)
+    config = read_config(location.path)
     weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
     key_map = key_maps.CHAT if location.kind == CHAT else key_maps.CPM_BEE
     part = Part("", TRANSFORMERS_WEIGHTS, key_map)

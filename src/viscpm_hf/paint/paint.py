@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ from ..loading.paint import (
     load_original,
     load_vae,
     quantized_unet,
+    reference_scheduler,
 )
 from ..loading.quantization import check_unet_quantization, unet_quantization_config
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline, is_whole
-from ..pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY
+from ..pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY, UnsafePromptError
 from ..pipelines.ranking import DEFAULT_RANKER
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER
 from ..tiny.embedded import FOLDER as EMBEDDED_FOLDER
 from ..tiny.embedded import resolve_model
+from .record import Record, call_settings, png_info, read_record
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +64,15 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
+# Ready-made arguments of `generate`, by name: `painter.generate(prompt, **PRESETS["fast"])`. Agreement and seconds are
+# in docs/painting.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"scheduler": "dpm++-karras", "num_inference_steps": 12, "guidance_scale": 7.5},
+    "quality": {"scheduler": "dpm++-karras", "num_inference_steps": 25, "guidance_scale": 7.5},
+    "reference": {"scheduler": "reference", "num_inference_steps": 50, "guidance_scale": 7.5},
+}
+# Texts that are encoded in one pass at most.
+ENCODED_TOGETHER = 64
 OFFLOADS = ("none", "model", "sequential")
 
 # Of a grid of images, in pixels.
@@ -81,6 +93,26 @@ class PaintResult:
     flags: list[bool]
     reasons: list[str | None]
     """Why an image is flagged."""
+    negative_prompt: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """How all were drawn, see [`call_settings`]."""
+
+    def save(self, path: str | os.PathLike, index: int = 0, model: str = "") -> None:
+        """Writes a candidate; a PNG file with all it takes to draw it again, `model` being where that came from."""
+        options = {"pnginfo": png_info(self, index, model)} if str(path).lower().endswith(".png") else {}
+        self.images[index].save(path, **options)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt that has been through the text encoder, in place of the prompt itself; see [`VisCPMPaint.encode`]."""
+
+    prompt: str
+    negative_prompt: str | None
+    prompt_embeds: torch.Tensor
+    negative_prompt_embeds: torch.Tensor
+    reason: str | None = None
+    """Why the prompt checker refuses it."""
 
 
 class VisCPMPaint:
@@ -177,7 +209,8 @@ class VisCPMPaint:
             raise ValueError(
                 f"offload={offload!r} moves whole models, which excludes device_map and {BUDGET_VARIABLE}: drop one."
             )
-        self.candidates = candidates
+        self.model_path = os.fspath(model_path)
+        self.candidates = int(candidates)
         self.image_policy = image_policy
         self.prompt_policy = prompt_policy
         if isinstance(scheduler, str):
@@ -256,6 +289,8 @@ class VisCPMPaint:
         image_size: int | None = None,
         generator: torch.Generator | int | None = None,
         num_inference_steps: int = 50,
+        *,
+        scheduler: str | SchedulerMixin | None = None,
         **options,
     ) -> PIL.Image.Image:
         """Draws an image, or a grid of several; with a ranker the best ones of all candidates.
@@ -270,7 +305,10 @@ class VisCPMPaint:
             image_size: height and width in pixels; what the checkpoint was made for if None, which is 512.
             generator: the source of all noise, or a seed.
             num_inference_steps: how many steps; other schedulers than the original's DDPM need 20 or so.
-            options: further arguments of [`VisCPMPaintPipeline.__call__`].
+            scheduler: for this call, as in the constructor; `"reference"` is the original's DDPM. With steps and
+                guidance in one: `**PRESETS["fast"]`.
+            options: `height` and `width` in place of `image_size`, and further arguments of
+                [`VisCPMPaintPipeline.__call__`].
         """
         result = self.generate_all(
             prompt,
@@ -280,6 +318,7 @@ class VisCPMPaint:
             image_size,
             generator,
             num_inference_steps,
+            scheduler=scheduler,
             **options,
         )
         images = result.images[:num_images_per_prompt]
@@ -287,13 +326,15 @@ class VisCPMPaint:
 
     def generate_all(
         self,
-        prompt: str,
+        prompt: str | EncodedPrompt,
         negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 7.5,
         image_size: int | None = None,
         generator: torch.Generator | int | None = None,
         num_inference_steps: int = 50,
+        *,
+        scheduler: str | SchedulerMixin | None = None,
         **options,
     ) -> PaintResult:
         """As [`generate`], with every candidate and what there is to know of it.
@@ -303,30 +344,126 @@ class VisCPMPaint:
             UnsafeImageError: if an image is flagged and the policy is `"raise"`.
             ValueError: for arguments outside their range.
         """
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, (str, EncodedPrompt)):
             raise ValueError(f"A prompt is a str, got {type(prompt).__name__}.")
         if options.get("output_type", "pil") != "pil":
             raise ValueError("VisCPMPaint returns PIL images; other outputs are those of its `pipeline`.")
-        has_ranker = self.pipeline.ranker is not None
-        num_images = num_images_per_prompt * (self.candidates if has_ranker else 1)
+        if not is_whole(num_images_per_prompt):
+            raise ValueError(f"num_images_per_prompt is a whole number, got {num_images_per_prompt!r}.")
+        if image_size is not None:
+            if "height" in options or "width" in options:
+                raise ValueError("Give either image_size or height and width.")
+            options |= {"height": image_size, "width": image_size}
+        options = {"use_guidance": True, **options}
+        num_images = int(num_images_per_prompt) * (self.candidates if self.pipeline.ranker is not None else 1)
         generators, seeds = self._generators(generator, num_images)
-        output = self.pipeline(
-            prompt,
-            height=image_size,
-            width=image_size,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images,
-            generator=generators,
-            prompt_policy=self.prompt_policy,
-            image_policy=self.image_policy,
-            **{"use_guidance": True, **options},
-        )
-        images = output.images
+        texts: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt}
+        refused = None
+        if isinstance(prompt, EncodedPrompt):
+            texts, refused = self._texts_of(prompt, negative_prompt), prompt.reason
+            prompt, negative_prompt = prompt.prompt, prompt.negative_prompt
+        with self.scheduled(scheduler):
+            output = self.pipeline(
+                **texts,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images,
+                generator=generators,
+                prompt_policy=self.prompt_policy,
+                image_policy=self.image_policy,
+                **options,
+            )
+            settings = call_settings(self.pipeline, num_inference_steps, guidance_scale, options)
         flags = output.nsfw_content_detected or [False] * num_images
         reasons = output.flag_reasons or [None] * num_images
-        return self.rank(prompt, images, seeds, flags, reasons)
+        images = output.images
+        if refused is not None:
+            flags = [True] * num_images
+            reasons = ["; ".join(filter(None, (refused, reason))) for reason in reasons]
+            if self.prompt_policy == "black":
+                images = [PIL.Image.new("RGB", image.size) for image in images]
+        result = self.rank(prompt, images, seeds, flags, reasons)
+        return replace(result, negative_prompt=negative_prompt, settings=settings)
+
+    @contextmanager
+    def scheduled(self, scheduler: str | SchedulerMixin | None) -> Iterator[None]:
+        """Draws with another scheduler meanwhile; None leaves the pipeline's."""
+        own = self.pipeline.scheduler
+        if scheduler is not None:
+            self.pipeline.scheduler = make_scheduler(scheduler, own)
+        try:
+            yield
+        finally:
+            self.pipeline.scheduler = own
+
+    # --------------------------------------------------------------------------------------- encoded once, drawn later
+
+    def encode(self, prompts: Sequence[str], negative_prompt: str | None = None) -> list[EncodedPrompt]:
+        """Checks and encodes prompts, all in one pass (64 texts each), to be drawn one by one later.
+
+        After it [`free_text_encoder`] gives back nine tenths of the memory.
+        """
+        reasons = self.pipeline.check_prompt(list(prompts), "flag") or [None] * len(prompts)
+        encoded = []
+        for begin in range(0, len(prompts), ENCODED_TOGETHER - 1):  # and the negative prompt
+            texts = list(prompts[begin : begin + ENCODED_TOGETHER - 1])
+            pair = self.pipeline.encode_prompt(texts, negative_prompt=negative_prompt)
+            for row, text in enumerate(texts):
+                embeds = torch.stack([side[row] for side in pair])
+                # Without what the longest prompt of the batch has added to the others.
+                length = int((embeds != 0).any(-1).any(0).nonzero().max()) + 1
+                own, negative = embeds[:, None, :length].clone()
+                encoded.append(EncodedPrompt(text, negative_prompt, own, negative, reasons[begin + row]))
+        return encoded
+
+    def free_text_encoder(self) -> None:
+        """Drops text encoder and prompt checker: from then on only what [`encode`] has returned can be drawn."""
+        self.pipeline.free_text_encoder()
+        self.pipeline.prompt_checker = None
+
+    def _texts_of(self, prompt: EncodedPrompt, negative_prompt: str | None) -> dict[str, torch.Tensor]:
+        if negative_prompt is not None:
+            raise ValueError("The negative prompt of an encoded prompt was encoded with it: give it to `encode`.")
+        if prompt.reason is not None and self.prompt_policy == "raise":
+            raise UnsafePromptError(f"The prompt {prompt.prompt[:40]!r} was refused: {prompt.reason}.")
+        return {
+            "prompt_embeds": prompt.prompt_embeds,
+            "negative_prompt_embeds": prompt.negative_prompt_embeds,
+        }
+
+    # -------------------------------------------------------------------------------------------------- drawn again
+
+    def draw_again(self, record: Record | str | os.PathLike) -> PaintResult:
+        """Draws the image of a PNG file (of command, API or page) again, with this model.
+
+        Raises:
+            RecordError: if the file doesn't say how.
+            ValueError: if it was drawn with LoRAs that aren't loaded, or others are.
+        """
+        record = record if isinstance(record, Record) else read_record(record)
+        pipeline = self.pipeline
+        active = sorted(pipeline.get_active_adapters()) if getattr(pipeline.unet, "peft_config", None) else []
+        if active != record.lora:
+            raise ValueError(
+                f"The image was drawn with these LoRAs: {', '.join(record.lora) or 'none'}; loaded are: "
+                f"{', '.join(active) or 'none'} (pipeline.load_lora_weights, adapter_name=...)."
+            )
+        scheduler = scheduler_class(record.scheduler)[0].from_config(record.scheduler_config)
+        candidates, self.candidates = self.candidates, 1
+        try:
+            return self.generate_all(
+                record.prompt,
+                record.negative_prompt or None,
+                guidance_scale=record.guidance_scale,
+                generator=record.seed,
+                num_inference_steps=record.steps,
+                scheduler=scheduler,
+                height=record.height,
+                width=record.width,
+                **record.options,
+            )
+        finally:
+            self.candidates = candidates
 
     def rank(
         self,
@@ -479,7 +616,7 @@ def scheduler_class(name: str) -> tuple[type[SchedulerMixin], dict[str, Any]]:
     Raises:
         ValueError: for a name that is neither.
     """
-    class_name, options = SCHEDULERS.get(name.lower(), (name, {}))
+    class_name, options = ("DDPMScheduler", {}) if name == "reference" else SCHEDULERS.get(name.lower(), (name, {}))
     found = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(
@@ -492,6 +629,8 @@ def make_scheduler(scheduler: str | SchedulerMixin, current: SchedulerMixin) -> 
     """A scheduler by name, for the noise schedule of the current one."""
     if not isinstance(scheduler, str):
         return scheduler
+    if scheduler == "reference":
+        return reference_scheduler(current.config)
     found, options = scheduler_class(scheduler)
     return found.from_config(current.config, **options)
 
@@ -515,4 +654,4 @@ def image_grid(images: Sequence[PIL.Image.Image], captions: Sequence[str] | None
     return grid
 
 
-__all__ = ["PaintResult", "VisCPMPaint", "image_grid", "make_scheduler"]
+__all__ = ["PRESETS", "EncodedPrompt", "PaintResult", "VisCPMPaint", "image_grid", "make_scheduler"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..pipelines.prompt_safety import UnsafePromptError
 from ..pipelines.safety import UnsafeImageError
 from .paint import PaintResult
+from .record import call_settings
 
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def paint_batch(
     image_size: int | None = None,
     num_inference_steps: int = 50,
     num_images_per_prompt: int = 1,
+    scheduler: str | None = None,
     **options,
 ) -> list[PaintResult | Exception]:
     """Draws several prompts in one batch, every image as `painter.generate_all` with the same seed draws it alone.
@@ -61,7 +63,8 @@ def paint_batch(
     Args:
         painter: the model, whose policies and number of candidates count.
         requests: the prompts.
-        guidance_scale, image_size, num_inference_steps, num_images_per_prompt: see [`VisCPMPaint.generate`].
+        guidance_scale, image_size, num_inference_steps, num_images_per_prompt, scheduler: see
+            [`VisCPMPaint.generate`].
         options: further arguments of [`VisCPMPaintPipeline.__call__`].
 
     Returns:
@@ -80,20 +83,23 @@ def paint_batch(
         return results
     count = num_images_per_prompt * (painter.candidates if pipeline.ranker is not None else 1)
     drawn = [painter._generators(requests[index].seed, count) for index in accepted]
-    sides = {} if image_size is None else {"height": image_size, "width": image_size}
-    output = pipeline(
-        [requests[index].prompt for index in accepted],
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=[requests[index].negative_prompt or "" for index in accepted],
-        num_images_per_prompt=count,
-        generator=[generator for generators, _ in drawn for generator in generators],
-        prompt_policy=painter.prompt_policy,
-        # One flagged image must not cost the others.
-        image_policy="flag" if painter.image_policy == "raise" else painter.image_policy,
-        **sides,
-        **{"use_guidance": True, **options},
-    )
+    if image_size is not None:
+        options |= {"height": image_size, "width": image_size}
+    options = {"use_guidance": True, **options}
+    with painter.scheduled(scheduler):
+        output = pipeline(
+            [requests[index].prompt for index in accepted],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=[requests[index].negative_prompt or "" for index in accepted],
+            num_images_per_prompt=count,
+            generator=[generator for generators, _ in drawn for generator in generators],
+            prompt_policy=painter.prompt_policy,
+            # One flagged image must not cost the others.
+            image_policy="flag" if painter.image_policy == "raise" else painter.image_policy,
+            **options,
+        )
+        settings = call_settings(pipeline, num_inference_steps, guidance_scale, options)
     reasons = output.flag_reasons or [None] * len(output.images)
     for place, (index, (_, seeds)) in enumerate(zip(accepted, drawn, strict=True)):
         own = slice(place * count, (place + 1) * count)
@@ -102,7 +108,8 @@ def paint_batch(
             first = next(filter(None, reasons[own]))
             results[index] = UnsafeImageError(f"An image of the prompt is flagged: {first}.")
         else:
-            results[index] = painter.rank(requests[index].prompt, output.images[own], seeds, flags, reasons[own])
+            result = painter.rank(requests[index].prompt, output.images[own], seeds, flags, reasons[own])
+            results[index] = replace(result, negative_prompt=requests[index].negative_prompt, settings=settings)
     return results
 
 

@@ -328,6 +328,7 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             negative_prompt_embeds = None
         return prompt_embeds, negative_prompt_embeds
 
+    @torch.no_grad()
     def _encode_texts(self, texts: Sequence[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Embeddings `(length, width)` of every different text, in one forward pass, and of padding `(width,)`."""
         missing = list(dict.fromkeys(texts))

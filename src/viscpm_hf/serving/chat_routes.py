@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from ..images import ImageDecoder
 from .bodies import body_of, documented
+from .constraints import ANY_OBJECT
 from .engine import ChatEngine
 from .errors import ModelNotFoundError, error_answer
 from .images import fetch, is_remote, read_base64, read_image_url
@@ -33,6 +34,10 @@ from .schemas import (
     ChunkChoice,
     Delta,
     ImagePart,
+    Logprobs,
+    ResponseFormat,
+    TokenLogprob,
+    TopLogprob,
     Usage,
     ViscpmAnswer,
     ViscpmRequest,
@@ -40,7 +45,7 @@ from .schemas import (
     now,
 )
 from .settings import ServerSettings
-from .tickets import Answer, PreparedPrompt, TextPiece
+from .tickets import Answer, PreparedPrompt, TextPiece, TextScore
 from .waiting import EventStream, Places, unless_gone
 
 
@@ -52,7 +57,7 @@ DEFAULT_MAX_TOKENS = 512
 # All texts of a conversation together.
 MAX_CONVERSATION = 4 * MAX_TEXT
 REFERENCE_ONLY = ("num_beams", "length_penalty")
-GENERATE_ONLY = ("top_p", "stop", "seed")
+GENERATE_ONLY = ("top_p", "stop", "seed", "logprobs", "response_format")
 
 content_log = logging.getLogger("viscpm_hf.serving.content")
 
@@ -106,7 +111,7 @@ def chat_router(
         if body.model not in names:
             raise ModelNotFoundError(body.model, names)
         prompt = await unless_left(request, prepared, body)
-        decoding = decoding_of(body, engine, prompt)
+        decoding = await texts.run(decoding_of, body, engine, prompt)  # a schema takes its time
         events = EventStream(body.n or 1)
         ticket = engine.submit(prompt, decoding, events, body.n or 1)
         if body.stream:
@@ -120,7 +125,12 @@ def chat_router(
         return ChatCompletion(
             model=body.model,
             choices=[
-                Choice(index=index, message=AnswerMessage(content=answer.text), finish_reason=answer.reason)
+                Choice(
+                    index=index,
+                    message=AnswerMessage(content=answer.text),
+                    finish_reason=answer.reason,
+                    logprobs=logprobs_of(body, answer.scores),
+                )
                 for index, answer in enumerate(answers)
             ],
             usage=usage_of(prompt, sum(answer.num_tokens for answer in answers)),
@@ -199,8 +209,10 @@ def decoding_of(
     max_tokens = body.max_completion_tokens or body.max_tokens
     given = {name: getattr(body, name) for name in ("temperature", "repetition_penalty") if getattr(body, name)}
     is_reference = body.mode == "reference"
+    schema = schema_of(body.response_format)
     for name in GENERATE_ONLY if is_reference else REFERENCE_ONLY:
-        if getattr(body, name) is not None:
+        value = schema if name == "response_format" else getattr(body, name)
+        if value not in (None, False, []):
             other = "generate" if is_reference else "reference"
             raise ValueError(f'{name} belongs to mode "{other}".')
     if is_reference:
@@ -213,11 +225,38 @@ def decoding_of(
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
         stop=stop,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=None if schema is None else engine.constraints.of_schema(schema),
         **given,
     )
 
 
+def schema_of(form: ResponseFormat | None) -> Any:
+    """The JSON schema that an answer has to have; None for plain text."""
+    if form is None or form.type == "text":
+        return None
+    return ANY_OBJECT if form.json_schema is None else form.json_schema.schema_
+
+
 # ------------------------------------------------------------------------------------------------------- answering
+
+
+def logprobs_of(body: ChatCompletionRequest, scores: Sequence[TextScore]) -> Logprobs | None:
+    """If they were asked for."""
+    if not body.logprobs:
+        return None
+
+    def fields(token: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+    return Logprobs(
+        content=[
+            TokenLogprob(
+                **fields(score.token, score.logprob), top_logprobs=[TopLogprob(**fields(*best)) for best in score.best]
+            )
+            for score in scores
+        ]
+    )
 
 
 def usage_of(prompt: PreparedPrompt, num_tokens: int) -> Usage:
@@ -244,7 +283,8 @@ async def stream_chunks(
             async for event in events:
                 if isinstance(event, TextPiece):
                     answers[event.choice].text += event.text
-                    yield chunk([ChunkChoice(index=event.choice, delta=Delta(content=event.text))])
+                    logprobs = logprobs_of(body, event.scores)
+                    yield chunk([ChunkChoice(index=event.choice, delta=Delta(content=event.text), logprobs=logprobs)])
                 else:
                     num_tokens += event.num_tokens
                     yield chunk([ChunkChoice(index=event.choice, delta=Delta(), finish_reason=event.reason)])

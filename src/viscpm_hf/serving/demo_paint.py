@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import json
 import random
 import time
-from io import BytesIO
 from typing import Any
 
 import gradio as gr
 from gradio.processing_utils import save_bytes_to_cache
-from PIL.PngImagePlugin import PngInfo
 
-from ..paint.paint import PaintResult
+from ..paint.paint import PRESETS, PaintResult
 from ..paint.painting import PaintRequest, check_paint_request
+from ..paint.record import png_bytes
 from .demo_labels import EXPECTED_ERRORS, Labels, report, status
 from .demo_texts import say
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
 from .waiting import Places
 
 
+PRESET_KEYS = ("preset_reference", "preset_quality", "preset_fast")
 MAX_STEPS = 200
 DEFAULT_STEPS = 50
 DEFAULT_GUIDANCE = 7.5
@@ -61,6 +60,12 @@ class PaintPage:
                     draw = labels.make(gr.Button, {"value": "draw"}, variant="primary", min_width=70, elem_id="draw")
                     stop = labels.make(gr.Button, {"value": "stop"}, variant="stop", min_width=70, elem_id="halt")
                 with labels.make(gr.Accordion, {"label": "settings"}, open=False, elem_id="paint-settings"):
+                    preset = labels.make(
+                        gr.Radio,
+                        {"label": "preset", "choices": PRESET_KEYS},
+                        value=PRESET_KEYS[0],
+                        elem_id="preset",
+                    )
                     steps = labels.make(
                         gr.Slider, {"label": "steps"}, minimum=1, maximum=MAX_STEPS, step=1, value=DEFAULT_STEPS
                     )
@@ -111,10 +116,16 @@ class PaintPage:
         painting = gr.on(
             [prompt.submit, negative.submit, draw.click],
             self.paint,
-            [prompt, negative, steps, guidance, size, number, is_random, seed, language],
+            [prompt, negative, steps, guidance, size, number, is_random, seed, language, preset],
             [self.gallery, downloads, state],
             concurrency_limit=None,
             show_progress_on=[self.gallery],
+        )
+        preset.input(
+            lambda key: [preset_of(key)[name] for name in ("num_inference_steps", "guidance_scale")],
+            preset,
+            [steps, guidance],
+            show_progress="hidden",
         )
         stop.click(
             lambda language: status(say(language, "stopped")),
@@ -135,6 +146,7 @@ class PaintPage:
         is_random: bool,
         seed: int | None,
         language: str,
+        preset: str = PRESET_KEYS[0],
         progress: gr.Progress = gr.Progress(),  # noqa: B008, gradio looks for it here
     ) -> tuple[Any, Any, str]:
         """Draws; the pictures with captions, their files, and the status."""
@@ -142,7 +154,8 @@ class PaintPage:
             return gr.skip(), gr.skip(), status(say(language, "empty_prompt"))
         seed = random.randint(0, MAX_SEED) if is_random or seed is None else int(seed)
         request = PaintRequest(prompt, negative or None, seed)
-        settings = DrawingSettings(int(candidates), int(size), int(size), int(steps), guidance)
+        scheduler = preset_of(preset)["scheduler"]
+        settings = DrawingSettings(int(candidates), int(size), int(size), int(steps), guidance, scheduler)
         visitor = contextvars.copy_context()  # by which gradio knows whose progress it is, in the engine's thread too
 
         def on_step(done: int, total: int) -> None:
@@ -165,19 +178,16 @@ class PaintPage:
             for index, is_flagged in enumerate(result.flags)
             if is_flagged
         ]
-        files = await self.places.run(self._write, result, shown, request, settings)
+        files = await self.places.run(self._write, result, shown)
         pictures = [(file, caption(result, index, language)) for file, index in zip(files, shown, strict=True)]
         done = say(language, "painted", images=len(shown), seconds=seconds)
         return pictures, gr.update(value=files, visible=bool(files)), status(done, *withheld, is_error=not shown)
 
-    def _write(
-        self, result: PaintResult, indices: list[int], request: PaintRequest, settings: DrawingSettings
-    ) -> list[str]:
+    def _write(self, result: PaintResult, indices: list[int]) -> list[str]:
         """Files of the pictures, where gradio serves them from and clears them away after a while."""
-        scheduler = type(self.engine.painter.pipeline.scheduler).__name__
         return [
             save_bytes_to_cache(
-                png(result, index, request, settings, self.model_name, scheduler),
+                png_bytes(result, index, self.model_name),
                 f"viscpm-{result.seeds[index]}.png",
                 self.gallery.GRADIO_CACHE,
             )
@@ -192,28 +202,5 @@ def caption(result: PaintResult, index: int, language: str) -> str:
     return ", ".join(parts)
 
 
-def png(
-    result: PaintResult, index: int, request: PaintRequest, settings: DrawingSettings, model_name: str, scheduler: str
-) -> bytes:
-    """The picture's file with what it takes to draw it again, under the names of `viscpm-hf paint`."""
-    information = PngInfo()
-    drawn_with = {
-        "steps": settings.steps,
-        "scheduler": scheduler,
-        "guidance": settings.guidance_scale,
-        "size": list(result.images[index].size),
-    }
-    for name, value in (
-        ("Software", "viscpm-hf"),
-        ("prompt", result.prompt),
-        ("negative_prompt", request.negative_prompt or ""),
-        ("seed", str(result.seeds[index])),
-        ("model", model_name),
-        ("settings", json.dumps(drawn_with)),
-        ("score", None if result.scores[index] is None else f"{result.scores[index]:.4f}"),
-    ):
-        if value is not None:
-            information.add_itxt(name, value)
-    file = BytesIO()
-    result.images[index].save(file, "PNG", pnginfo=information)
-    return file.getvalue()
+def preset_of(key: str) -> dict[str, Any]:
+    return PRESETS[key.removeprefix("preset_")]

@@ -22,10 +22,11 @@ from transformers.utils import logging
 
 from ..chat.chat import VisCPMChat
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from .constraints import Constraints
 from .continuous_batch import ContinuousBatch, Row
 from .image_cache import ImageCache
 from .preparing import ImageEncoder, PromptPreparer
-from .sampling import Sampler, SamplingSettings
+from .sampling import Sampler, SamplingSettings, TokenScore
 from .tickets import (
     Answer,
     EngineBusyError,
@@ -37,6 +38,7 @@ from .tickets import (
     Finished,
     PreparedPrompt,
     TextPiece,
+    TextScore,
     Ticket,
 )
 
@@ -53,6 +55,23 @@ class _Choice:
     row: Row
     pending: str = ""
     """Text that may turn out to begin a stop string."""
+    scores: deque[tuple[TextScore, int]] = field(default_factory=deque)
+    """Of tokens whose text isn't told yet, with the number of characters that are left of it."""
+
+    def told(self, num_characters: int, is_over: bool) -> tuple[TextScore, ...]:
+        """The scores of the tokens whose text that was; in the end also of the one whose text was cut."""
+        scores = []
+        while self.scores and self.scores[0][1] <= num_characters:
+            score, length = self.scores.popleft()
+            num_characters -= length
+            scores.append(score)
+        if self.scores and num_characters:
+            score, length = self.scores.popleft()
+            if is_over:
+                scores.append(score)
+            else:
+                self.scores.appendleft((score, length - num_characters))
+        return tuple(scores)
 
 
 @dataclass(eq=False)
@@ -152,6 +171,7 @@ class ChatEngine:
         self._num_searching = 0
         self._search_waits = False
         """There is a search for which the batch leaves no room."""
+        self.constraints = Constraints(self._vocabulary, chat.processor.tokenizer.eos_token_id)
         self._thread = threading.Thread(target=self._run, name="viscpm-hf-engine", daemon=True)
         self._thread.start()
 
@@ -230,6 +250,7 @@ class ChatEngine:
         def listen(event: Event) -> None:
             if isinstance(event, TextPiece):
                 answers[event.choice].text += event.text
+                answers[event.choice].scores += event.scores
                 return
             if isinstance(event, Finished):
                 answers[event.choice].reason = event.reason
@@ -430,15 +451,19 @@ class ChatEngine:
         settings = row.sampler.settings
         is_end = token == self.chat.processor.tokenizer.eos_token_id
         is_full = len(row.answer) >= settings.max_new_tokens
-        choice.pending += self._new_text(row, token, is_last=is_end or is_full)
+        new_text = self._new_text(row, token, is_last=is_end or is_full)
+        choice.pending += new_text
+        if row.sampler.score is not None and not is_end:
+            choice.scores.append((self._text_score(row, row.sampler.score), len(new_text)))
         place = min((at for at in map(choice.pending.find, settings.stop) if at >= 0), default=-1)
         reason = "stop" if is_end else "length" if is_full else None
         if place >= 0:
             choice.pending, reason = choice.pending[:place], "stop"
         held = 0 if reason else longest_begun(choice.pending, settings.stop)
         text, choice.pending = choice.pending[: len(choice.pending) - held], choice.pending[-held:] if held else ""
-        if text:
-            choice.ticket.tell(TextPiece(choice.index, text))
+        scores = choice.told(len(text), is_over=reason is not None)
+        if text or scores:
+            choice.ticket.tell(TextPiece(choice.index, text, scores))
         if reason:
             choice.ticket.tell(Finished(choice.index, reason, len(row.answer) - is_end))
             self._pace.finished()
@@ -450,6 +475,21 @@ class ChatEngine:
         if token == tokenizer.eos_token_id:
             return ""
         return tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings))
+
+    def _text_score(self, row: Row, score: TokenScore) -> TextScore:
+        best = tuple((self._token_bytes(token, row), logprob) for token, logprob in score.best)
+        return TextScore(self._token_bytes(score.token, row), score.logprob, best)
+
+    def _token_bytes(self, token: int, row: Row) -> bytes:
+        """What a token adds to a text, or its name if that is nothing."""
+        tokenizer = self.chat.processor.tokenizer
+        return tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings)).encode()
+
+    def _vocabulary(self) -> list[bytes]:
+        """What each token adds to any text: nothing for special ones, and those that a prompt brings are not there."""
+        tokenizer = self.chat.processor.tokenizer
+        words = [tokenizer.unescape(tokenizer.decode([token])).encode() for token in range(len(tokenizer.vocab))]
+        return [b"" if token in tokenizer.special_ids else word for token, word in enumerate(words)]
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         self.statistics.failed += 1

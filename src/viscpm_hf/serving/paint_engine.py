@@ -32,6 +32,8 @@ class DrawingSettings:
     """Pixels, multiples of 8; None: what the checkpoint was made for."""
     steps: int = 50
     guidance_scale: float = 7.5
+    scheduler: str | None = None
+    """A name of `SCHEDULERS`; None: the painter's."""
 
 
 @dataclass(eq=False)
@@ -40,6 +42,8 @@ class Drawing:
 
     request: PaintRequest
     settings: DrawingSettings = DrawingSettings()
+    is_repeatable: bool = False
+    """Drawn beside no other request: the UNet's last bits depend on how many images it draws at once."""
     on_step: Callable[[int, int], None] | None = None
     """Called with the steps done and the steps in all, from the engine's thread."""
     result: Future = field(default_factory=Future)
@@ -150,7 +154,9 @@ class PaintEngine:
         self._forget_cancelled()
         for drawing in self._waiting:
             count = drawing.settings.num_images * per_image
-            if not group or (drawing.settings == group[0].settings and (len(group) + 1) * count <= self.max_together):
+            is_alone = drawing.is_repeatable or (group and group[0].is_repeatable)
+            is_like = not is_alone and group and drawing.settings == group[0].settings
+            if not group or (is_like and (len(group) + 1) * count <= self.max_together):
                 # From here on nobody but this thread ends it.
                 if drawing.result.set_running_or_notify_cancel():
                     group.append(drawing)
@@ -198,5 +204,6 @@ class PaintEngine:
             num_images_per_prompt=settings.num_images,
             height=settings.height,
             width=settings.width,
+            scheduler=settings.scheduler,
             callback_on_step_end=after_step,
         )

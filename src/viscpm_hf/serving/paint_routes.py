@@ -7,15 +7,13 @@ import base64
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
-from io import BytesIO
 
-import PIL.Image
-import PIL.PngImagePlugin
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import Response
 
-from ..paint.paint import PaintResult
+from ..paint.paint import PRESETS
 from ..paint.painting import PaintRequest, check_paint_request
+from ..paint.record import png_bytes
 from .bodies import body_of, documented
 from .errors import ModelNotFoundError
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
@@ -56,14 +54,14 @@ def paint_router(engine: PaintEngine, names: Sequence[str], settings: ServerSett
             seed=random.getrandbits(31) if body.seed is None else body.seed,
         )
         await places.run(check_paint_request, engine.painter, paint)
-        drawing = engine.submit(Drawing(paint, drawing_settings(body, settings)))
+        drawing = engine.submit(Drawing(paint, drawing_settings(body, settings), is_repeatable=body.seed is not None))
         try:
             result = await unless_gone(request, asyncio.wrap_future(drawing.result), settings.timeout)
         finally:
             drawing.cancel()
         data = []
         for index in range(body.n or 1):
-            image = await places.run(as_png, result, index, body)
+            image = await places.run(png_bytes, result, index, names[0])
             if body.response_format == "url":
                 name = new_id("img")
                 kept[name] = image
@@ -101,18 +99,11 @@ def drawing_settings(body: ImagesRequest, settings: ServerSettings) -> DrawingSe
             raise ValueError(
                 f"size {body.size} has {width * height:,} pixels, more than the {settings.max_paint_pixels:,} allowed."
             )
-    steps = body.steps or STEPS_OF_QUALITY[body.quality]
+    preset = {} if body.preset is None else PRESETS[body.preset]
+    if preset and body.quality not in (None, "auto"):
+        raise ValueError(f"Give either quality ({body.quality}) or preset ({body.preset}): both say how many steps.")
+    steps = body.steps or preset.get("num_inference_steps") or STEPS_OF_QUALITY[body.quality]
     if steps > settings.max_paint_steps:
         raise ValueError(f"steps is {steps}, more than the {settings.max_paint_steps} allowed.")
-    guidance = {} if body.guidance_scale is None else {"guidance_scale": body.guidance_scale}
-    return DrawingSettings(num_images=body.n or 1, height=height, width=width, steps=steps, **guidance)
-
-
-def as_png(result: PaintResult, index: int, body: ImagesRequest) -> bytes:
-    """The file, its settings within."""
-    information = PIL.PngImagePlugin.PngInfo()
-    for name, value in (("prompt", result.prompt), ("seed", str(result.seeds[index]))):
-        information.add_itxt(name, value)
-    file = BytesIO()
-    result.images[index].save(file, "PNG", pnginfo=information)
-    return file.getvalue()
+    guidance = body.guidance_scale if body.guidance_scale is not None else preset.get("guidance_scale", 7.5)
+    return DrawingSettings(body.n or 1, height, width, steps, guidance, preset.get("scheduler"))

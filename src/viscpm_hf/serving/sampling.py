@@ -8,6 +8,12 @@ from numbers import Real
 
 import torch
 
+from .constraints import Constraint
+
+
+# OpenAI's number for what is impossible.
+MIN_LOGPROB = -9999.0
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -27,6 +33,10 @@ class SamplingSettings:
     """Makes the answer repeatable, whatever is answered beside it."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they are no part of it."""
+    top_logprobs: int | None = None
+    """Notes the log-probability of each token and of so many of the best; None notes nothing."""
+    constraint: Constraint | None = None
+    """The answer's form."""
 
     def __post_init__(self):
         if isinstance(self.max_new_tokens, bool) or not isinstance(self.max_new_tokens, int):
@@ -47,6 +57,16 @@ class SamplingSettings:
             raise ValueError(f"stop strings must be non-empty strings, got {self.stop!r}.")
 
 
+@dataclass(frozen=True)
+class TokenScore:
+    """How probable a token was, before temperature, penalties and constraints."""
+
+    token: int
+    logprob: float
+    best: tuple[tuple[int, float], ...]
+    """The most probable tokens and their log-probabilities."""
+
+
 class Sampler:
     """The settings of one row and its source of randomness."""
 
@@ -60,6 +80,9 @@ class Sampler:
             self._generator.manual_seed(settings.seed % 2**64)
         self.seen: list[int] = []
         """Base ids of the answer so far."""
+        self.matcher = settings.constraint.begin() if settings.constraint else None
+        self.score: TokenScore | None = None
+        """Of the newest token, if scores are noted."""
 
     def random(self) -> float:
         return float(torch.rand((), generator=self._generator, dtype=torch.float32))
@@ -74,7 +97,32 @@ def choose_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Te
 
     Returns:
         Token ids `(rows,)` on the device of the logits.
+
+    Raises:
+        ValueError: if nothing can go on with the form of an answer.
     """
+    noting = [row for row, sampler in enumerate(samplers) if sampler.settings.top_logprobs is not None]
+    logprobs = torch.log_softmax(logits[noting], dim=-1) if noting else None
+    for row, sampler in enumerate(samplers):
+        if sampler.matcher is not None:
+            sampler.matcher.forbid(logits[row])
+    tokens = _choose(logits, samplers)
+    for place, row in enumerate(noting):
+        samplers[row].score = _score(logprobs[place], int(tokens[row]), samplers[row].settings.top_logprobs)
+    for row, sampler in enumerate(samplers):
+        if sampler.matcher is not None:
+            sampler.matcher.take(int(tokens[row]))
+    return tokens
+
+
+def _score(logprobs: torch.Tensor, token: int, count: int) -> TokenScore:
+    best = logprobs.topk(min(count, len(logprobs)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    # What is impossible has no number in JSON.
+    return TokenScore(token, max(float(logprobs[token]), MIN_LOGPROB), tuple(p for p in pairs if p[1] > MIN_LOGPROB))
+
+
+def _choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     for row, sampler in enumerate(samplers):
         penalty = sampler.settings.repetition_penalty
         if penalty != 1.0 and sampler.seen:

@@ -380,6 +380,8 @@ class ImagesRequest(Request):
     seed: Seed | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=50)] | None = None
+    preset: Literal["fast", "quality", "reference"] | None = None
+    """Scheduler, steps and guidance; `steps` and `guidance_scale` beside it count, `quality` is refused."""
 
 
 class DrawnImage(BaseModel):
@@ -387,7 +389,8 @@ class DrawnImage(BaseModel):
     url: str | None = None
     revised_prompt: None = None
     seed: int | None = None
-    """Extension: draws this very picture again."""
+    """Extension: draws this image again. To the last bit, if it was asked for with a seed; what is drawn beside other
+    requests may differ from that by a level of 255."""
     flagged: bool = False
     """Extension: whether a checker flagged it; it is black then."""
 

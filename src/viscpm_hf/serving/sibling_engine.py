@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,11 @@ from .preparing import Picture, opened
 from .sampling import Sampler
 from .sibling_batch import SiblingBatch, SiblingRow
 from .tickets import EngineLimits, Finished, TextPiece
+
+
+# Of SentencePiece: a single byte, and what stands for the blank before a word.
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+WORD_BEGIN = "\u2581"
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,16 @@ class SiblingEngine(ChatEngine):
 
     def _new_text(self, row: SiblingRow, token: int, is_last: bool) -> str:
         return row.text.new_text(row.answer, is_last)
+
+    def _token_bytes(self, token: int, row: SiblingRow | None = None) -> bytes:
+        name = self.chat.processor.tokenizer.convert_ids_to_tokens(token)
+        byte = BYTE_PIECE.fullmatch(name)
+        return bytes([int(byte[1], 16)]) if byte else name.replace(WORD_BEGIN, " ").encode()
+
+    def _vocabulary(self) -> list[bytes]:
+        tokenizer = self.chat.processor.tokenizer
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        return [b"" if token in special else self._token_bytes(token) for token in range(len(tokenizer))]
 
     def _search_together(self, group: list[Search]) -> None:
         prompts = [entry.ticket.prompt for entry in group]

@@ -50,11 +50,23 @@ class PreparedPrompt:
 
 
 @dataclass(frozen=True)
+class TextScore:
+    """How probable a token was."""
+
+    token: bytes
+    logprob: float
+    best: tuple[tuple[bytes, float], ...] = ()
+    """The most probable tokens in its place."""
+
+
+@dataclass(frozen=True)
 class TextPiece:
     """New text of an answer."""
 
     choice: int
     text: str
+    scores: tuple[TextScore, ...] = ()
+    """Of its tokens, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class Answer:
     text: str = ""
     reason: str = ""
     num_tokens: int = 0
+    scores: list[TextScore] = dataclasses.field(default_factory=list)
 
 
 class Ticket:

@@ -102,6 +102,7 @@ class EventStream:
         async for event in self:
             if isinstance(event, TextPiece):
                 answers[event.choice].text += event.text
+                answers[event.choice].scores += event.scores
             else:
                 answers[event.choice].reason = event.reason
                 answers[event.choice].num_tokens = event.num_tokens

@@ -97,6 +97,7 @@ class JsonSource:
         self.path = path
         self.folder = path.parent
         self._offsets, self._sizes, self._lines = array("q"), array("q"), array("q")
+        self._line_of_array: int | None = None
 
     def scan(self) -> Iterator[tuple[int, Any]]:
         with open(self.path, "rb") as file:
@@ -115,7 +116,11 @@ class JsonSource:
             return json.loads(file.read(self._sizes[index]))
 
     def where(self, index: int) -> str:
-        return f"{self.path} line {self._lines[index]}"
+        line = self._lines[index]
+        before = self._lines[index - 1] if index else self._line_of_array
+        # Of several rows of an array in one line, the line says too little.
+        number = f" row {index + 1} (index {index})," if line == before else ""
+        return f"{self.path}{number} line {line}"
 
     def _scan_lines(self) -> Iterator[tuple[int, int, int, Any]]:
         with open(self.path, "rb") as file:
@@ -136,6 +141,8 @@ class JsonSource:
     def _scan_array(self) -> Iterator[tuple[int, int, int, Any]]:
         """Rows of an array one after the other, without the whole file in memory."""
         decoder, text = json.JSONDecoder(), _Text(self.path)
+        text.next_character()
+        self._line_of_array = text.line
         text.skip("[")
         is_first = True
         while text.next_character() != "]":
@@ -168,7 +175,7 @@ class _Text:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         with open(path, "rb") as file:
             self._offset = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-        self._line, self._chunk = 1, CHUNK
+        self.line, self._chunk = 1, CHUNK
 
     def read_more(self) -> bool:
         """Lengthens the window, by more each time for the same row; False at the end of the file."""
@@ -186,9 +193,9 @@ class _Text:
     def advance(self, end: int) -> tuple[int, int, int]:
         """Moves on to `end` of the window: byte offset, size and line of what is passed."""
         passed = self.buffer[self.position : end]
-        size, offset, line = len(passed.encode()), self._offset, self._line
+        size, offset, line = len(passed.encode()), self._offset, self.line
         self._offset += size
-        self._line += passed.count("\n")
+        self.line += passed.count("\n")
         self.position = end
         if self.position > CHUNK:
             self.buffer, self.position, self._chunk = self.buffer[end:], 0, CHUNK
@@ -219,7 +226,7 @@ class _Text:
 
     def fail(self, what: str) -> None:
         # Where the next row begins is unknown, so the rest of the file can't be saved.
-        raise ValueError(f"{self.path} line {self._line}: {what}. The rows after it can't be read.")
+        raise ValueError(f"{self.path} line {self.line}: {what}. The rows after it can't be read.")
 
 
 class TableSource:
@@ -244,6 +251,8 @@ class TableSource:
         for column, feature in self.table.features.items():
             if isinstance(feature, datasets.Image):
                 self.table = self.table.cast_column(column, datasets.Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of them
+                self.table = self.table.cast_column(column, type(feature)(datasets.Image(decode=False)))
 
     def scan(self) -> Iterator[tuple[int, Any]]:
         yield from enumerate(self.table)  # a few rows at a time are in memory

@@ -1,10 +1,14 @@
 """Training records: conversations about images, and how rows of the known formats become them.
 
-- Conversations, as LLaVA's: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`.
-  `<image>` marks are dropped; without `image` (or with an empty one) a row is text alone.
+- Conversations, as LLaVA's: `{"id", "image", "conversations": [{"from": "human" | "gpt", "value": ...}, ...]}`, or
+  `{"messages": [{"role": "user" | "assistant", "content": ...}, ...]}`, or TRL's `{"prompt", "completion"}`, whose
+  messages stand one after the other. A content may be a list of parts (`{"type": "text" | "image", ...}`).
 - Captions: `{"image", "caption"}`; the question is drawn from `CAPTION_INSTRUCTIONS`.
 
-An image is a path, a PIL picture, the bytes of a file, `{"bytes": ..., "path": ...}`, or a list of these.
+`image` or `images` (LLaMA-Factory, ms-swift, TRL) is a path, a PIL picture, the bytes of a file,
+`{"bytes": ..., "path": ...}`, or a list of these; without it (or with an empty one) a row is text alone. `<image>` in
+a question marks where a picture belongs. The model has another place for it, so marks are dropped; a row may do
+without them, but if it has any, there are as many as pictures.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 import PIL.Image
 
+from ..chat.data_rows import ASSISTANT, HUMAN, check_marks, messages_of, named_images, read_message, without_marks
 from ..modeling.document_cpm_bee import ANSWER_KEY, IMAGE_KEY
 from ..modeling.processing_viscpm_chat import IMAGE_TOKEN
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
@@ -41,7 +46,6 @@ CAPTION_INSTRUCTIONS = {
         "What does the picture show?",
     ),
 }
-HUMAN, ASSISTANT = ("human", "user"), ("gpt", "assistant")
 
 
 class BadRowError(ValueError):
@@ -126,32 +130,38 @@ def read_record(
     if not isinstance(row, Mapping):
         raise BadRowError(f"{source}: a row is an object with fields, not {type(row).__name__}.")
     try:
-        images = tuple(_image_sources(row.get("image"), images_folder, is_confined))
-        if row.get("conversations") is not None:
-            turns = _turns(row["conversations"])
+        images = _image_sources(named_images(row), images_folder, is_confined)
+        messages = messages_of(row)
+        if messages is not None:
+            turns, num_marks, own = _turns(messages)
+            images += [source for image in own for source in _image_sources(image, images_folder, is_confined)]
+            check_marks(num_marks, len(images))
         elif row.get("caption") is not None:
             turns = [_caption_turn(row["caption"], bool(images), seed)]
         else:
-            raise BadRowError(f"neither 'conversations' nor 'caption' among its fields: {', '.join(map(str, row))}.")
-    except BadRowError as error:
+            raise BadRowError(
+                "neither 'conversations' nor 'caption' (nor 'messages', nor 'prompt' and 'completion') among its "
+                f"fields: {', '.join(map(str, row))}."
+            )
+    except ValueError as error:
         raise BadRowError(f"{source}: {error}" if source else str(error)) from None
-    return ChatRecord(turns, images, source)
+    return ChatRecord(turns, tuple(images), source)
 
 
-def _turns(conversations: Any) -> list[tuple[str, str | None]]:
-    if not isinstance(conversations, Sequence) or isinstance(conversations, str):
-        raise BadRowError(f"'conversations' is a list of turns, not {type(conversations).__name__}.")
+def _turns(messages: Sequence[Any]) -> tuple[list[tuple[str, str | None]], int, list[Any]]:
+    """Questions with their answers, the number of image marks in the questions, and images among their parts."""
     turns: list[tuple[str, str | None]] = []
-    for number, message in enumerate(conversations, start=1):
-        if not isinstance(message, Mapping) or "from" not in message or "value" not in message:
-            raise BadRowError(f"message {number} is no object with 'from' and 'value'.")
-        speaker, value = message["from"], message["value"]
+    num_marks, images = 0, []
+    for number, message in enumerate(messages, start=1):
+        speaker, value, own = read_message(message, number)
+        images += own
         if speaker in HUMAN:
             if not isinstance(value, str):
                 raise BadRowError(f"message {number} is a question of type {type(value).__name__}, not text.")
             if turns and turns[-1][1] is None:
                 raise BadRowError(f"message {number} is a question, but the one before it has no answer.")
-            turns.append((_without_marks(value), None))
+            num_marks += value.count(IMAGE_TOKEN)
+            turns.append((without_marks(value), None))
         elif speaker in ASSISTANT:
             if value is not None and not isinstance(value, str):
                 raise BadRowError(f"message {number} is an answer of type {type(value).__name__}, not text.")
@@ -160,11 +170,7 @@ def _turns(conversations: Any) -> list[tuple[str, str | None]]:
             turns[-1] = (turns[-1][0], value or "")
         else:
             raise BadRowError(f"message {number} is from {speaker!r}, which is neither human nor gpt.")
-    return turns
-
-
-def _without_marks(text: str) -> str:
-    return text.replace(IMAGE_TOKEN, "").strip() if IMAGE_TOKEN in text else text
+    return turns, num_marks, images
 
 
 def _caption_turn(caption: Any, has_image: bool, seed: Any) -> tuple[str, str]:
