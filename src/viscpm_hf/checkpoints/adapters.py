@@ -13,6 +13,7 @@ from torch import nn
 
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..version import OLDEST, require
 from .errors import OriginalCheckpointError
 
 
@@ -58,11 +59,12 @@ class AdapterFolder:
             The processor in the adapter's folder, or else the one given.
 
         Raises:
-            ImportError: without the library peft.
+            ImportError: without the library peft, or if it is too old.
             OriginalCheckpointError: if the adapter is another model's.
         """
         if find_spec("peft") is None:
             raise ImportError(f'{self.path} is an adapter, which needs peft: pip install "viscpm-hf[train]".')
+        require(peft=OLDEST["peft"])
         if not (self.path / ADAPTER_WEIGHTS).is_file():
             raise OriginalCheckpointError(f"{self.path} has no {ADAPTER_WEIGHTS}: the adapter is not complete.")
         with safe_open(self.path / ADAPTER_WEIGHTS, "pt") as weights:

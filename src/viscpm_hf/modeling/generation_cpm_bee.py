@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
@@ -18,6 +18,7 @@ from .compatibility import CACHE, named_cache
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
+from .generation_images import ImageGenerationMixin
 from .token_space_cpm_bee import AllowedTokens
 
 
@@ -64,7 +65,7 @@ class RowSampling(LogitsProcessor):
         return drawn
 
 
-class CpmBeeGenerationMixin(GenerationMixin):
+class CpmBeeGenerationMixin(ImageGenerationMixin):
     """`generate` for models that hold a CPM-Bee."""
 
     def language_model(self):

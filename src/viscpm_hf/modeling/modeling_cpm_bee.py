@@ -17,14 +17,14 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_cpm_bee import CpmBeeCache
-from .compatibility import CACHE, CACHE_NAMES, cache_of, only_known_arguments, takes_cache
+from .compatibility import CACHE, CACHE_NAMES, cache_of, only_known_arguments, slice_logits_to_keep, takes_cache
 from .configuration_cpm_bee import CpmBeeConfig
 from .fast_decoding_cpm_bee import with_graphs
 from .fused_projections_cpm_bee import (

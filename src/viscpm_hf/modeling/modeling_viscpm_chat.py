@@ -15,11 +15,10 @@ from transformers import GenerationConfig, PreTrainedModel  # noqa: F401
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
-from .compatibility import CACHE, WithImageOutputs, cache_of, only_known_arguments, takes_cache
+from .compatibility import CACHE, WithImageOutputs, cache_of, only_known_arguments, slice_logits_to_keep, takes_cache
 from .configuration_viscpm_chat import VisCPMChatConfig
 from .document_call_cpm_bee import check_document_call, document_decoding
 from .document_cpm_bee import EncodedDocument

@@ -169,7 +169,9 @@ class VisCPMChatProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError("VisCPMChatProcessor needs text: a question, a document or a chat-template prompt.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         text_kwargs = merged["text_kwargs"]
         texts = [text] if isinstance(text, (str, Mapping)) else list(text)
         if not texts:
@@ -177,7 +179,8 @@ class VisCPMChatProcessor(ProcessorMixin):
         prompts = [self.parse_prompt(entry) for entry in texts]
         pixel_inputs: Mapping[str, Any] = {}
         wanted = [prompt.num_images for prompt in prompts]
-        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN)
+        limit = merged["images_kwargs"].get("max_image_pixels")
+        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN, limit)
         if flat_images:
             pixel_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
 
