@@ -9,8 +9,8 @@ import viscpm_hf
 
 ROOT = Path(viscpm_hf.__file__).parent
 FLOORS = {
-    "modeling": 1, "tiny": 1, "images": 1, "families": 2, "pipelines": 2, "checkpoints": 3, "loading": 4, "chat": 5, "paint": 5,
-    "conversion": 5, "batch": 6, "memory": 6, "evaluation": 7, "serving": 7, "training": 8, "cli": 9,
+    "modeling": 1, "tiny": 1, "images": 1, "families": 2, "pipelines": 2, "checkpoints": 3, "loading": 4, "chat": 5,
+    "paint": 5, "conversion": 5, "batch": 6, "memory": 6, "evaluation": 7, "serving": 7, "training": 8, "cli": 9,
 }  # fmt: skip
 
 
