@@ -201,7 +201,7 @@ def _generate(chat: Any, rows: list[_Row], generation: dict[str, Any]) -> None:
     inputs = _inputs(chat, rows, with_answer_start=True)
     defaults = chat.model.generation_config
     samples = generation.get("do_sample", defaults.do_sample)
-    num_beams = generation.get("num_beams", defaults.num_beams) or 1
+    num_beams = generation.get("num_beams") or 1
     is_seeded = any(row.seed is not None for row in rows)
     options: dict[str, Any] = {}
     if samples and is_seeded and num_beams == 1:

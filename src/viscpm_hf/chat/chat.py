@@ -22,7 +22,7 @@ from ..loading.options import LoadOptions, find_original_file
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
 from ..modeling.fused_projections_cpm_bee import fusing_problem
-from ..modeling.generation_cpm_bee import reference_decoding
+from ..modeling.generation_cpm_bee import answer_generation, reference_decoding
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
@@ -355,6 +355,7 @@ class VisCPMChat:
 
     def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
         """The new tokens of every row of a batch, without what ends them."""
+        generation = answer_generation(self.model.generation_config, generation)
         sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
         end = self.processor.tokenizer.eos_token_id
         return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
