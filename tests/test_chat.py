@@ -13,6 +13,7 @@ from support import Golden, message
 from viscpm_hf import ChatRequest, OriginalCheckpointError, UnsafeImageError, VisCPMChat
 from viscpm_hf.chat.chat import REFUSAL
 from viscpm_hf.loading.options import default_dtype
+from viscpm_hf.modeling import generation_cpm_bee
 from viscpm_hf.serving.preparing import PromptPreparer
 
 
@@ -422,6 +423,31 @@ def test_names_of_a_dtype(golden, dtype):
 def test_what_is_no_dtype(golden, dtype):
     with pytest.raises(ValueError, match="A model's dtype is one of float32, float16, bfloat16, auto .*got"):
         golden.load_chat(dtype=dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.5, "seed": 1}], ids=["greedy", "draw"])
+def test_the_hubs_generation_config_changes_no_answer(golden, own_chat, options, monkeypatch):
+    """It has beams, which nothing streams, and a length that the prompt with its image exceeds."""
+    image, question = str(golden.image(0)), "颜色是什么？" * 30
+    requests = [ChatRequest(image, question), ChatRequest(image, "图片")]
+    options = {"mode": "generate", **options}
+    document = {"input": question, "<ans>": {"a": "", "b": ""}}
+
+    def answers() -> list:
+        pieces = []
+        streamed = own_chat.ask(image, question, on_text=pieces.append, max_new_tokens=20, **options)
+        assert "".join(pieces) == streamed.answer
+        batch = own_chat.ask_batch(requests, max_new_tokens=20, **options)
+        filled = own_chat.fill([document], mode="generate", max_new_tokens=4)
+        return [streamed.answer, *(turn.answer for turn in batch), filled]
+
+    monkeypatch.setattr(generation_cpm_bee, "DEFAULT_MAX_NEW_TOKENS", 24)
+    own_chat.model.generation_config.max_new_tokens = 24
+    before, whole = answers(), own_chat.ask(image, question, **options)
+    own_chat.model.generation_config.update(num_beams=3, max_length=100)
+    own_chat.model.generation_config.max_new_tokens = None
+    assert answers() == before
+    assert own_chat.ask(image, question, **options).answer == whole.answer
 
 
 def unusual_pictures() -> list[tuple[bytes, PIL.Image.Image]]:

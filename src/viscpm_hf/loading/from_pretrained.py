@@ -45,6 +45,7 @@ from ..checkpoints.location import (
 from ..checkpoints.original import (
     ORIGINAL_WEIGHTS_NAME,
     VISION_CONFIG_NAME,
+    VISION_HEAD_DIM,
     chat_config,
     check_state_dict,
     checkpoint_kind,
@@ -238,7 +239,9 @@ def original_config(
     elif config_class is CpmBeeConfig or kind != CHAT:
         config = text_config(original.config, shapes)
     else:
-        vision = {} if "vision_dim" in original.config else original.json(VISION_CONFIG_NAME)
+        # The released repository has no such file, and its tower's width needs none.
+        is_said = original.config.get("vision_dim", 1) % VISION_HEAD_DIM == 0 and not os.path.isdir(original.name)
+        vision = {} if is_said else original.json(VISION_CONFIG_NAME)
         config = chat_config(original.config, vision, shapes)
     config.name_or_path, config.tokenizer_class = original.name, FAMILIES[CHAT].tokenizer_class.__name__
     return config

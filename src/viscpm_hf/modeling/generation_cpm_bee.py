@@ -302,6 +302,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         self, batch: list[EncodedDocument], tokenizer, generation: Mapping[str, Any]
     ) -> list[list[str | None]]:
         answers: list[list[str | None]] = [[] for _ in batch]
+        generation = answer_generation(self.generation_config, generation)
         for slot in range(max(len(document.answer_slots) for document in batch)):
             rows = [index for index, document in enumerate(batch) if slot < len(document.answer_slots)]
             inputs = tokenizer.collate(
@@ -328,6 +329,23 @@ def check_fast_generation(generation_config, generation_mode: GenerationMode) ->
             raise ValueError(f"Fast decoding can't be combined with {name}: leave it out, or say fast=False.")
     if generation_config.use_cache is False:
         raise ValueError("Fast decoding needs its cache: leave out use_cache=False, or say fast=False.")
+
+
+def answer_generation(defaults: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` for an answer: one beam and the original's length unless something else is asked for.
+
+    The Hub's `generation_config.json` searches with 3 beams, which nothing streams, and its `max_length` of 100 is the
+    answer's, where transformers' counts the prompt and its image.
+    """
+    generation = dict(given)
+    if "generation_config" in generation:
+        return generation
+    generation.setdefault("num_beams", 1)
+    if not any(generation.get(name) is not None for name in ("max_new_tokens", "max_length")):
+        generation["max_new_tokens"] = defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    if generation.get("max_new_tokens") is not None:
+        generation.setdefault("max_length", None)  # or the library says of each call that both are there
+    return generation
 
 
 def reference_decoding(generation: Mapping[str, Any]) -> ReferenceDecodingConfig:
