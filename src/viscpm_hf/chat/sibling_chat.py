@@ -24,7 +24,7 @@ from ..loading.options import LoadOptions
 from ..modeling.decoding_presets import default_preset
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from ..pipelines.safety import UnsafeImageError
-from ..tiny.embedded import EMBEDDED_NAME
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .chat import (
     MODES,
     REFUSAL,
@@ -364,6 +364,7 @@ def is_sibling(model_path: str | os.PathLike) -> bool:
         return adapter.base is not None and is_sibling(adapter.base)
     if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
         return False
+    check_model_name(model_path)
     file = find_repository_file(model_path, "config.json")
     return file is not None and json_object(Path(file)).get("model_type") in SIBLINGS
 

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..checkpoints.original import load_state_dict, read_json
+from ..checkpoints.tensor_files import check_weight_files
 from ..loading.layer_streaming import BUDGET_VARIABLE
 from ..loading.options import LoadOptions, stored_dtype
 from ..loading.paint import (
@@ -217,6 +218,9 @@ class VisCPMPaint:
             scheduler_class(scheduler)  # a wrong name is known before minutes of loading
 
         path = Path(find_folder(resolve_model(model_path, "paint"), {}))
+        for part in ("unet", "vae"):
+            check_weight_files(path / part, "diffusion_pytorch_model")
+        stored = stored_text_encoder_dtype(path)  # another model's checkpoint is known as such before parts are sought
         # Likewise for parts that can't be had.
         wanted = (image_safety_checker, prompt_safety_checker, add_ranker)
         if path.parent == EMBEDDED_FOLDER:
@@ -226,7 +230,6 @@ class VisCPMPaint:
             **_load_prompt_checker(path, wanted[1]),
             **_load_ranker(path, wanted[2]),
         }
-        stored = stored_text_encoder_dtype(path)
         text_encoder_dtype = self.options.choose_dtype(stored)
         if is_original_folder(path):
             pipeline = load_original(
