@@ -17,7 +17,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
+.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ tiny-pivot: tiny-text tiny-vision
 
 test: $(READY) browser ## Run the tests, those of the demo page in a browser included
 	$(call RUN_TESTS,$(VENV))
+
+fuzz: $(READY) ## Read spoilt checkpoints and images for a minute; ARGS='--seconds 600' for longer
+	$(PY) tests/fuzz.py $(ARGS)
 
 browser: ## Install Chromium, which the tests of the demo page need, if apt can
 	@command -v chromedriver >/dev/null || { \

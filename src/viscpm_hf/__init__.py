@@ -6,14 +6,18 @@ Importing it registers every model with transformers' Auto classes and every pip
 from typing import TYPE_CHECKING
 
 from .quiet import quiet
-from .tiny.embedded import tiny  # here, that the function goes before the package of its name
-from .version import __version__
+from .version import OLDEST, __version__, require
+
+
+# Before anything that an older library would fail deep within.
+require(**{name: OLDEST[name] for name in ("torch", "transformers", "diffusers")})
 
 
 # transformers imports torchao where it is installed, which warns of kernels that can't be had here.
 with quiet("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"):
     from .loading.diffusers import register_pipelines
     from .loading.from_pretrained import register
+    from .tiny.embedded import tiny  # here, that the function goes before the package of its name
 
 
 register()
@@ -79,7 +83,8 @@ if TYPE_CHECKING:
     from .chat.sibling_chat import SiblingChat
     from .checkpoints.errors import ConversionError, OriginalCheckpointError
     from .conversion.convert import ConversionResult, convert
-    from .conversion.inspect import Inspection, inspect
+    from .conversion.inspect import inspect
+    from .conversion.inspection import Inspection
     from .conversion.publish import publish
     from .memory.plan import memory_plan
     from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig

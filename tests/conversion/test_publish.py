@@ -1,6 +1,9 @@
 """What is refused, and what is uploaded; the Hub is played by a class of the tests."""
 
+import fnmatch
+import glob
 import json
+import pickle
 import shutil
 
 import pytest
@@ -62,6 +65,12 @@ def drop_a_layer(folder):
 
 UNFIT = {
     "pickle": (lambda folder: (folder / "optimizer.pt").write_bytes(b"x"), "optimizer.pt is a pickle"),
+    "no JSON": (lambda folder: (folder / "generation_config.json").write_text("{"), "holds no JSON"),
+    "spoilt card": (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "as a model card"),
+    "key in the card": (
+        lambda folder: (folder / "README.md").open("a").write("hf_" + "a1B2" * 9),
+        r"looks like a key \(hf_a1B...\)",
+    ),
     "no card": (lambda folder: (folder / "README.md").unlink(), "no model card"),
     "no licence": (drop_licence, "names no licence"),
     "spoilt weights": (spoil_weights, "isn't what was converted"),
@@ -91,3 +100,99 @@ def test_what_is_no_converted_folder(golden, original_folder, converted, tmp_pat
         publish(tmp_path / "out.partial", "owner/name", dry_run=True)
     with pytest.raises(ConversionError, match="OWNER/NAME"):
         publish(converted, "name", dry_run=True)
+
+
+# -------------------------------------------------------------------------------------------- names and what they hold
+
+PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(20)
+NAMES = ["figure[1].png", "a*b.png", "?.png", "{x}!.png", "[!a].png", "图 1.png", "assets/[0].png", " .png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_names(own_converted, name):
+    """What is reported is sent, and nothing that the name would match as a pattern."""
+    for picture in (name, *("figure1.png", "aXb.png", "y.png", "b.png", "assets/0.png")):
+        (own_converted / picture).parent.mkdir(exist_ok=True)
+        (own_converted / picture).write_bytes(PICTURE)
+    hub = Hub()
+    publication = publish(own_converted, "owner/name", api=hub)
+    assert name in publication.files
+    for file in (path.relative_to(own_converted).as_posix() for path in own_converted.rglob("*") if path.is_file()):
+        matching = [pattern for pattern in hub.uploaded[0]["allow_patterns"] if fnmatch.fnmatch(file, pattern)]
+        assert matching == [glob.escape(file)] and file in publication.files
+
+
+class Harmless:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+STRANGE = {
+    ".env": b"KEY=1",
+    "?env": b"KEY=1",
+    ".git/config": b"",
+    ".netrc": b"",
+    "secrets.json": b"{}",
+    "secrets_prod.txt": b"",
+    "hf_token": b"hf_x",
+    "token.txt": b"x",
+    "id_rsa": b"x",
+    "server.pem": b"x",
+    "weights.npz": b"PK",
+    "model.pt2": b"PK",
+    "module.so": b"x",
+    "configuration_cpm_bee.pyc": b"x",
+    "__pycache__/x.pyc": b"x",
+    "wandb/run/config.yaml": b"x",
+    "runs/events": b"x",
+    "checkpoints/checkpoint-1/config.json": b"{}",
+    "assets/deeper/a.png": PICTURE,
+    "notes.md": b"x",
+    "train.jsonl": b"{}",
+    "other.safetensors": b"x",
+    "model-00099-of-00099.safetensors": b"x",
+    "evil.py": b"import os",
+    "figure.png": pickle.dumps(Harmless()),
+    "figure2.png": b"no picture",
+    "merges.txt": pickle.dumps(Harmless(), protocol=0),
+    "LICENSE": pickle.dumps(Harmless(), protocol=4),
+    "tokenizer.model": b"PK\x03\x04" + bytes(30),
+    "added_tokens.json": b"{]",
+    "CITATION.cff": b"\xff\xfe\0",
+    "figure.svg": b"<svg><script/></svg>",
+}
+# What may be asked for by name.
+ON_REQUEST = {
+    "?env", "wandb/run/config.yaml", "runs/events", "checkpoints/checkpoint-1/config.json", "assets/deeper/a.png",
+    "notes.md", "train.jsonl", "evil.py", "figure.svg",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_what_does_not_belong_there_is_refused(own_converted, name):
+    path = own_converted / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(STRANGE[name])
+    hub = Hub()
+    with pytest.raises(ConversionError, match="published") as error:
+        publish(own_converted, "owner/name", api=hub)
+    assert str(own_converted / name.partition("/")[0]) in str(error.value)
+    if name not in ON_REQUEST:
+        with pytest.raises(ConversionError, match="published|safetensors"):
+            publish(own_converted, "owner/name", include=[name], api=hub)
+    assert not hub.created and not hub.uploaded
+
+
+def test_further_files_by_name(own_converted):
+    (own_converted / "notes.md").write_text("Trained on shapes.")
+    assert "notes.md" in publish(own_converted, "owner/name", include=["notes.md"], dry_run=True).files
+    with pytest.raises(FileNotFoundError, match="has no other.md"):
+        publish(own_converted, "owner/name", include=["notes.md", "other.md"], dry_run=True)
+
+
+def test_what_tools_leave_is_no_reason_to_stop(own_converted):
+    for name in (".gitattributes", ".cache/huggingface/x.lock"):
+        (own_converted / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_converted / name).write_text("x")
+    files = publish(own_converted, "owner/name", dry_run=True).files
+    assert not any(name.startswith(".") for name in files)

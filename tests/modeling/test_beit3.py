@@ -10,6 +10,7 @@ from accelerate import cpu_offload
 from safetensors.torch import load_file
 from transformers.utils import is_flash_attn_2_available
 
+from viscpm_hf.modeling.compatibility import CHECKPOINTING
 from viscpm_hf.modeling.configuration_beit3 import Beit3Config
 from viscpm_hf.modeling.modeling_beit3 import Beit3Model
 
@@ -246,8 +247,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, pixel_values, us
 
     model.train()
     expected = gradients()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert model.is_activation_checkpointing
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    assert getattr(model, f"is_{CHECKPOINTING}")
     checkpointed = gradients()
     assert checkpointed.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from viscpm_hf import VisCPMChatForConditionalGeneration
+from viscpm_hf.modeling.compatibility import CHECKPOINTING
 
 
 # Different images, none, different lengths, unknown strings that other rows lack, literal specials.
@@ -238,8 +239,8 @@ def test_padding_side_of_training_batches(golden, model, processor):
 def test_gradient_checkpointing_changes_no_gradient(golden, own_chat, processor, use_reentrant):
     model, inputs = own_chat.model.train(), train_inputs(processor, golden)
     expected = gradients(model, inputs)
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert model.is_activation_checkpointing
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    assert getattr(model, f"is_{CHECKPOINTING}")
     found = gradients(model, inputs)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

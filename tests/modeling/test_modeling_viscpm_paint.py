@@ -10,6 +10,7 @@ from support import GOLDEN
 from transformers import AutoConfig, AutoModel
 
 from viscpm_hf import CpmBeeTokenizer, OriginalCheckpointError, VisCPMPaintTextEncoder, VisCPMPaintTextEncoderConfig
+from viscpm_hf.modeling.compatibility import CHECKPOINTING
 
 
 SIDES = ("cond", "uncond")
@@ -130,6 +131,6 @@ def test_a_chat_checkpoint_is_refused_by_name(original_folder, tmp_path):
 
 def test_gradients_reach_the_first_layer(tokenizer):
     encoder = components()["text_encoder"].train()
-    encoder.activation_checkpointing_enable()
+    getattr(encoder, f"{CHECKPOINTING}_enable")()
     encoder(**encode(tokenizer, "蓝色", "red")).prompt_embeds.square().mean().backward()
     assert encoder.model.embed_tokens.weight.grad.abs().sum() > 0

@@ -16,6 +16,7 @@ from transformers import (
     ViTModel,
 )
 
+from viscpm_hf.modeling.compatibility import CHECKPOINTING
 from viscpm_hf.modeling.resamplers import sincos_position_embedding
 from viscpm_hf.modeling.sibling_towers import resize_position_embedding
 
@@ -126,7 +127,7 @@ def test_encoded_images_in_place_of_pixels(system, sibling):
 
 def test_every_parameter_learns_and_the_stored_positions_do_not(system, sibling_folder):
     model = AutoModelForImageTextToText.from_pretrained(sibling_folder).train()
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     model.config.text_config.use_cache = False
     inputs = model_inputs([sample(system, 2)])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == system.placeholder_id, -100)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -24,13 +22,13 @@ from ..loading.options import LoadOptions, find_original_file
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
 from ..modeling.fused_projections_cpm_bee import fusing_problem
-from ..modeling.generation_cpm_bee import reference_decoding
-from ..modeling.image_processing_viscpm import VisCPMImageProcessor
+from ..modeling.generation_cpm_bee import answer_generation, reference_decoding
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
 from ..tiny.embedded import resolve_model
+from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
 
 if TYPE_CHECKING:
@@ -38,31 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MODES = ("reference", "generate")
 SAFETY_POLICIES = ("raise", "refuse")
-REFUSAL = (
-    "抱歉，安全检查未通过这张图片，无法回答。 / "
-    "Sorry, this image did not pass the safety check, so it is not answered."
-)
-
-
-@dataclass(frozen=True)
-class ChatTurn:
-    """One answered question."""
-
-    question: str
-    answer: str
-    """For people: special tokens by name, every `<` once."""
-    context: str
-    """The conversation so far, this turn included, in document syntax: hand it to the next turn."""
-    vision_hidden_states: torch.Tensor | None
-    """`(images, queries, hidden)`: the encoded image, for the next turn."""
-    num_tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds
 
 
 class VisCPMChat:
@@ -264,11 +238,12 @@ class VisCPMChat:
                 return self._refuse(question, context, begin)
             vision_hidden_states = self.encode_image(picture)
         document = {"context": context, "question": escaped, "<ans>": ""}
-        with seeded(seed, self.device):
-            if mode == "reference":
-                ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
-            else:
-                ids, strings = self._generate(document, vision_hidden_states, {**generation, "fast": fast}, on_text)
+        if mode == "reference":
+            ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
+        else:
+            with sampling([seed], generation, self.model.generation_config, self.device) as options:
+                options = {**generation, **options, "fast": fast}
+                ids, strings = self._generate(document, vision_hidden_states, options, on_text)
         answer = self.processor.tokenizer.decode(ids, extension_table=strings)
         return ChatTurn(
             question=question,
@@ -381,6 +356,9 @@ class VisCPMChat:
 
     def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
         """The new tokens of every row of a batch, without what ends them."""
+        if generation.get("stop_strings") is not None:
+            options["tokenizer"] = self.processor.tokenizer
+        generation = answer_generation(self.model.generation_config, generation)
         sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
         end = self.processor.tokenizer.eos_token_id
         return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
@@ -413,14 +391,6 @@ class CallbackStreamer(TextStreamer):
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def open_picture(image: Any, image_processor: VisCPMImageProcessor) -> PIL.Image.Image:
-    """A path, bytes or picture -> picture, with the image processor's checks."""
-    picture = image_processor.fetch_images(image)
-    if not isinstance(picture, PIL.Image.Image):
-        raise ValueError(f"An image is a path or a PIL image, got {type(image).__name__}.")
-    return picture
-
-
 def check_safety_policy(policy: str) -> None:
     if policy not in SAFETY_POLICIES:
         raise ValueError(f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {policy!r}.")
@@ -435,22 +405,3 @@ def open_safety_checker(
     if isinstance(source, (str, os.PathLike)):
         return ImageSafetyChecker.from_pretrained(source, device)
     return source or None
-
-
-def check_generation(generation: Mapping[str, Any]) -> None:
-    """Checks what `generate` would take silently or fail on deep inside."""
-    value = generation.get("max_new_tokens")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {value!r}.")
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators, and leaves them afterwards as they were; does nothing without a seed."""
-    if seed is None:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

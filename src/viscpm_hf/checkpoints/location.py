@@ -6,7 +6,6 @@ downloads no more than it loads, asks [`find_original`].
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +21,9 @@ from transformers.utils.hub import cached_file
 
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .errors import OriginalCheckpointError
+from .json_files import load_json
 from .original import (
     LLM_SIZE_KEYS,
     ORIGINAL_CONFIG_NAMES,
@@ -107,7 +108,9 @@ def locate(
         # A link that leads nowhere exists all the same, and is no Hub id.
         match = None if path.is_symlink() else HUB_ID.fullmatch(name)
         # `folder/model.bin` looks like a Hub id, and so does a file's name in a folder that is here.
-        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or (match["file"] and path.parent.is_dir()):
+        is_path = match is not None and match["file"] and Path(name).parts[0] in os.listdir()
+        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or is_path:
+            check_model_name(name)
             raise FileNotFoundError(f"There is no checkpoint at {name}.")
         path = _download(match["id"], match["file"], revision, token, with_weights)
     if path.is_file():
@@ -123,10 +126,12 @@ def layout_of(folder: Path) -> tuple[str, str | None]:
     if json_object(folder / "text_encoder" / "config.json").get("model_type") == PAINT_MODEL_TYPE:
         return DIFFUSERS_FOLDER, "paint"
     config = json_object(folder / "config.json")
-    kind = CONVERTED_MODEL_TYPES.get(config.get("model_type"))
-    if kind is not None:
-        return TRANSFORMERS_FOLDER, kind
-    if (kind := config.get("model_type")) in SIBLINGS:
+    kind = config.get("model_type")
+    if isinstance(kind, (list, dict)):
+        raise OriginalCheckpointError(f"{folder / 'config.json'} names no model type but a {type(kind).__name__}.")
+    if kind in CONVERTED_MODEL_TYPES:
+        return TRANSFORMERS_FOLDER, CONVERTED_MODEL_TYPES[kind]
+    if kind in SIBLINGS:
         if "resampler_config" in config:
             return TRANSFORMERS_FOLDER, kind
         if kind == MiniCPMVConfig.model_type:
@@ -143,8 +148,8 @@ def layout_of(folder: Path) -> tuple[str, str | None]:
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty if there is no such file, or none of an object."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = load_json(path)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -386,6 +391,8 @@ def find_original(name_or_path: Any, /, **kwargs: Any) -> Original | None:
     if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
         return None
     hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "variant") if kwargs.get(key) is not None}
+    if not os.path.isdir(name_or_path) and os.fspath(name_or_path) != EMBEDDED_NAME:
+        check_model_name(name_or_path)
     # A Hub id is asked for the one file that its loading begins with anyway.
     names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
     candidates = (find_repository_file(name_or_path, name, **hub) for name in names)

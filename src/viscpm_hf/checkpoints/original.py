@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.utils import logging
 
 from ..families import key_maps
@@ -20,8 +17,11 @@ from ..families.family import CHAT, CPM_BEE, PAINT
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
-from .archive import check_tensors, record_sizes
+from ..plain_text import plain
+from .archive import RefusedError, StoredTensor, UnreadableError, check_tensors, map_tensors, read_archive
 from .errors import OriginalCheckpointError
+from .json_files import load_json
+from .tensor_files import LFS_ADVICE, is_lfs_pointer
 from .weight_transforms import KeyMatcher, shape_after
 
 
@@ -84,7 +84,7 @@ class CheckpointProblems:
 
     def __str__(self) -> str:
         def sample(names: list[str]) -> str:
-            return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            return ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")
 
         parts = []
         if self.missing:
@@ -111,38 +111,33 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(path)
     with path.open("rb") as file:  # the system's own words for a missing or forbidden file
         file.read(1)
-    records = record_sizes(path)
     try:
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own words advise to load the file nevertheless.
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else "its pickle has instructions that none of tensors needs"
+        content, records = read_archive(path)
+    except RefusedError as error:
         raise OriginalCheckpointError(
-            f"{path} was refused: it holds more than tensors, and loading it could run code of its own ({reason}). "
-            "Get the checkpoint from its source again."
+            f"{path} was refused: it holds more than tensors, and loading it could run code of its own ({error}). Get "
+            "the checkpoint from its source again."
         ) from error
-    except (RuntimeError, EOFError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:
-        size = path.stat().st_size
+    except UnreadableError as error:
+        hint = LFS_ADVICE if is_lfs_pointer(path) else ""
         raise OriginalCheckpointError(
-            f"{path} ({size:,} bytes) is no readable PyTorch file: it is damaged, cut short, or of another format "
-            f"({str(error).splitlines()[0]})."
+            f"{path} ({path.stat().st_size:,} bytes) is no readable PyTorch file: it is damaged, cut short, or of "
+            f"another format ({error}).{hint}"
         ) from error
-    if isinstance(state_dict, Mapping) and isinstance(state_dict.get("state_dict"), Mapping):
-        state_dict = state_dict["state_dict"]
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise OriginalCheckpointError(f"{path} holds a {type(state_dict).__name__}, not a dict of tensors.")
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise OriginalCheckpointError(f"{path} holds a {type(content).__name__}, not a dict of tensors.")
     strange = [
-        name for name, value in state_dict.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+        name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, StoredTensor))
     ]
     if strange:
         raise OriginalCheckpointError(
-            f"{path} is no flat dict of tensors: {len(strange)} of {len(state_dict)} entries are none "
-            f"({', '.join(map(str, strange[:3]))})."
+            f"{path} is no flat dict of tensors: {len(strange):,} of {len(content):,} entries are none "
+            f"({', '.join(map(plain, strange[:3]))})."
         )
-    if records is not None:
-        check_tensors(path, state_dict, records)
-    return dict(state_dict)
+    check_tensors(path, content, records)
+    return map_tensors(path, content, records)
 
 
 def checkpoint_kind(names: Mapping[str, Any]) -> str | None:
@@ -206,9 +201,8 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
         OriginalCheckpointError: if the file holds none.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = load_json(path)
+    except ValueError as error:
         raise OriginalCheckpointError(f"{what} {path} is no JSON file: {error}.") from error
     if not isinstance(content, dict):
         raise OriginalCheckpointError(f"{what} {path} holds a {type(content).__name__}, not an object.")
@@ -252,8 +246,10 @@ def _configured(config_class: type, **sizes: Any) -> Any:
     """
     try:
         return config_class(**sizes)
-    except StrictDataclassError as error:  # no ValueError
-        raise OriginalCheckpointError(f"The configuration makes no sense: {' '.join(str(error).split())}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # noqa: BLE001, of a wrong type may be anything
+        raise OriginalCheckpointError(f"The configuration makes no sense: {plain(error, 500)}") from error
 
 
 def _pick(source: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

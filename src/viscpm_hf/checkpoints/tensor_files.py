@@ -20,7 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..plain_text import plain
 from .errors import ConversionError
+from .json_files import load_json
 
 
 # Values of a tensor that are worked on at a time: 1 MB as fp32, which stays in the processor's cache. Pieces of 64 MB
@@ -49,7 +51,12 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# The format's own limit is 100 MB, of which a parser makes a gigabyte; 20,000 tensors take 3 MB.
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TENSORS = 20_000
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_ADVICE = " It is Git LFS's pointer to the file: fetch the file itself with git lfs pull."
 
 # Alignment of a tensor's bytes, as torch.save and safetensors have it.
 ARCHIVE_ALIGNMENT = 64
@@ -383,25 +390,27 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, TensorSpec]:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ConversionError(
                 f"{path} is no safetensors file: its header claims {length:,} bytes, but the file has {size:,} and "
-                f"the format allows {MAX_HEADER_BYTES:,}."
+                f"{MAX_HEADER_BYTES:,} is the limit here.{LFS_ADVICE if is_lfs_pointer(path) else ''}"
             )
         text = file.read(length)
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"it has {len(header):,} tensors, and {MAX_TENSORS:,} is the limit here")
         specs = {
             name: TensorSpec(name, DTYPES_OF_SAFETENSORS[entry["dtype"]], tuple(map(_size, entry["shape"])))
             for name, entry in header.items()
         }
         offsets = {name: _span(entry["data_offsets"]) for name, entry in header.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ConversionError(f"{path} is no safetensors file: its header makes no sense ({error}).") from error
+        raise ConversionError(f"{path} is no safetensors file: its header makes no sense ({plain(error)}).") from error
     for name, spec in specs.items():
         begin, stop = offsets[name]
         if spec.nbytes != stop - begin:
             raise ConversionError(
-                f"{path} is damaged: {name} of shape {spec.shape} needs {spec.nbytes:,} bytes, and the header gives "
-                f"it {stop - begin:,}."
+                f"{path} is damaged: {plain(name)} of shape {plain(spec.shape)} needs {spec.nbytes:,} bytes, and the "
+                f"header gives it {stop - begin:,}."
             )
     end = 0
     for begin, stop in sorted(offsets.values()):
@@ -416,14 +425,20 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, TensorSpec]:
 
 
 def _size(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no size")
+    if not isinstance(value, int) or not 0 <= value < 2**62:
+        raise ValueError(f"{plain(value)} is no size")
     return value
 
 
 def _span(offsets: Any) -> tuple[int, int]:
     begin, stop = map(_size, offsets)
     return begin, stop
+
+
+def is_lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is what Git leaves of a big one if Git LFS isn't installed."""
+    with open(path, "rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 class SafetensorsFolder:
@@ -446,7 +461,9 @@ class SafetensorsFolder:
         for file in self.files:
             for tensor, spec in safetensors_header(self.folder / file).items():
                 if tensor in self.specs:
-                    raise ConversionError(f"{self.folder} has {tensor} twice, in {self.file_of[tensor]} and {file}.")
+                    raise ConversionError(
+                        f"{self.folder} has {plain(tensor)} twice, in {self.file_of[tensor]} and {file}."
+                    )
                 self.specs[tensor], self.file_of[tensor] = spec, file
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -481,10 +498,10 @@ def weight_files(folder: Path, name: str) -> list[str]:
         files = [f"{name}.safetensors"]
     elif index_file.exists():
         try:
-            weight_map = json.loads(index_file.read_text("utf-8"))["weight_map"]
+            weight_map = load_json(index_file)["weight_map"]
             files = sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(f"{index_file} is no index of weights: {error}.") from error
+            raise ConversionError(f"{index_file} is no index of weights: {plain(error)}.") from error
     else:
         raise FileNotFoundError(f"{folder} has neither {name}.safetensors nor {index_file.name}.")
     for file in files:
@@ -494,12 +511,25 @@ def weight_files(folder: Path, name: str) -> list[str]:
     return files
 
 
+def check_weight_files(folder: Path, name: str) -> None:
+    """Looks at the headers and sizes of a folder's weights, if it has any, before a library reads them, which would
+    tell neither the file nor what to do.
+
+    Raises:
+        ConversionError: if a file is damaged, cut short, or a pointer of Git LFS.
+        FileNotFoundError: if a shard is missing.
+    """
+    if any((folder / f"{name}.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
+        for file in weight_files(folder, name):
+            safetensors_header(folder / file)
+
+
 def check_inside(folder: Path, file: str, index_file: Path, is_there: bool = True) -> None:
     """Raises [`ConversionError`] if a file name of an index, or the file itself if it is there, leads out of the
     folder."""
     is_plain = isinstance(file, str) and file == os.path.basename(file) and file not in ("", ".", "..")
     if not is_plain or "\\" in file:
-        raise ConversionError(f"{index_file} was refused: it names {file!r}, which isn't a file beside it.")
+        raise ConversionError(f"{index_file} was refused: it names {plain(file)!r}, which isn't a file beside it.")
     if not is_there:
         return
     target = (folder / file).resolve()

@@ -19,6 +19,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("folder", metavar="OUT", help="what convert wrote / 转换后的文件夹")
     parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME / 仓库")
     parser.add_argument("--private", action="store_true", help="a new repository is private / 私有仓库")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="FILE", help="upload this file of OUT too / 同时上传该文件"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, and list the files / 仅检查并列出文件")
     parser.set_defaults(run=run)
 
@@ -26,7 +29,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..conversion.publish import publish
 
-    publication = publish(arguments.folder, arguments.repo_id, private=arguments.private, dry_run=arguments.dry_run)
+    publication = publish(
+        arguments.folder,
+        arguments.repo_id,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+        include=arguments.include,
+    )
     print(describe(publication))
     return 0
 

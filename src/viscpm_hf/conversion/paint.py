@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import AutoConfig
 
+from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import MANIFEST_NAME, Location, file_beside, json_object
 from ..checkpoints.original import PAINT, VOCAB_NAME, check_state_dict, load_state_dict, read_json, text_encoder_config
@@ -28,24 +28,18 @@ from ..loading.paint import (
     VAE_NAME,
     reference_scheduler,
 )
+from ..modeling.configuration_limits import check_layers
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.saving_viscpm_paint import save_code as save_pipeline_code
 from .model_card import paint_card
-from .planning import (
-    DIFFUSERS_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    Checkpoint,
-    Part,
-    check_vocabulary,
-    extra_tensors,
-)
+from .plan import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint, Part, check_vocabulary, extra_tensors
 from .verify import LoadingReport, check_weights
 
 
 if TYPE_CHECKING:
-    from .planning import ConversionPlan
+    from .plan import ConversionPlan
 
 
 TEXT_ENCODER, UNET, VAE = "text_encoder", "unet", "vae"
@@ -140,8 +134,8 @@ def open_vae(place: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def empty_part(model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
     """A diffusers model whose weights take no memory."""
-    with torch.device("meta"):
-        return model_class.from_config(dict(config))
+    check_layers(config)
+    return without_weights(lambda: model_class.from_config(dict(config)))
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
@@ -154,8 +148,7 @@ def check_original_paint(
     """Missing, unknown and misshaped tensors of an original file, for `inspect`."""
     given = json_object(location.folder / DIFFUSION_CONFIG_NAME)
     unet = empty_part(UNet2DConditionModel, given.get("unet") or _config_of(location.folder / UNET) or UNET_CONFIG)
-    with torch.device("meta"):
-        encoder = VisCPMPaintTextEncoder(config)
+    encoder = without_weights(lambda: VisCPMPaintTextEncoder(config))
     of_unet = {name: tensor for name, tensor in state_dict.items() if name.startswith("unet.")}
     others = {name: tensor for name, tensor in state_dict.items() if name not in of_unet}
     found = [
@@ -179,10 +172,9 @@ def _config_of(folder: Path) -> dict[str, Any] | None:
 
 def export_parts(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]) -> None:
     """Everything of a pipeline's folder but the weights."""
-    from .export import save_code, write_index, write_json
+    from .folder_files import save_code, write_index, write_json
 
-    with torch.device("meta"):
-        encoder = VisCPMPaintTextEncoder(checkpoint.config)
+    encoder = without_weights(lambda: VisCPMPaintTextEncoder(checkpoint.config))
     config = encoder.config
     config.architectures = [type(encoder).__name__]
     config.dtype = dtype_name(plan.stored_dtype(TEXT_ENCODER))
@@ -253,8 +245,8 @@ def check_paint_folder(folder: Path) -> None:
 
 def empty_parts(folder: Path) -> dict[str, torch.nn.Module]:
     """The models of a converted folder's configurations, without weights."""
-    with torch.device("meta"):
-        encoder = VisCPMPaintTextEncoder(AutoConfig.from_pretrained(folder / TEXT_ENCODER))
+    encoder_config = read_config(folder / TEXT_ENCODER)
+    encoder = without_weights(lambda: VisCPMPaintTextEncoder(encoder_config))
     configs = {part: _config_of(folder / part) for part in (UNET, VAE)}
     for part, config in configs.items():
         if config is None:
@@ -269,8 +261,7 @@ def empty_parts(folder: Path) -> dict[str, torch.nn.Module]:
 def verify_loading_paint(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
     """See `verify.verify_loading`; `verify_files` has compared the values."""
     check_paint_folder(folder)
-    with torch.device("meta"):
-        encoder = VisCPMPaintTextEncoder(checkpoint.config)
+    encoder = without_weights(lambda: VisCPMPaintTextEncoder(checkpoint.config))
     direct = {
         TEXT_ENCODER: encoder,
         UNET: empty_part(UNet2DConditionModel, checkpoint.diffusion.unet),
@@ -298,7 +289,7 @@ def open_converted_paint(location: Location, vocab: Path) -> Checkpoint:
     tensors |= extra_tensors(folder)
     parts = [PARTS[0], Part(UNET, DIFFUSERS_WEIGHTS, key_maps.PAINT_UNET, source_prefix=UNET_PREFIX)]
     files = [folder / TEXT_ENCODER / file for file in encoder.files] + [folder / UNET / file for file in unet.files]
-    config = AutoConfig.from_pretrained(folder / TEXT_ENCODER)
+    config = read_config(folder / TEXT_ENCODER)
     return Checkpoint(location, PAINT, tensors, parts, files, config, vocab)
 
 
@@ -311,7 +302,7 @@ def copy_diffusion_parts(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.copyfile(source / UNET / "config.json", folder / UNET / "config.json")
     before = json_object(source / MANIFEST_NAME).get("original_configs") or {}
     if DIFFUSION_CONFIG_NAME in before:
-        from .export import write_json
+        from .folder_files import write_json
 
         write_json(folder / DIFFUSION_CONFIG_NAME, before[DIFFUSION_CONFIG_NAME])
     for name in CONVERTED_PROMPT_CHECKER:

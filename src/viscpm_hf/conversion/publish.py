@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
+from yaml import YAMLError
 
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.location import DIFFUSERS_FOLDER, MANIFEST_NAME, json_object, locate
 from ..checkpoints.tensor_files import crc32_of
+from .publishable import CARD_NAME, publishable_files
 from .verify import check_transformers_folder
 from .workspace import PARTIAL_SUFFIX
 
 
-# Formats that may run code when they are loaded.
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".joblib")
-CARD_NAME = "README.md"
 REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -48,6 +49,7 @@ def publish(
     dry_run: bool = False,
     token: str | bool | None = None,
     commit_message: str | None = None,
+    include: Iterable[str] = (),
     api: HfApi | None = None,
 ) -> Publication:
     """Checks a converted folder and uploads it.
@@ -59,6 +61,8 @@ def publish(
         dry_run: only check, and list what would be uploaded.
         token: of the Hub; the one that is logged in with if None.
         commit_message: of the upload.
+        include: files to upload beside those of a converted folder, by their names in it. Hidden ones, pickles and
+            what may hold a secret are refused all the same.
         api: in place of huggingface_hub's own.
 
     Raises:
@@ -70,7 +74,7 @@ def publish(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    files = check_folder(folder)
+    files = check_folder(folder, include)
     publication = Publication(folder, repo_id, files, private, is_dry_run=dry_run)
     if dry_run:
         return publication
@@ -79,13 +83,13 @@ def publish(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        allow_patterns=sorted(files),
+        allow_patterns=[glob.escape(name) for name in sorted(files)],  # names, which may look like patterns
         commit_message=commit_message or "Upload a converted VisCPM checkpoint",
     )
     return Publication(folder, repo_id, files, private, url=str(getattr(commit, "repo_url", commit)))
 
 
-def check_folder(folder: Path) -> dict[str, int]:
+def check_folder(folder: Path, include: Iterable[str] = ()) -> dict[str, int]:
     """The files of a folder that is fit to be published, with their sizes.
 
     Raises:
@@ -98,16 +102,7 @@ def check_folder(folder: Path) -> dict[str, int]:
         raise ConversionError(
             f"{folder} is in the original's layout: convert it first (viscpm-hf convert {folder} OUT)."
         )
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in Path(name).parts) or path.is_dir():
-            continue
-        if path.is_symlink():
-            raise ConversionError(f"{path} is a symbolic link; only files are published.")
-        if path.suffix.lower() in PICKLE_SUFFIXES:
-            raise ConversionError(f"{path} is a pickle, which may run code when it is loaded: remove it.")
-        files[name] = path.stat().st_size
+    files = publishable_files(folder, include)
     _check_card(folder)
     _check_weights(folder)
     if location.layout == DIFFUSERS_FOLDER:
@@ -125,7 +120,7 @@ def _check_card(folder: Path) -> None:
         raise ConversionError(f"{folder} has no model card ({CARD_NAME}).")
     try:
         data: Any = ModelCard.load(card_file).data
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError, YAMLError) as error:
         raise ConversionError(f"{card_file} can't be read as a model card: {error}.") from error
     if not data.get("license"):
         raise ConversionError(f"{card_file} names no licence: the weights' licence belongs in its first lines.")
@@ -133,10 +128,12 @@ def _check_card(folder: Path) -> None:
 
 def _check_weights(folder: Path) -> None:
     """Compares the files with what `conversion.json` says of them, if they are its own."""
-    files = json_object(folder / MANIFEST_NAME).get("files") or {}
-    for name, known in files.items():
+    files = json_object(folder / MANIFEST_NAME).get("files")
+    for name, known in files.items() if isinstance(files, dict) else ():
         path = folder / name
-        if path.is_file() and path.stat().st_size == known["size"] and crc32_of(path) != known["crc32"]:
+        if not isinstance(known, dict) or "crc32" not in known:
+            continue  # of a quantised checkpoint
+        if path.is_file() and path.stat().st_size == known.get("size") and crc32_of(path) != known["crc32"]:
             raise ConversionError(
                 f"{path} isn't what was converted: its checksum is another than in {MANIFEST_NAME}. Convert again."
             )

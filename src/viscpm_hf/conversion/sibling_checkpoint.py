@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
+from ..checkpoints.configurations import read_config
 from ..checkpoints.errors import OriginalCheckpointError
 from ..checkpoints.location import (
     ADAPTER,
@@ -24,7 +25,7 @@ from ..checkpoints.sibling_original import check_tensors, converted_tensors, ori
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..families.family import FAMILIES
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
-from .planning import TRANSFORMERS_WEIGHTS, Checkpoint, Part
+from .plan import TRANSFORMERS_WEIGHTS, Checkpoint, Part
 
 
 # Of a generation_config.json that today's rules refuse; the rest is the originals' presets anyhow.
@@ -129,7 +130,7 @@ def empty_tensors(kind: str, specs: Mapping[str, TensorSpec]) -> dict[str, torch
 
 def open_converted_sibling(location: Location) -> SiblingCheckpoint:
     """Maps a converted folder."""
-    config: VisionResamplerConfig = AutoConfig.from_pretrained(location.path)
+    config: VisionResamplerConfig = read_config(location.path)
     weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
     part = Part("", TRANSFORMERS_WEIGHTS, FAMILIES[location.kind].key_maps[0])
     files = [location.path / file for file in weights.files]

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
+from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError
-from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
+from ..checkpoints.original import CPM_BEE, load_state_dict
 from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
 from ..families.family import FAMILIES
+from ..plain_text import plain
 
 
 if TYPE_CHECKING:
-    from .planning import Checkpoint, ConversionPlan
+    from .plan import Checkpoint, ConversionPlan
 
 
 # Models up to this size are run, too; 200 MB in fp32.
@@ -69,7 +71,7 @@ class VerificationReport:
 
 def _sample(names) -> str:
     names = list(names)
-    return ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+    return ", ".join(map(plain, names[:MAX_NAMED])) + (", ..." if len(names) > MAX_NAMED else "")
 
 
 def verify_files(
@@ -150,10 +152,6 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
     Raises:
         ConversionError: if anything differs.
     """
-    if checkpoint.kind == PAINT:
-        from .paint import verify_loading_paint
-
-        return verify_loading_paint(checkpoint, folder)
     direct = empty_model(checkpoint.config)
     converted = check_transformers_folder(folder)
     expected, actual = _shapes(direct), _shapes(converted)
@@ -168,9 +166,12 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
 
 def empty_model(config) -> torch.nn.Module:
     """A model of `config` whose weights take no memory."""
-    family = next(family for family in FAMILIES.values() if family.config_class is type(config))
-    with torch.device("meta"):
+
+    def build() -> torch.nn.Module:
+        family = next(family for family in FAMILIES.values() if family.config_class is type(config))
         return family.model_class(config)
+
+    return without_weights(build)
 
 
 def check_transformers_folder(folder: Path) -> torch.nn.Module:
@@ -179,9 +180,7 @@ def check_transformers_folder(folder: Path) -> torch.nn.Module:
     Raises:
         ConversionError: if tensors are missing, surplus or of another shape.
     """
-    from transformers import AutoConfig
-
-    model = empty_model(AutoConfig.from_pretrained(folder))
+    model = empty_model(read_config(folder))
     check_weights(model, folder, "model")
     return model
 

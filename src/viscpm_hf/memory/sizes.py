@@ -15,9 +15,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.location import HUB_ID, Location, json_object, locate, original_weight_files, tensors_of
 from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
@@ -39,7 +40,7 @@ from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
-from ..tiny.embedded import EMBEDDED_NAME, resolve_model
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name, resolve_model
 
 
 # What pruning left of the layers of cpm-bee-1b, -2b and -5b: both blocks, attention, feed-forward or nothing.
@@ -212,7 +213,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
             path = resolve_model(name, kind or CHAT)
         location = locate(path, with_weights=False)
         if location.is_sibling:
-            sizes = _chat(name, AutoConfig.from_pretrained(location.path))
+            sizes = _chat(name, read_config(location.path))
         else:
             sizes = _converted(name, location) if location.is_converted else _original(name, location)
     if kind not in (None, sizes.kind):
@@ -225,6 +226,8 @@ def _cached(name: str) -> str | None:
     match = HUB_ID.fullmatch(name)
     if name == EMBEDDED_NAME or match is None or os.path.isdir(Path(name).parent):
         return name
+    if match["file"] is None:
+        check_model_name(name)
     try:
         folder = snapshot_download(match["id"], local_files_only=True)
         return os.path.join(folder, match["file"] or "").rstrip(os.sep)
@@ -253,8 +256,7 @@ def _chat(name: str, config: VisCPMChatConfig | VisionResamplerConfig | CpmBeeCo
 def _paint(name: str, config: VisCPMPaintTextEncoderConfig, unet: dict, vae: dict) -> ModelSizes:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    with torch.device("meta"):
-        encoder = VisCPMPaintTextEncoder(config).eval()
+    encoder = without_weights(lambda: VisCPMPaintTextEncoder(config).eval())
     return ModelSizes(
         name,
         PAINT,
@@ -281,6 +283,6 @@ def _original(name: str, location: Location) -> ModelSizes:
 
 def _converted(name: str, location: Location) -> ModelSizes:
     if location.kind != PAINT:
-        return _chat(name, AutoConfig.from_pretrained(location.path))
+        return _chat(name, read_config(location.path))
     parts = empty_parts(location.path)
     return ModelSizes(name, PAINT, *(parts[part].eval() for part in ("text_encoder", "unet", "vae")))

@@ -14,13 +14,37 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import TransformersKwargs
+
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep  # since 5.21
+except ImportError:
+
+    def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        """The places of `(batch, sequence, hidden)` whose logits are wanted: the last so many (0: all), or those of
+        indices `(places,)` or `(batch, places)`, or of a mask `(batch, sequence)`."""
+        if isinstance(logits_to_keep, int):
+            return hidden_states[:, slice(-logits_to_keep, None)]
+        if logits_to_keep.ndim == 1:
+            return hidden_states[:, logits_to_keep]
+        if logits_to_keep.dtype == torch.bool:
+            return hidden_states[logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
 
 
 CACHE_NAMES = ("cache", "past_key_values")
 # The installed release's name.
 CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(BaseModelOutputWithPast)})
+
+# What recomputing activations is called: as arguments of the `Trainer`, and before `_enable` as a model's method.
+CHECKPOINTING = (
+    "activation_checkpointing"  # since 5.23
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 # What transformers hands to any model besides `TransformersKwargs`: what to return, how to check it, for the loss, and
 # what `generate` was given to find stop strings.

@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_limits import check_layers
+
 
 # Both position tables keep their first two rows for padding, which a vision tower never sees: position i is row i + 2.
 POSITION_OFFSET = 2
@@ -67,6 +69,7 @@ class Beit3Config(PreTrainedConfig):
                 f"num_query_tokens {self.num_query_tokens} do not fit max_query_positions {self.max_query_positions}: "
                 f"the first {POSITION_OFFSET} rows of the table are unused."
             )
+        check_layers({"num_hidden_layers": self.num_hidden_layers})
         super().__post_init__(**kwargs)
 
 

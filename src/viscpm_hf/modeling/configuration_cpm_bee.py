@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .configuration_limits import check_layers
 from .token_space_cpm_bee import image_token_id, num_extension_slots, padded_vocab_size
 
 
@@ -82,6 +83,7 @@ class CpmBeeConfig(PreTrainedConfig):
         for original, name in self.attribute_map.items():
             if original in kwargs:
                 setattr(self, name, kwargs.pop(original))
+        check_layers({"num_hidden_layers": self.num_hidden_layers})
         super().__post_init__(**kwargs)
         if self.num_words is None:
             self.num_words, self.vocab_size = self.vocab_size, padded_vocab_size(self.vocab_size)

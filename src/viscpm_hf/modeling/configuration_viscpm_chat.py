@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_beit3 import Beit3Config
 from .configuration_cpm_bee import CpmBeeConfig
@@ -30,7 +31,7 @@ class VisCPMChatConfig(PreTrainedConfig):
 
     model_type = "viscpm_chat"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
-    sub_configs_defaults = {"text_config": CpmBeeConfig, "vision_config": Beit3Config}
+    sub_configs_defaults = {"text_config": SubConfigSpec(CpmBeeConfig), "vision_config": SubConfigSpec(Beit3Config)}
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .configuration_limits import check_layers
+
 
 # What a checkpoint's name of its timm tower stands for. The last layer is left out by every one of these systems.
 _TIMM_TOWERS = {
@@ -151,6 +153,7 @@ class VisionResamplerConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Also takes an original's flat `config.json`."""
+        check_layers(config_dict)
         if "resampler_config" not in config_dict:
             config_dict = cls.from_original_dict(config_dict)
         return super().from_dict(config_dict, **kwargs)

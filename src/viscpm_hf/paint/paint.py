@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..checkpoints.original import load_state_dict, read_json
+from ..checkpoints.tensor_files import check_weight_files
 from ..loading.layer_streaming import BUDGET_VARIABLE
 from ..loading.options import LoadOptions, stored_dtype
 from ..loading.paint import (
@@ -42,7 +43,7 @@ from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline, is_whole
 from ..pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY, UnsafePromptError
 from ..pipelines.ranking import DEFAULT_RANKER
-from ..pipelines.safety import DEFAULT_SAFETY_CHECKER
+from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, load_whole
 from ..tiny.embedded import FOLDER as EMBEDDED_FOLDER
 from ..tiny.embedded import resolve_model
 from .record import Record, call_settings, png_info, read_record
@@ -217,6 +218,9 @@ class VisCPMPaint:
             scheduler_class(scheduler)  # a wrong name is known before minutes of loading
 
         path = Path(find_folder(resolve_model(model_path, "paint"), {}))
+        for part in ("unet", "vae"):
+            check_weight_files(path / part, "diffusion_pytorch_model")
+        stored = stored_text_encoder_dtype(path)  # another model's checkpoint is known as such before parts are sought
         # Likewise for parts that can't be had.
         wanted = (image_safety_checker, prompt_safety_checker, add_ranker)
         if path.parent == EMBEDDED_FOLDER:
@@ -226,7 +230,6 @@ class VisCPMPaint:
             **_load_prompt_checker(path, wanted[1]),
             **_load_ranker(path, wanted[2]),
         }
-        stored = stored_text_encoder_dtype(path)
         text_encoder_dtype = self.options.choose_dtype(stored)
         if is_original_folder(path):
             pipeline = load_original(
@@ -510,7 +513,7 @@ def _load_image_checker(model: Path, source: bool | str | os.PathLike) -> dict[s
         sibling = Path(place).parent / "feature_extractor"
         is_pair = Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").is_file()
         return {
-            "safety_checker": StableDiffusionSafetyChecker.from_pretrained(place, **kwargs),
+            "safety_checker": load_whole(StableDiffusionSafetyChecker, place, **kwargs),
             "feature_extractor": CLIPImageProcessor.from_pretrained(sibling if is_pair else place, **kwargs),
         }
 
@@ -524,7 +527,7 @@ def _load_image_checker(model: Path, source: bool | str | os.PathLike) -> dict[s
 def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
-            "prompt_checker": BertForSequenceClassification.from_pretrained(place, **kwargs),
+            "prompt_checker": load_whole(BertForSequenceClassification, place, **kwargs),
             "prompt_checker_tokenizer": AutoTokenizer.from_pretrained(place, **kwargs),
         }
 
@@ -539,7 +542,7 @@ def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[
 def _load_ranker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
-            "ranker": ChineseCLIPModel.from_pretrained(place, **kwargs),
+            "ranker": load_whole(ChineseCLIPModel, place, **kwargs),
             "ranker_processor": ChineseCLIPProcessor.from_pretrained(place, **kwargs),
         }
 

@@ -23,16 +23,18 @@ from transformers.utils import logging
 
 from ..checkpoints.adapters import ADAPTER_CONFIG
 from ..evaluation.report import known_by
+from ..modeling.compatibility import CHECKPOINTING
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
+from ..version import OLDEST, require
 from .adapters import add_adapter, record_base, select_weights
 from .chat_config import REFERENCE_MIN_IMAGE_SIDE, ChatTrainingConfig
 from .chat_dataset import ChatDataset, Draws, MixtureSampler, SampleLimits, SkippedRows
 from .collator import ChatCollator
 from .data_files import DataPart
-from .muon import MUON, muon_factory
+from .muon import MUON, MUON_TORCH, muon_factory
 from .output import CHECKPOINTS, MARKS, PARTIAL, last_checkpoint, written_whole
 
 
@@ -276,6 +278,10 @@ def check_libraries(config: ChatTrainingConfig) -> None:
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise ImportError(f'Training so needs {" and ".join(missing)}: pip install "viscpm-hf[train]".')
+    if config.mode != "full":
+        require(peft=OLDEST["peft"])
+    if config.optimizer == MUON:
+        require(torch=MUON_TORCH)
 
 
 def check_output(config: ChatTrainingConfig, output: Path) -> None:
@@ -315,7 +321,7 @@ def check_same_run(
     try:
         known = json.loads((output / CHECKPOINTS / SUMMARY).read_text("utf-8"))
         before = {**known["config"], **known["facts"]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} can't be resumed: the options of its run are missing ({error}).") from error
     now = {**dataclasses.asdict(config), **facts}
     changed = [
@@ -352,8 +358,10 @@ def training_arguments(config: ChatTrainingConfig, output: Path, *, has_eval: bo
         bf16=precision == "bf16",
         use_cpu=not torch.accelerator.is_available(),  # else bf16 is refused there
         fp16=precision == "fp16",
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        **{
+            CHECKPOINTING: config.gradient_checkpointing,
+            f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        },
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=config.log_steps,

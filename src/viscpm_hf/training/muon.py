@@ -9,8 +9,12 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from ..version import require
+
 
 MUON = "muon"
+# torch has Muon since.
+MUON_TORCH = "2.9"
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -24,11 +28,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         lr: learning rate.
         betas: AdamW's.
         weight_decay: of all weights but those of one dimension.
+
+    Raises:
+        ImportError: if torch is too old for Muon.
+        ValueError: if nothing is trained.
     """
 
     def __init__(
         self, model: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0
     ):
+        require(torch=MUON_TORCH)
         linears = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
         linears -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # a tied head
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..loading.paint import find_folder, is_original_folder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
 from ..tiny.embedded import resolve_model
+from ..version import OLDEST, require
 from .chat import (
     DTYPES,
     SUMMARY,
@@ -323,6 +324,7 @@ def add_adapter(unet: UNet2DConditionModel, config: PaintTrainingConfig) -> None
     Raises:
         ValueError: if no layer has the names that are asked for.
     """
+    require(peft=OLDEST["peft"])
     from peft import LoraConfig
 
     unet.add_adapter(

@@ -49,6 +49,8 @@ class PaintTrainingModel(nn.Module):
         """For the trainer, whose options are for transformers' models: diffusers' choose the way themselves."""
         self.unet.enable_gradient_checkpointing()
 
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
