@@ -28,7 +28,7 @@ from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
 from ..tiny.embedded import resolve_model
-from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, seeded
+from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
 
 if TYPE_CHECKING:
@@ -244,11 +244,12 @@ class VisCPMChat:
                 return self._refuse(question, context, begin)
             vision_hidden_states = self.encode_image(picture)
         document = {"context": context, "question": escaped, "<ans>": ""}
-        with seeded(seed, self.device):
-            if mode == "reference":
-                ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
-            else:
-                ids, strings = self._generate(document, vision_hidden_states, {**generation, "fast": fast}, on_text)
+        if mode == "reference":
+            ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
+        else:
+            with sampling([seed], generation, self.model.generation_config, self.device) as options:
+                options = {**generation, **options, "fast": fast}
+                ids, strings = self._generate(document, vision_hidden_states, options, on_text)
         answer = self.processor.tokenizer.decode(ids, extension_table=strings)
         return ChatTurn(
             question=question,
@@ -361,6 +362,8 @@ class VisCPMChat:
 
     def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
         """The new tokens of every row of a batch, without what ends them."""
+        if generation.get("stop_strings") is not None:
+            options["tokenizer"] = self.processor.tokenizer
         generation = answer_generation(self.model.generation_config, generation)
         sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
         end = self.processor.tokenizer.eos_token_id

@@ -22,10 +22,9 @@ from ..families.family import FAMILIES, SIBLINGS
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions
 from ..modeling.decoding_presets import default_preset
-from ..modeling.generation_cpm_bee import RowSampling
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from ..pipelines.safety import UnsafeImageError
-from ..tiny.embedded import EMBEDDED_NAME
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .chat import (
     MODES,
     REFUSAL,
@@ -34,7 +33,7 @@ from .chat import (
     check_safety_policy,
     open_picture,
     open_safety_checker,
-    seeded,
+    sampling,
 )
 
 
@@ -328,13 +327,12 @@ class SiblingChat:
         features = [None if row.image is None else row.image.features for row in rows]
         inputs = model_inputs(self.model, self.processor, [row.ids for row in rows], features)
         options = dict(decoding)
-        is_seeded = any(row.seed is not None for row in rows)
-        if options.get("do_sample") and is_seeded and options.get("num_beams", 1) == 1:
-            options["logits_processor"] = [*options.get("logits_processor", []), self._row_sampling(rows)]
+        if options.get("stop_strings") is not None:
+            options["tokenizer"] = self.processor.tokenizer
         if on_text is not None:
             options["streamer"] = AnswerStreamer(self.processor, on_text)
-        with seeded(rows[0].seed, self.device):
-            sequences = self.generate(inputs, **options)
+        with sampling([row.seed for row in rows], options, self.model.generation_config, self.device) as drawing:
+            sequences = self.generate(inputs, **{**options, **drawing})
         end = self.processor.tokenizer.eos_token_id
         for row, ids in zip(rows, sequences, strict=True):
             row.answer = ids[: ids.index(end)] if end in ids else ids
@@ -347,11 +345,6 @@ class SiblingChat:
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         sequences = self.model.generate(**inputs, **{**ends, **options})
         return sequences[:, inputs["input_ids"].shape[1] :].tolist()
-
-    def _row_sampling(self, rows: list[_Row]) -> RowSampling:
-        seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        return RowSampling(generators)
 
     def _turn(self, row: _Row, seconds: float) -> ChatTurn:
         request = row.request
@@ -375,6 +368,7 @@ def is_sibling(model_path: str | os.PathLike) -> bool:
         return adapter.base is not None and is_sibling(adapter.base)
     if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
         return False
+    check_model_name(model_path)
     file = find_repository_file(model_path, "config.json")
     return file is not None and json_object(Path(file)).get("model_type") in SIBLINGS
 

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .errors import OriginalCheckpointError
 from .json_files import load_json
 from .original import (
@@ -112,7 +113,9 @@ def locate(
         # A link that leads nowhere exists all the same, and is no Hub id.
         match = None if path.is_symlink() else HUB_ID.fullmatch(name)
         # `folder/model.bin` looks like a Hub id, and so does a file's name in a folder that is here.
-        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or (match["file"] and path.parent.is_dir()):
+        is_path = match is not None and match["file"] and Path(name).parts[0] in os.listdir()
+        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or is_path:
+            check_model_name(name)
             raise FileNotFoundError(f"There is no checkpoint at {name}.")
         where = {"revision": revision, "token": token, "cache_dir": cache_dir}
         path = _download(match["id"], match["file"], match["release"], where, with_weights)
@@ -417,6 +420,8 @@ def find_original(name_or_path: Any, /, **kwargs: Any) -> Original | None:
     if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
         return None
     hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "variant") if kwargs.get(key) is not None}
+    if not os.path.isdir(name_or_path) and os.fspath(name_or_path) != EMBEDDED_NAME:
+        check_model_name(name_or_path)
     # A Hub id is asked for the one file that its loading begins with anyway.
     names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
     candidates = (find_repository_file(name_or_path, name, **hub) for name in names)

@@ -48,7 +48,7 @@ from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
-from ..tiny.embedded import EMBEDDED_NAME, resolve_model
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name, resolve_model
 
 
 # What pruning left of the layers of cpm-bee-1b, -2b and -5b: both blocks, attention, feed-forward or nothing.
@@ -234,6 +234,8 @@ def _cached(name: str) -> str | None:
     match = HUB_ID.fullmatch(name)
     if name == EMBEDDED_NAME or match is None or os.path.isdir(Path(name).parent):
         return name
+    if match["file"] is None:
+        check_model_name(name)
     try:
         folder = snapshot_download(match["id"], local_files_only=True)
         file = match["file"]

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ..checkpoints.location import chosen_file, hub_arguments
 from ..checkpoints.original import load_state_dict, read_json
+from ..checkpoints.tensor_files import check_weight_files
 from ..loading.layer_streaming import BUDGET_VARIABLE
 from ..loading.options import LoadOptions, stored_dtype
 from ..loading.paint import (
@@ -224,6 +225,9 @@ class VisCPMPaint:
 
         hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
         path = Path(find_folder(chosen_file(resolve_model(model_path, "paint"), **hub), hub))
+        for part in ("unet", "vae"):
+            check_weight_files(path / part, "diffusion_pytorch_model")
+        stored = stored_text_encoder_dtype(path)  # another model's checkpoint is known as such before parts are sought
         # Likewise for parts that can't be had.
         wanted = (image_safety_checker, prompt_safety_checker, add_ranker)
         if path.parent == EMBEDDED_FOLDER:
@@ -233,7 +237,6 @@ class VisCPMPaint:
             **_load_prompt_checker(path, wanted[1]),
             **_load_ranker(path, wanted[2]),
         }
-        stored = stored_text_encoder_dtype(path)
         text_encoder_dtype = self.options.choose_dtype(stored)
         if is_original_folder(path):
             pipeline = load_original(
