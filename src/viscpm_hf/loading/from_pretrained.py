@@ -106,7 +106,7 @@ def _register_models(family: Family) -> None:
     if AutoModelForImageTextToText in family.models:
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
-    elif AutoModelForCausalLM in family.models:
+    if AutoModelForCausalLM in family.models:  # by this one Trainer knows that labels are shifted
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
     if not family.key_maps:
         return
