@@ -14,10 +14,10 @@ from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling.document_cpm_bee import EncodedDocument
-from ..modeling.generation_cpm_bee import RowSampling, reference_decoding
+from ..modeling.generation_cpm_bee import reference_decoding
 from ..modeling.processing_viscpm_chat import ChatPrompt
 from ..pipelines.safety import UnsafeImageError
-from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, seeded
+from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
 
 @dataclass(frozen=True)
@@ -199,21 +199,9 @@ def _search(chat: Any, rows: list[_Row], decoding: Any) -> None:
 
 def _generate(chat: Any, rows: list[_Row], generation: dict[str, Any]) -> None:
     inputs = _inputs(chat, rows, with_answer_start=True)
-    defaults = chat.model.generation_config
-    samples = generation.get("do_sample", defaults.do_sample)
-    num_beams = generation.get("num_beams") or 1
-    is_seeded = any(row.seed is not None for row in rows)
-    options: dict[str, Any] = {}
-    if samples and is_seeded and num_beams == 1:
-        options["logits_processor"] = [*generation.pop("logits_processor", []), _row_sampling(chat, rows)]
-    with seeded(rows[0].seed, chat.device):
-        for row, ids in zip(rows, chat._generate_rows(inputs, generation, **options), strict=True):
+    with sampling([row.seed for row in rows], generation, chat.model.generation_config, chat.device) as options:
+        for row, ids in zip(rows, chat._generate_rows(inputs, {**generation, **options}), strict=True):
             row.ids = ids
-
-
-def _row_sampling(chat: Any, rows: list[_Row]) -> RowSampling:
-    seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
-    return RowSampling([torch.Generator(chat.device).manual_seed(seed) for seed in seeds])
 
 
 def _turn(chat: Any, row: _Row, seconds: float) -> ChatTurn:

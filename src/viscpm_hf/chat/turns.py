@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import PIL.Image
 import torch
+from transformers import GenerationConfig
 
+from ..modeling.generation_cpm_bee import RowSampling
 from ..modeling.image_processing_viscpm import VisCPMImageProcessor
 
 
@@ -54,6 +57,39 @@ def check_generation(generation: Mapping[str, Any]) -> None:
     value = generation.get("max_new_tokens")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {value!r}.")
+    if (generation.get("num_return_sequences") or 1) != 1:
+        raise ValueError(
+            f"num_return_sequences is {generation['num_return_sequences']!r}, but a question gets one answer: ask "
+            "it several times with other seeds, or call model.generate."
+        )
+    if generation.get("return_dict_in_generate"):
+        raise ValueError("return_dict_in_generate is for model.generate; here the answer is what is returned.")
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextlib.contextmanager
+def sampling(
+    seeds: Sequence[int | None], generation: Mapping[str, Any], defaults: GenerationConfig, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Options for `generate` with which every row that has a seed draws by it alone, whatever is drawn elsewhere.
+
+    Args:
+        seeds: of the rows; None for any.
+        generation, defaults: the call's options, and the model's.
+    """
+    samples = generation.get("do_sample", defaults.do_sample)
+    if not samples or all(seed is None for seed in seeds):
+        yield {}
+    elif (generation.get("num_beams") or 1) == 1:
+        chosen = [int(torch.randint(2**31, (1,))) if seed is None else seed for seed in seeds]
+        drawing = RowSampling([torch.Generator(device).manual_seed(seed) for seed in chosen])
+        yield {"logits_processor": [*(generation.get("logits_processor") or []), drawing]}
+    else:
+        # Beams are drawn together, by torch's generators for the whole process.
+        with _ONE_AT_A_TIME, seeded(seeds[0], device):
+            yield {}
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
     image_token = IMAGE_MARK
     image_tokens = ("<image>", "<unk>", "</image>", "<slice>", "</slice>")
     answer_tokens = GROUNDING_TOKENS
+    prompt_begins = ("<用户>",)
 
     def __init__(
         self,

@@ -98,6 +98,8 @@ class VisionResamplerProcessor(ProcessorMixin):
     """Tokens around and between an image's placeholders, and these: no message can contain one."""
     answer_tokens: ClassVar[tuple[str, ...]] = ()
     """Special tokens that the model writes in its answers: in those of a conversation they stay such tokens."""
+    prompt_begins: ClassVar[tuple[str, ...]] = ("<s>",)
+    """What a prompt as the chat template writes it begins with, one of them."""
     strips_answers: ClassVar[bool] = True
     """Whether an answer is told without the white space around it, as the original did."""
     image_token_id: int
@@ -135,7 +137,8 @@ class VisionResamplerProcessor(ProcessorMixin):
             text: one or several prompts as the chat template writes them.
             max_length: the most tokens of a prompt, `max_input_length` unless given; longer ones are an error, never
                 cut.
-            add_special_tokens: whether `<s>` goes before a text that doesn't begin with it; True unless given.
+            add_special_tokens: whether `<s>` goes before a text that doesn't begin with it; True unless given. It
+                always goes before a prompt as the chat template writes it.
 
         Returns:
             `input_ids` and `attention_mask` `(texts, length)`, padded on the left unless asked otherwise; with images
@@ -178,7 +181,8 @@ class VisionResamplerProcessor(ProcessorMixin):
         replacements = iter(expansions)
         for index, entry in enumerate(texts):
             expanded = self.expand(entry, [next(replacements) for _ in range(num_images[index])])
-            ids = self.encode(expanded, text_kwargs.get("add_special_tokens") is not False)
+            is_prompt = entry.startswith(self.prompt_begins)  # the templates leave `<s>` to this
+            ids = self.encode(expanded, is_prompt or text_kwargs.get("add_special_tokens") is not False)
             self._check(ids, index, num_views[index] if num_views else 0, text_kwargs.get("max_length"))
             rows.append(ids)
         padding = text_kwargs.get("padding")
