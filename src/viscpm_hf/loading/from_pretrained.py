@@ -68,6 +68,7 @@ from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_k
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.modeling_cpm_bee import CpmBeeModel
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
@@ -411,6 +412,8 @@ def _model_from_pretrained(
         generation = None if original.weights is not None else original.file("generation_config.json")
         if generation is not None and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+            if isinstance(model, CpmBeeGenerationMixin):
+                model.set_default_generation()
     return loaded
 
 
