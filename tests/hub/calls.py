@@ -76,6 +76,10 @@ for name in map(at, ("openbmb/cpm-bee-10b", "someone/cpm-bee-10b-shards")):
     assert model.generation_config.num_beams == 3
 found["cpm-bee"] = answers
 
-chat = viscpm_hf.VisCPMChat(at("openbmb/VisCPM-Chat"), device="cpu")
+name_of_chat = at("openbmb/VisCPM-Chat")
+chat = viscpm_hf.VisCPMChat(name_of_chat, device="cpu")
+if place == "hub":
+    halved = viscpm_hf.VisCPMChat(f"{name_of_chat}:v1.1", device="cpu").model.model.multi_modal_projector.linear_2
+    found["release"] = torch.equal(2 * halved.weight, chat.model.model.multi_modal_projector.linear_2.weight)
 found["VisCPMChat"] = chat.chat(image_file, "颜色", max_new_tokens=8)[0]
 print(json.dumps(found))

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..checkpoints.adapters import AdapterFolder
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import Original, find_original, original_of
+from ..checkpoints.location import Original, chosen_file, find_original, hub_arguments, original_of
 from ..families.family import CHAT
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions, find_original_file
@@ -43,8 +43,9 @@ class VisCPMChat:
     """Answers questions about images, as the original class of this name.
 
     Args:
-        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, or the folder of
-            an adapter that fine-tuning left (`training`).
+        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, one of a Hub
+            repository's alternatives (`openbmb/VisCPM-Chat:v1.1`), or the folder of an adapter that fine-tuning left
+            (`training`).
         config_path: the original's JSON of the language model (`dim_model` and so on). If None, one beside the file is
             used, and what it lacks follows from the tensors or is as in the 10B model.
         image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id
@@ -65,6 +66,7 @@ class VisCPMChat:
         offload_folder: for weights that `device_map` leaves on the disk.
         fast: decode with a static cache and compiled graphs (`docs/speed.md`): the first answer takes long, all others
             are fast. Projections of the same input are fused where the weights are plain.
+        revision, token, cache_dir: of the Hub.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -96,6 +98,9 @@ class VisCPMChat:
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
         fast: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ):
         check_safety_policy(image_safety_policy)
         self.options = LoadOptions.checked(
@@ -115,7 +120,8 @@ class VisCPMChat:
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
             model_path = adapter.require_base()
-        model_path = resolve_model(model_path, "chat")
+        hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
+        model_path = chosen_file(resolve_model(model_path, "chat"), **hub)
         original_file = find_original_file(model_path)
         if original_file is not None:
             source: Any = original_of(original_file, config_path, vision_config_path, vocab_path)
@@ -125,8 +131,8 @@ class VisCPMChat:
                     "config_path and vision_config_path belong to an original file; "
                     f"{model_path} is a folder or Hub id and has its own config.json."
                 )
-            source = find_original(model_path) or model_path
-        model, self.processor = self._load(source, vocab_path)
+            source = find_original(model_path, **hub) or model_path
+        model, self.processor = self._load(source, vocab_path, hub)
         tokens, rows = self.processor.tokenizer.num_words, model.config.text_config.num_words
         if tokens != rows:
             raise OriginalCheckpointError(
@@ -146,7 +152,7 @@ class VisCPMChat:
     # ------------------------------------------------------------------------------------------------------- loading
 
     def _load(
-        self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None
+        self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None, hub: Mapping[str, Any]
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
         if isinstance(source, Original):
             if source.family.is_sibling or (source.kind != CHAT and source.shapes is None):
@@ -156,12 +162,12 @@ class VisCPMChat:
             floating = (tensor.dtype for tensor in source.tensors.values() if tensor.is_floating_point())
             stored, quantization = next(floating, None), None
         else:
-            config = own_config(source, CHAT)
+            config = own_config(source, CHAT, **hub)
             stored, quantization = config.dtype, getattr(config, "quantization_config", None)
         dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(dtype, quantization)
-        model = VisCPMChatForConditionalGeneration.from_pretrained(source, dtype=dtype, **arguments)
-        processor = VisCPMChatProcessor.from_pretrained(source)
+        model = VisCPMChatForConditionalGeneration.from_pretrained(source, dtype=dtype, **hub, **arguments)
+        processor = VisCPMChatProcessor.from_pretrained(source, **hub)
         if vocab_path is not None:
             processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
         return model, processor

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..checkpoints.adapters import AdapterFolder
-from ..checkpoints.location import find_repository_file, json_object
+from ..checkpoints.location import find_repository_file, hub_arguments, json_object
 from ..families.family import FAMILIES, SIBLINGS
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions
@@ -77,7 +77,7 @@ class SiblingChat:
     Args:
         model_path: a folder or Hub id, in the original's or our layout, or the folder of an adapter on one of them.
         image_safety_checker, image_safety_policy, device, dtype, quantization, quantize_vision, device_map,
-            max_memory, offload_folder: see [`VisCPMChat`].
+            max_memory, offload_folder, revision, token, cache_dir: see [`VisCPMChat`].
 
     ```python
     >>> from viscpm_hf.chat.sibling_chat import SiblingChat
@@ -101,6 +101,9 @@ class SiblingChat:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ):
         check_safety_policy(image_safety_policy)
         self.options = LoadOptions.checked(
@@ -119,13 +122,14 @@ class SiblingChat:
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
             model_path = adapter.require_base()
-        config = own_config(model_path, *SIBLINGS)
+        hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
+        config = own_config(model_path, *SIBLINGS, **hub)
         stored = config.dtype
         chosen = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(chosen, getattr(config, "quantization_config", None))
         family = FAMILIES[config.model_type]
-        self.processor: VisionResamplerProcessor = family.processor_class.from_pretrained(model_path)
-        model = family.model_class.from_pretrained(model_path, dtype=chosen, **arguments)
+        self.processor: VisionResamplerProcessor = family.processor_class.from_pretrained(model_path, **hub)
+        model = family.model_class.from_pretrained(model_path, dtype=chosen, **hub, **arguments)
         if adapter is not None:
             model.load_adapter(os.fspath(adapter.path))
         self.model = self.options.place(model).eval()

@@ -19,7 +19,15 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..checkpoints.configurations import read_config, without_weights
-from ..checkpoints.location import HUB_ID, Location, json_object, locate, original_weight_files, tensors_of
+from ..checkpoints.location import (
+    HUB_ID,
+    Location,
+    json_object,
+    locate,
+    original_weight_files,
+    release_file,
+    tensors_of,
+)
 from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
 from ..conversion.paint import empty_part, empty_parts
@@ -230,7 +238,10 @@ def _cached(name: str) -> str | None:
         check_model_name(name)
     try:
         folder = snapshot_download(match["id"], local_files_only=True)
-        return os.path.join(folder, match["file"] or "").rstrip(os.sep)
+        file = match["file"]
+        if match["release"]:
+            file = release_file(match["id"], json_object(Path(folder) / "config.json"), match["release"])
+        return os.path.join(folder, file or "").rstrip(os.sep)
     except LocalEntryNotFoundError:
         if name in RELEASED:
             return None
