@@ -346,6 +346,8 @@ def _processor_from_pretrained(
 ) -> Any:
     original = find_original(pretrained_model_name_or_path, **kwargs)
     if original is None:
+        # Its parts are found by Auto classes, which would ask whether to run the folder's code.
+        kwargs.setdefault("trust_remote_code", False)
         return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
     return load_processor(original, original_config(original, shapes=shapes_of(original)), **kwargs)
 

@@ -535,7 +535,7 @@ def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
             "prompt_checker": load_whole(BertForSequenceClassification, place, **kwargs),
-            "prompt_checker_tokenizer": AutoTokenizer.from_pretrained(place, **kwargs),
+            "prompt_checker_tokenizer": AutoTokenizer.from_pretrained(place, trust_remote_code=False, **kwargs),
         }
 
     folder = model if model.is_dir() else model.parent
