@@ -131,10 +131,13 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
+        # Trainers that have a loss of their own call the model without its head.
+        structure = Structure(token_type_ids, segment_ids, segment_relations)
+        structure = structure.completed(self.language_model, input_ids, inputs_embeds, attention_mask, cache)
         embeddings = inputs_embeds
         if inputs_embeds is None:
             missing = {self.config.image_token_id} if pixel_values is None and image_outputs is None else set()
-            self.language_model.check_ids(input_ids, extension_table, missing, segment_ids)
+            self.language_model.check_ids(input_ids, extension_table, missing, structure.segment_ids)
             embeddings = self.language_model.embed_tokens(input_ids)
         inputs_embeds = self.language_model.fill_slots(embeddings, input_ids, extension_table)
         if image_outputs is None and pixel_values is not None:
@@ -151,9 +154,9 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            segment_ids=segment_ids,
-            segment_relations=segment_relations,
+            token_type_ids=structure.token_type_ids,
+            segment_ids=structure.segment_ids,
+            segment_relations=structure.segment_relations,
             cache=cache,
             return_dict=True,
             **kwargs,
