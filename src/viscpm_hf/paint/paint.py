@@ -42,7 +42,7 @@ from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline, is_whole
 from ..pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY, UnsafePromptError
 from ..pipelines.ranking import DEFAULT_RANKER
-from ..pipelines.safety import DEFAULT_SAFETY_CHECKER
+from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, load_whole
 from ..tiny.embedded import FOLDER as EMBEDDED_FOLDER
 from ..tiny.embedded import resolve_model
 from .record import Record, call_settings, png_info, read_record
@@ -510,7 +510,7 @@ def _load_image_checker(model: Path, source: bool | str | os.PathLike) -> dict[s
         sibling = Path(place).parent / "feature_extractor"
         is_pair = Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").is_file()
         return {
-            "safety_checker": StableDiffusionSafetyChecker.from_pretrained(place, **kwargs),
+            "safety_checker": load_whole(StableDiffusionSafetyChecker, place, **kwargs),
             "feature_extractor": CLIPImageProcessor.from_pretrained(sibling if is_pair else place, **kwargs),
         }
 
@@ -524,7 +524,7 @@ def _load_image_checker(model: Path, source: bool | str | os.PathLike) -> dict[s
 def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
-            "prompt_checker": BertForSequenceClassification.from_pretrained(place, **kwargs),
+            "prompt_checker": load_whole(BertForSequenceClassification, place, **kwargs),
             "prompt_checker_tokenizer": AutoTokenizer.from_pretrained(place, **kwargs),
         }
 
@@ -539,7 +539,7 @@ def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[
 def _load_ranker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
-            "ranker": ChineseCLIPModel.from_pretrained(place, **kwargs),
+            "ranker": load_whole(ChineseCLIPModel, place, **kwargs),
             "ranker_processor": ChineseCLIPProcessor.from_pretrained(place, **kwargs),
         }
 

@@ -436,6 +436,8 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
         if prompt is None:
             logger.warning_once("Prompts given as embeddings can't be checked by the prompt checker.")
             return None
+        if self.tokenizer is not None:
+            self.tokenize_prompts(prompt)  # refuses what is too long to be drawn, before it is looked at
         reasons = check_prompts(
             self.prompt_checker, self.prompt_checker_tokenizer, prompt, self.config.prompt_check_threshold
         )

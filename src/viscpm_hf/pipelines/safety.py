@@ -15,6 +15,21 @@ import torch
 DEFAULT_SAFETY_CHECKER = "CompVis/stable-diffusion-safety-checker"
 
 
+def load_whole(model_class: type, name_or_path: str | os.PathLike, **kwargs: Any) -> torch.nn.Module:
+    """`from_pretrained` of a checker or ranker, whose judgement is worth nothing with random weights in it.
+
+    Raises:
+        ValueError: if weights are missing in the file.
+    """
+    model, found = model_class.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    lost = sorted(found["missing_keys"]) + sorted(str(entry) for entry in found.get("mismatched_keys", ()))
+    if lost:
+        raise ValueError(
+            f"{len(lost)} tensors of the {model_class.__name__} are missing or of another size, {lost[0]} for one."
+        )
+    return model.eval()
+
+
 class UnsafeImageError(ValueError):
     """The safety checker flagged an image; nothing was said about it."""
 
@@ -44,7 +59,7 @@ class ImageSafetyChecker:
         from transformers import CLIPImageProcessor
 
         try:
-            model = StableDiffusionSafetyChecker.from_pretrained(name_or_path)
+            model = load_whole(StableDiffusionSafetyChecker, name_or_path)
             processor = CLIPImageProcessor.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
             raise OSError(
@@ -66,4 +81,4 @@ class ImageSafetyChecker:
         return bool(flagged[0])
 
 
-__all__ = ["DEFAULT_SAFETY_CHECKER", "ImageSafetyChecker", "UnsafeImageError"]
+__all__ = ["DEFAULT_SAFETY_CHECKER", "ImageSafetyChecker", "UnsafeImageError", "load_whole"]
