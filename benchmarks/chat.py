@@ -147,7 +147,8 @@ def prompt_inputs(
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """The tensors of one question about one image, and the segment of its answer."""
     image = Image.effect_noise((224, 224), 80).convert("RGB")
-    parsed = processor.encode_prompt(processor.parse_prompt("<image>" + question))
+    document = {"image": "<image>", "context": "", "question": question, "<ans>": ""}
+    parsed = processor.encode_prompt(processor.parse_prompt(document))
     inputs = processor.tokenizer.collate([parsed.prompt()], return_tensors="pt").data
     inputs["pixel_values"] = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     return inputs, [[slot.segment_id for slot in parsed.answer_slots]]

@@ -203,6 +203,7 @@ def step_convert(source: Path, converted: Path, arguments: argparse.Namespace) -
 
 def step_verify(source: Path, converted: Path, arguments: argparse.Namespace) -> dict:
     from viscpm_hf.checkpoints.location import locate
+    from viscpm_hf.conversion.paint import verify_loading_paint
     from viscpm_hf.conversion.planning import open_original, plan_conversion
     from viscpm_hf.conversion.verify import verify_files, verify_loading
 
@@ -211,7 +212,7 @@ def step_verify(source: Path, converted: Path, arguments: argparse.Namespace) ->
     checkpoint = open_original(locate(source))
     report = verify_files(checkpoint.tensors, plan_conversion(checkpoint, None, 5 * 10**9), converted)
     report.raise_for_differences()
-    loading = verify_loading(checkpoint, converted)
+    loading = (verify_loading_paint if checkpoint.kind == "paint" else verify_loading)(checkpoint, converted)
     seconds = time.perf_counter() - begin
     return {"seconds": seconds, "tensors_equal": report.num_tensors, "parameters": loading.num_parameters}
 

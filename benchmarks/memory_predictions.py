@@ -90,7 +90,8 @@ def prompt_length(arguments: argparse.Namespace) -> int:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(arguments.model if arguments.model.is_dir() else arguments.model.parent)
-    return len(processor.encode_prompt(processor.parse_prompt(f"<image>{QUESTION}")).prompt())
+    document = {"image": "<image>", "context": "", "question": QUESTION, "<ans>": ""}
+    return len(processor.encode_prompt(processor.parse_prompt(document)).prompt())
 
 
 def measure(name: str, arguments: argparse.Namespace) -> float:

@@ -1,16 +1,20 @@
 """VisCPMChat: the original's interface, what a user may ask, and what is refused."""
 
+import io
 import json
 import shutil
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from support import Golden, message
 
-from viscpm_hf import OriginalCheckpointError, UnsafeImageError, VisCPMChat
+from viscpm_hf import ChatRequest, OriginalCheckpointError, UnsafeImageError, VisCPMChat
 from viscpm_hf.chat.chat import REFUSAL
 from viscpm_hf.loading.options import default_dtype
+from viscpm_hf.modeling import generation_cpm_bee
+from viscpm_hf.serving.preparing import PromptPreparer
 
 
 GOLDEN_A = Golden("chat_a")
@@ -419,3 +423,71 @@ def test_names_of_a_dtype(golden, dtype):
 def test_what_is_no_dtype(golden, dtype):
     with pytest.raises(ValueError, match="A model's dtype is one of float32, float16, bfloat16, auto .*got"):
         golden.load_chat(dtype=dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 1.5, "seed": 1}], ids=["greedy", "draw"])
+def test_the_hubs_generation_config_changes_no_answer(golden, own_chat, options, monkeypatch):
+    """It has beams, which nothing streams, and a length that the prompt with its image exceeds."""
+    image, question = str(golden.image(0)), "颜色是什么？" * 30
+    requests = [ChatRequest(image, question), ChatRequest(image, "图片")]
+    options = {"mode": "generate", **options}
+    document = {"input": question, "<ans>": {"a": "", "b": ""}}
+
+    def answers() -> list:
+        pieces = []
+        streamed = own_chat.ask(image, question, on_text=pieces.append, max_new_tokens=20, **options)
+        assert "".join(pieces) == streamed.answer
+        batch = own_chat.ask_batch(requests, max_new_tokens=20, **options)
+        filled = own_chat.fill([document], mode="generate", max_new_tokens=4)
+        return [streamed.answer, *(turn.answer for turn in batch), filled]
+
+    monkeypatch.setattr(generation_cpm_bee, "DEFAULT_MAX_NEW_TOKENS", 24)
+    own_chat.model.generation_config.max_new_tokens = 24
+    before, whole = answers(), own_chat.ask(image, question, **options)
+    own_chat.model.generation_config.update(num_beams=3, max_length=100)
+    own_chat.model.generation_config.max_new_tokens = None
+    assert answers() == before
+    assert own_chat.ask(image, question, **options).answer == whole.answer
+
+
+def unusual_pictures() -> list[tuple[bytes, PIL.Image.Image]]:
+    """Files, and what is to be seen of them: a photograph lying on its side, one of 16 bits."""
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    found = []
+    for image, options in (
+        (PIL.Image.fromarray(grey), {"exif": exif}),
+        (PIL.Image.fromarray(grey.astype("u2") * 257), {}),
+    ):
+        file = io.BytesIO()
+        image.save(file, "PNG", **options)
+        found.append(file.getvalue())
+    grey = PIL.Image.fromarray(grey)
+    return list(zip(found, (grey.transpose(PIL.Image.Transpose.ROTATE_270), grey), strict=True))
+
+
+def test_whoever_looks_at_a_picture_sees_the_same(golden, tmp_path):
+    """The safety checker as the model, and all ways to give a picture: nothing passes as a white one."""
+    seen = []
+
+    def check(image: PIL.Image.Image) -> bool:
+        seen.append(np.asarray(image.convert("RGB")))
+        return False
+
+    chat = golden.load_chat(image_safety_checker=check)
+    for data, shown in unusual_pictures():
+        expected = chat.ask(shown, "颜色", max_new_tokens=4)
+        path = tmp_path / "image.png"
+        path.write_bytes(data)
+        seen.clear()
+        for image in (data, path, str(path), PIL.Image.open(path)):
+            turn = chat.ask(image, "颜色", max_new_tokens=4)
+            (batched,) = chat.ask_batch([ChatRequest(image, "颜色")], max_new_tokens=4)
+            assert torch.equal(turn.vision_hidden_states, expected.vision_hidden_states)
+            assert torch.equal(batched.vision_hidden_states, expected.vision_hidden_states)
+            assert turn.answer == batched.answer == expected.answer
+        prompt = PromptPreparer(chat).turn(PIL.Image.open(path), "颜色")
+        (pixel_values,) = (image.pixel_values for image in prompt.images)
+        assert torch.equal(pixel_values, chat.processor.image_processor(shown, return_tensors="pt")["pixel_values"])
+        assert len(seen) == 9 and all(np.array_equal(image, np.asarray(shown.convert("RGB"))) for image in seen)

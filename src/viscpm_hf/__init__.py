@@ -83,7 +83,8 @@ if TYPE_CHECKING:
     from .chat.sibling_chat import SiblingChat
     from .checkpoints.errors import ConversionError, OriginalCheckpointError
     from .conversion.convert import ConversionResult, convert
-    from .conversion.inspect import Inspection, inspect
+    from .conversion.inspect import inspect
+    from .conversion.inspection import Inspection
     from .conversion.publish import publish
     from .memory.plan import memory_plan
     from .modeling.beam_search_cpm_bee import ReferenceDecodingConfig

@@ -165,6 +165,12 @@ def test_slow_images_make_room():
     decoder.close()
 
 
+def test_memory_for_pixels_is_asked_for_first(decoder):
+    asked = []
+    decoder.decode(encoded(NOISE, "PNG"), on_size=asked.append)
+    assert asked == [4 * NOISE.width * NOISE.height]
+
+
 def test_processes_end_with_their_decoder():
     decoder = ImageDecoder(num_workers=1)
     decoder.start()

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers.image_utils import load_image
 
 from viscpm_hf.modeling.image_processing_viscpm import VisCPMImageProcessor
+from viscpm_hf.modeling.processing_viscpm_chat import VisCPMChatProcessor
+from viscpm_hf.modeling.tokenization_cpm_bee import CpmBeeTokenizer
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -395,6 +397,11 @@ def test_limit_can_be_changed(processor):
     with pytest.raises(ValueError, match="10x20 = 200 pixels, but at most 199"):
         VisCPMImageProcessor(max_image_pixels=199)(encode(image))
     assert preprocess(processor, image, max_image_pixels=200).shape == (1, 3, 224, 224)
+    strict = VisCPMImageProcessor(max_image_pixels=199)
+    assert preprocess(strict, [encode(image), image], max_image_pixels=200).shape == (2, 3, 224, 224)
+    chat = VisCPMChatProcessor(strict, CpmBeeTokenizer(str(GOLDEN / "chat_a" / "vocab.txt")))
+    inputs = chat(text="<image>what?", images=[encode(image)], max_image_pixels=200, return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 224, 224)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])

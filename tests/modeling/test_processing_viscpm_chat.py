@@ -152,15 +152,65 @@ def test_documents_survive_encoding(small_processor, first, second):
 # --------------------------------------------------------------------------------------------- questions and documents
 
 
-def test_plain_question_is_the_chat_templates(small_processor):
-    """With one `<image>` for every image, wherever it stands."""
-    expected = small_processor.apply_chat_template(
-        [message("user", "what < this?", picture())], tokenize=True, return_dict=True, return_tensors="pt"
+@pytest.mark.parametrize("text", ["what < this?", "x << 1", "🙂~ a cat 🙂", "a</b>", ""])
+def test_plain_text_is_tokenised_as_it_is(small_processor, text):
+    tokenizer = small_processor.tokenizer
+    for options in ({}, {"add_special_tokens": False}):
+        inputs = small_processor(text=text, return_tensors="pt", **options)
+        decoded = small_processor.batch_decode(
+            inputs["input_ids"], skip_special_tokens=True, extension_strings=inputs.extension_strings
+        )
+        assert decoded == [text]
+        assert inputs["input_ids"].shape[1] == len(tokenizer.tokenize(tokenizer.escape(text)))
+        assert (inputs["token_type_ids"] == 1).all()  # nothing of it is a prompt in both directions
+
+
+def test_images_in_plain_text(small_processor):
+    inputs = small_processor(images=picture(), text="a <image> cat", return_tensors="pt")
+    ids, count = inputs["input_ids"][0].tolist(), small_processor.num_query_tokens
+    assert (
+        ids.count(small_processor.image_token_id)
+        == count
+        == len(ids) - len(small_processor.tokenizer.tokenize("a  cat"))
     )
-    for text in ("<image>what < this?", "what <<image> this?", "what < this?<image>"):
-        inputs = small_processor(images=picture(), text=text, return_tensors="pt")
-        for name, value in expected.items():
-            assert torch.equal(inputs[name], value), name
+
+
+def test_a_piece_of_a_prompt_has_the_tokens_of_the_whole(small_processor):
+    """As a trainer's collator takes prompt and completion."""
+    messages = [message("user", "what?", picture()), message("assistant", "a < b")]
+    prompt, whole = (render(small_processor, *messages[:count]) for count in (1, 2))
+    completion = whole[len(prompt) :]
+    assert completion == "a << b</s>"
+    pieces = [
+        small_processor(images=[picture()] if text == prompt else None, text=[text], add_special_tokens=False)
+        for text in (prompt, completion)
+    ]
+    ids = [row for inputs in pieces for row in inputs["input_ids"][0]]
+    assert ids == small_processor(images=[picture()], text=[whole])["input_ids"][0]
+    with pytest.raises(ValueError, match="piece of a prompt has strings without a token .🙂."):
+        small_processor(text=["a 🙂</s>"])
+
+
+def test_assistant_masks_are_the_last_answer(small_processor):
+    messages = [message("user", "a"), message("assistant", "cat"), message("user", "b"), message("assistant", "dog")]
+    inputs = small_processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+    )
+    answer = inputs["input_ids"][inputs["assistant_masks"].bool()]
+    assert small_processor.decode(answer) == "dog</s>"
+    assert "{%- generation -%}" in small_processor.chat_template
+    assert render(small_processor, *messages).endswith("<s>dog</s>")
+
+
+@pytest.mark.parametrize("begin", ["if a < b", "<image> x", "a << b"])
+def test_an_answer_begun_by_the_caller(small_processor, begin):
+    messages = [message("user", "what?"), message("assistant", begin)]
+    text = render(small_processor, *messages, continue_final_message=True)
+    assert text.endswith(f"<s>{small_processor.tokenizer.escape(begin)}")
+    inputs = small_processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, continue_final_message=True
+    )
+    assert inputs["input_ids"] == small_processor(text=[text])["input_ids"]
 
 
 @pytest.mark.parametrize("field", ["<image>", "<unk>" * 8])
@@ -251,11 +301,11 @@ def test_images_in_the_order_of_their_texts(small_processor, images):
 def test_long_prompt_names_both_lengths(small_processor):
     question = "a" * 3000
     with pytest.raises(ValueError, match="Prompt 1 has 3,01[0-9] tokens, more than the limit of 3,000"):
-        small_processor(text=["b", question])
-    inputs = small_processor(text=question, max_length=4000, return_tensors="pt")
+        small_processor(text=[{"question": text, "<ans>": ""} for text in ("b", question)])
+    inputs = small_processor(text="a" * 3100, max_length=4000, return_tensors="pt")
     assert inputs["input_ids"].shape[1] > 3000
     with pytest.raises(ValueError, match="more than the limit of 20"):
-        small_processor(text="a" * 20, max_length=20)
+        small_processor(text="a" * 21, max_length=20)
 
 
 def test_padding_to_a_length(small_processor):

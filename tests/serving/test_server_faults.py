@@ -23,10 +23,12 @@ from serving_support import Server, data_uri, question
 from support import Golden
 
 from viscpm_hf.cli.main import main
+from viscpm_hf.images import DecodingCancelledError
 from viscpm_hf.serving.app import create_app
 from viscpm_hf.serving.engine import ChatEngine
 from viscpm_hf.serving.server import bind
 from viscpm_hf.serving.tickets import EngineLimits
+from viscpm_hf.serving.waiting import ImageInMemory, LargeImages
 
 
 GOLDEN = Golden("chat_a")
@@ -306,6 +308,21 @@ def test_slow_images_cost_their_own_requests_alone(server):
         response = future.result()
         assert response.status_code in (400, 429)
         assert "more than the 2 s" in response.text or "take more than 1 s" in response.text
+
+
+def test_large_images_wait_for_each_other():
+    large, gone = LargeImages(count=1, num_bytes=100), threading.Event()
+    with ImageInMemory(large, gone) as first:
+        first.comes(100)
+        with ImageInMemory(large, gone) as second:
+            second.comes(99)
+            threading.Timer(0.3, gone.set).start()
+            with pytest.raises(DecodingCancelledError):
+                second.comes(100)
+        first.comes(99)  # the large one is gone
+        with ImageInMemory(large, threading.Event()) as third:
+            third.comes(100)
+    assert large.places.acquire(blocking=False)
 
 
 def test_images_of_clients_who_left_are_not_decoded_on(server):

@@ -1,5 +1,7 @@
 """The views of MiniCPM-V's pictures, and the siblings' other preprocessing."""
 
+import io
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -153,3 +155,30 @@ def test_one_view_as_clip_makes_it(whole_folders, name):
         image = picture(*size)
         found = processor(image, return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(found, native(image, return_tensors="pt")["pixel_values"], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("slice_mode", ["adaptive", "square", "whole"])
+def test_pictures_of_all_kinds_are_the_same_picture(slice_mode):
+    """Upright, and at their contrast, as with [`VisCPMImageProcessor`]."""
+    processor = MiniCPMVImageProcessor(slice_mode=slice_mode, scale_resolution=28, size={"height": 28, "width": 28})
+    shown = picture(40, 90).convert("L")
+    levels = np.asarray(shown)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 8
+    lying = io.BytesIO()
+    shown.transpose(PIL.Image.Transpose.ROTATE_270).save(lying, "PNG", exif=exif)
+    expected = processor([shown], return_tensors="pt")
+    given = [
+        lying.getvalue(),
+        PIL.Image.open(lying),
+        PIL.Image.fromarray(levels.astype(np.uint16) * 257),
+        (levels / 255).astype(np.float32),
+        torch.tensor(levels)[None] / 255,
+    ]
+    for image in given:
+        found = processor([image], return_tensors="pt")
+        assert {name: value.tolist() for name, value in found.items()} == {
+            name: value.tolist() for name, value in expected.items()
+        }
+    floats = processor([levels / 255], do_rescale=False, return_tensors="pt")
+    torch.testing.assert_close(floats["pixel_values"], expected["pixel_values"], atol=1e-5, rtol=0)

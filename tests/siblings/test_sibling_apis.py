@@ -135,6 +135,20 @@ def test_chat_returns_the_answer_and_a_new_list(minicpmv):
     assert longer == [*turns, {"role": "assistant", "content": following}]
 
 
+def test_the_first_releases_question(minicpmv):
+    model, tokenizer = minicpmv
+    question, options = MESSAGES[0]["content"], {"tokenizer": tokenizer, "sampling": False}
+    expected = model.chat(image=IMAGE, msgs=MESSAGES, context=None, **options)
+    for given in (question, MESSAGES):
+        assert model.chat(image=IMAGE, question=given, context=None, **options) == expected
+    context = expected[1]
+    following = model.chat(image=IMAGE, question="Where?", context=context, **options)
+    assert following == model.chat(IMAGE, [*context, {"role": "user", "content": "Where?"}], **options)
+    for given in ({}, {"msgs": MESSAGES, "question": question}):
+        with pytest.raises(ValueError, match="give one of them"):
+            model.chat(image=IMAGE, **given, **options)
+
+
 def test_the_versions_decode_by_their_own_presets(minicpmv):
     model, tokenizer = minicpmv
     is_second = decoding_presets.system_name(model.config) == "minicpmv-2.0"

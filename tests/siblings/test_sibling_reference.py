@@ -9,8 +9,8 @@ import torch
 from transformers import AutoProcessor
 
 from viscpm_hf.chat.sibling_chat import AnswerText
-from viscpm_hf.checkpoints.archive import check_tensors
 from viscpm_hf.checkpoints.errors import OriginalCheckpointError
+from viscpm_hf.checkpoints.original import load_state_dict
 from viscpm_hf.training.encoding import ConversationEncoding
 from viscpm_hf.training.records import ChatSample
 
@@ -84,6 +84,48 @@ class TestGroundingTokens:
         assert encoded.ids[encoded.prompt_length :] == [*answer, 2]
 
 
+@pytest.mark.parametrize("name", NAMES)
+class TestFragments:
+    """The processor tokenises what it is given."""
+
+    def test_special_tokens_only_where_they_are_wanted(self, processors, name):
+        processor = processors[name]
+        plain = processor.tokenizer("the dog", add_special_tokens=False)["input_ids"]
+        assert processor(text="the dog", add_special_tokens=False)["input_ids"] == [plain]
+        assert processor(text=["the dog"])["input_ids"] == [[1, *plain]]
+
+    @pytest.mark.parametrize("text", ["a < b", "<ref>狗</ref>", "<image></s>", "abc"])
+    def test_a_final_message_is_continued(self, processors, name, text):
+        """Its tokens are those of the whole message, its end aside."""
+        processor = processors[name]
+        conversation = [{"role": "user", "content": "<image> \ufdd1ref>?"}, {"role": "assistant", "content": text}]
+        prompt = processor.apply_chat_template(conversation, continue_final_message=True)
+        whole = processor.apply_chat_template(conversation)
+        assert whole.startswith(prompt) and whole.removeprefix(prompt).strip() in ("", "</s>")
+        parts = [conversation[0], {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        assert processor.apply_chat_template([parts, parts], continue_final_message=True) == [prompt, prompt]
+        for given in (conversation, parts):
+            inputs = processor.apply_chat_template(given, tokenize=True, return_dict=True, continue_final_message=True)
+            assert inputs["input_ids"] == [processor.encode(prompt)]
+        own_tokens = [token for token in processor.answer_tokens if token in text]
+        ids = processor.encode(prompt)
+        assert all(ids.count(processor.tokenizer.convert_tokens_to_ids(token)) == 1 for token in own_tokens)
+        assert conversation[1]["content"] == text
+
+    def test_masks_of_answers_are_refused(self, processors, name):
+        conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}]
+        with pytest.raises(ValueError, match="return_assistant_tokens_mask isn't there for this model"):
+            processors[name].apply_chat_template(
+                conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+
+    def test_rare_characters_come_back(self, processors, name):
+        processor = processors[name]
+        ids = processor.tokenizer(["🦄 ❤ 龘"], add_special_tokens=False)["input_ids"]
+        assert processor.decode(ids[0]) == processor.batch_decode(ids)[0] == "🦄 ❤ 龘"
+        assert processor.post_process_image_text_to_text(ids) == ["🦄 ❤ 龘"]
+
+
 def test_answers_of_visualcla_keep_their_white_space(processors):
     text = "the dog \n\n"
     for name, expected in (("visualcla", text), ("omnilmm", text.strip())):
@@ -94,14 +136,15 @@ def test_answers_of_visualcla_keep_their_white_space(processors):
 
 def test_a_tied_head_is_no_damage(tmp_path):
     """The original's script of VisualCLA saves embedding and head as one tensor of two names."""
-    from collections import Counter
-
-    table = torch.zeros(4, 3)
-    records = Counter([table.untyped_storage().nbytes()])
+    table, path = torch.randn(4, 3), tmp_path / "pytorch_model.bin"
     tied = {"model.embed_tokens.weight": table, "lm_head.weight": table}
-    check_tensors(tmp_path, tied, records)
-    for other in (table[1:], table.T, table.view(torch.int32)):
-        with pytest.raises(OriginalCheckpointError, match=r"model.embed_tokens.weight .*share|share"):
-            check_tensors(tmp_path, {**tied, "lm_head.weight": other}, records)
+    torch.save(tied, path)
+    loaded = load_state_dict(path)
+    assert all(torch.equal(loaded[name], table) for name in tied)
+    for other in (table[1:], table.T):
+        torch.save({**tied, "lm_head.weight": other}, path)
+        with pytest.raises(OriginalCheckpointError, match="share"):
+            load_state_dict(path)
+    torch.save({**tied, "model.norm.weight": table}, path)
     with pytest.raises(OriginalCheckpointError, match="share"):
-        check_tensors(tmp_path, {**tied, "model.norm.weight": table}, records)
+        load_state_dict(path)

@@ -5,14 +5,17 @@ import importlib.util
 import json
 import threading
 
+import numpy as np
+import PIL.Image
 import pytest
 from sibling_folders import NAMES
 from starlette.testclient import TestClient
 from test_image_processing_minicpmv import picture
 
+from viscpm_hf import SiblingChat
 from viscpm_hf.serving.app import create_app
 from viscpm_hf.serving.sampling import SamplingSettings
-from viscpm_hf.serving.sibling_engine import SiblingEngine, open_engine
+from viscpm_hf.serving.sibling_engine import SiblingEngine, SiblingPreparer, open_engine
 from viscpm_hf.serving.tickets import EngineLimits, TextPiece
 
 
@@ -131,3 +134,14 @@ def test_the_http_interface(chat, tmp_path):
         assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == expected
         wrong = {**body, "messages": [{"role": "tool", "content": "a"}]}
         assert client.post("/v1/chat/completions", json=wrong).status_code == 400
+
+
+def test_the_checker_sees_what_the_model_does(whole_folders):
+    """A 16-bit picture is no white one for it."""
+    seen = []
+    chat = SiblingChat(
+        whole_folders["omnilmm"], lambda image: seen.append(image.convert("L").getextrema()), device="cpu"
+    )
+    wide = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32
+    SiblingPreparer(chat).turn(PIL.Image.fromarray(wide), "What is it?")
+    assert seen == [(0, int(wide.max()) >> 8)]

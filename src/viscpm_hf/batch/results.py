@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..plain_text import plain
 from .rows import InputRow, row_key
 
 
@@ -63,9 +64,17 @@ class Results:
         if not self.settings.is_file():
             replace_text(self.settings, json.dumps(settings, ensure_ascii=False, indent=1))
             return
-        known = json.loads(self.settings.read_text("utf-8"))
+        try:
+            known = json.loads(self.settings.read_text("utf-8"))
+        except (ValueError, RecursionError):
+            known = None
+        if not isinstance(known, dict):
+            raise ValueError(
+                f"{self.settings} doesn't hold the settings of a run: it is spoilt, or of another program. Give "
+                "another output, or start over with --overwrite."
+            )
         changed = [
-            f"{name} was {known.get(name)!r} and is {settings.get(name)!r}"
+            f"{plain(name)} was {plain(repr(known.get(name)))} and is {plain(repr(settings.get(name)))}"
             for name in sorted({*known, *settings})
             if known.get(name) != settings.get(name)
         ]

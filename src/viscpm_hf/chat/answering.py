@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 import torch
@@ -14,14 +14,10 @@ from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling.document_cpm_bee import EncodedDocument
-from ..modeling.generation_cpm_bee import RowSampling, reference_decoding
+from ..modeling.generation_cpm_bee import reference_decoding
 from ..modeling.processing_viscpm_chat import ChatPrompt
 from ..pipelines.safety import UnsafeImageError
-from .chat import MODES, REFUSAL, ChatTurn, check_generation, open_picture, seeded
-
-
-if TYPE_CHECKING:
-    from .chat import VisCPMChat
+from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ class _Row:
         return self.failure is None and not self.is_refused
 
 
-def encode_request(chat: VisCPMChat, request: ChatRequest) -> EncodedDocument:
+def encode_request(chat: Any, request: ChatRequest) -> EncodedDocument:
     """The request's prompt as it goes into the model; its length is the prompt's. No picture is opened.
 
     Raises:
@@ -80,7 +76,7 @@ def encode_request(chat: VisCPMChat, request: ChatRequest) -> EncodedDocument:
 
 @torch.no_grad()
 def answer_batch(
-    chat: VisCPMChat,
+    chat: Any,
     requests: Sequence[ChatRequest],
     *,
     mode: str = "reference",
@@ -144,7 +140,7 @@ def _seeds(seed: int | Sequence[int | None] | None, count: int) -> list[int | No
 # -------------------------------------------------------------------------------------------------------------- before
 
 
-def _prepare(chat: VisCPMChat, row: _Row, pictures: dict[Any, Any]) -> None:
+def _prepare(chat: Any, row: _Row, pictures: dict[Any, Any]) -> None:
     """Encodes a row's prompt, and opens and checks its picture unless that is known already."""
     request = row.request
     row.document = encode_request(chat, request)
@@ -167,7 +163,7 @@ def _prepare(chat: VisCPMChat, row: _Row, pictures: dict[Any, Any]) -> None:
     row.picture = key
 
 
-def _encode_pictures(chat: VisCPMChat, rows: list[_Row], pictures: dict[Any, Any]) -> None:
+def _encode_pictures(chat: Any, rows: list[_Row], pictures: dict[Any, Any]) -> None:
     keys = list(dict.fromkeys(row.picture for row in rows if row.picture is not None))
     if not keys:
         return
@@ -179,7 +175,7 @@ def _encode_pictures(chat: VisCPMChat, rows: list[_Row], pictures: dict[Any, Any
             row.vision_hidden_states = by_key[row.picture]
 
 
-def _inputs(chat: VisCPMChat, rows: list[_Row], *, with_answer_start: bool) -> BatchFeature:
+def _inputs(chat: Any, rows: list[_Row], *, with_answer_start: bool) -> BatchFeature:
     prompts = [row.document.prompt(open_slot=0 if with_answer_start else None) for row in rows]
     inputs = chat.processor.tokenizer.collate(prompts, padding_side="left", return_tensors="pt").to(chat.device)
     encoded = [row.vision_hidden_states for row in rows if row.vision_hidden_states is not None]
@@ -194,33 +190,21 @@ def _inputs(chat: VisCPMChat, rows: list[_Row], *, with_answer_start: bool) -> B
 # ----------------------------------------------------------------------------------------------------------- answering
 
 
-def _search(chat: VisCPMChat, rows: list[_Row], decoding: Any) -> None:
+def _search(chat: Any, rows: list[_Row], decoding: Any) -> None:
     inputs = _inputs(chat, rows, with_answer_start=False)
     slots = [[row.document.answer_slots[0].segment_id] for row in rows]
     for row, result in zip(rows, chat.model.reference_search(inputs, slots, decoding), strict=True):
         row.ids = result.token_ids[0]
 
 
-def _generate(chat: VisCPMChat, rows: list[_Row], generation: dict[str, Any]) -> None:
+def _generate(chat: Any, rows: list[_Row], generation: dict[str, Any]) -> None:
     inputs = _inputs(chat, rows, with_answer_start=True)
-    defaults = chat.model.generation_config
-    samples = generation.get("do_sample", defaults.do_sample)
-    num_beams = generation.get("num_beams", defaults.num_beams) or 1
-    is_seeded = any(row.seed is not None for row in rows)
-    options: dict[str, Any] = {}
-    if samples and is_seeded and num_beams == 1:
-        options["logits_processor"] = [*generation.pop("logits_processor", []), _row_sampling(chat, rows)]
-    with seeded(rows[0].seed, chat.device):
-        for row, ids in zip(rows, chat._generate_rows(inputs, generation, **options), strict=True):
+    with sampling([row.seed for row in rows], generation, chat.model.generation_config, chat.device) as options:
+        for row, ids in zip(rows, chat._generate_rows(inputs, {**generation, **options}), strict=True):
             row.ids = ids
 
 
-def _row_sampling(chat: VisCPMChat, rows: list[_Row]) -> RowSampling:
-    seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
-    return RowSampling([torch.Generator(chat.device).manual_seed(seed) for seed in seeds])
-
-
-def _turn(chat: VisCPMChat, row: _Row, seconds: float) -> ChatTurn:
+def _turn(chat: Any, row: _Row, seconds: float) -> ChatTurn:
     request = row.request
     if row.is_refused:
         return ChatTurn(request.question, REFUSAL, request.context, None, 0, seconds)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
@@ -17,20 +15,20 @@ from transformers.utils import logging
 
 from ..checkpoints.adapters import AdapterFolder
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import Original, find_original, original_of
+from ..checkpoints.location import Original, chosen_file, find_original, hub_arguments, original_of
 from ..families.family import CHAT
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions, find_original_file
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
 from ..modeling.fused_projections_cpm_bee import fusing_problem
-from ..modeling.generation_cpm_bee import reference_decoding
-from ..modeling.image_processing_viscpm import VisCPMImageProcessor
+from ..modeling.generation_cpm_bee import answer_generation, reference_decoding
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
 from ..tiny.embedded import resolve_model
+from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
 
 if TYPE_CHECKING:
@@ -38,39 +36,16 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-MODES = ("reference", "generate")
 SAFETY_POLICIES = ("raise", "refuse")
-REFUSAL = (
-    "抱歉，安全检查未通过这张图片，无法回答。 / "
-    "Sorry, this image did not pass the safety check, so it is not answered."
-)
-
-
-@dataclass(frozen=True)
-class ChatTurn:
-    """One answered question."""
-
-    question: str
-    answer: str
-    """For people: special tokens by name, every `<` once."""
-    context: str
-    """The conversation so far, this turn included, in document syntax: hand it to the next turn."""
-    vision_hidden_states: torch.Tensor | None
-    """`(images, queries, hidden)`: the encoded image, for the next turn."""
-    num_tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.num_tokens / self.seconds
 
 
 class VisCPMChat:
     """Answers questions about images, as the original class of this name.
 
     Args:
-        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, or the folder of
-            an adapter that fine-tuning left (`training`).
+        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, one of a Hub
+            repository's alternatives (`openbmb/VisCPM-Chat:v1.1`), or the folder of an adapter that fine-tuning left
+            (`training`).
         config_path: the original's JSON of the language model (`dim_model` and so on). If None, one beside the file is
             used, and what it lacks follows from the tensors or is as in the 10B model.
         image_safety_checker: True for the original's (`CompVis/stable-diffusion-safety-checker`), a folder or Hub id
@@ -91,6 +66,7 @@ class VisCPMChat:
         offload_folder: for weights that `device_map` leaves on the disk.
         fast: decode with a static cache and compiled graphs (`docs/speed.md`): the first answer takes long, all others
             are fast. Projections of the same input are fused where the weights are plain.
+        revision, token, cache_dir: of the Hub.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -122,6 +98,9 @@ class VisCPMChat:
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
         fast: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ):
         check_safety_policy(image_safety_policy)
         self.options = LoadOptions.checked(
@@ -141,7 +120,8 @@ class VisCPMChat:
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
             model_path = adapter.require_base()
-        model_path = resolve_model(model_path, "chat")
+        hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
+        model_path = chosen_file(resolve_model(model_path, "chat"), **hub)
         original_file = find_original_file(model_path)
         if original_file is not None:
             source: Any = original_of(original_file, config_path, vision_config_path, vocab_path)
@@ -151,8 +131,8 @@ class VisCPMChat:
                     "config_path and vision_config_path belong to an original file; "
                     f"{model_path} is a folder or Hub id and has its own config.json."
                 )
-            source = find_original(model_path) or model_path
-        model, self.processor = self._load(source, vocab_path)
+            source = find_original(model_path, **hub) or model_path
+        model, self.processor = self._load(source, vocab_path, hub)
         tokens, rows = self.processor.tokenizer.num_words, model.config.text_config.num_words
         if tokens != rows:
             raise OriginalCheckpointError(
@@ -172,7 +152,7 @@ class VisCPMChat:
     # ------------------------------------------------------------------------------------------------------- loading
 
     def _load(
-        self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None
+        self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None, hub: Mapping[str, Any]
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
         if isinstance(source, Original):
             if source.family.is_sibling or (source.kind != CHAT and source.shapes is None):
@@ -182,12 +162,12 @@ class VisCPMChat:
             floating = (tensor.dtype for tensor in source.tensors.values() if tensor.is_floating_point())
             stored, quantization = next(floating, None), None
         else:
-            config = own_config(source, CHAT)
+            config = own_config(source, CHAT, **hub)
             stored, quantization = config.dtype, getattr(config, "quantization_config", None)
         dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(dtype, quantization)
-        model = VisCPMChatForConditionalGeneration.from_pretrained(source, dtype=dtype, **arguments)
-        processor = VisCPMChatProcessor.from_pretrained(source)
+        model = VisCPMChatForConditionalGeneration.from_pretrained(source, dtype=dtype, **hub, **arguments)
+        processor = VisCPMChatProcessor.from_pretrained(source, **hub)
         if vocab_path is not None:
             processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
         return model, processor
@@ -264,11 +244,12 @@ class VisCPMChat:
                 return self._refuse(question, context, begin)
             vision_hidden_states = self.encode_image(picture)
         document = {"context": context, "question": escaped, "<ans>": ""}
-        with seeded(seed, self.device):
-            if mode == "reference":
-                ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
-            else:
-                ids, strings = self._generate(document, vision_hidden_states, {**generation, "fast": fast}, on_text)
+        if mode == "reference":
+            ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
+        else:
+            with sampling([seed], generation, self.model.generation_config, self.device) as options:
+                options = {**generation, **options, "fast": fast}
+                ids, strings = self._generate(document, vision_hidden_states, options, on_text)
         answer = self.processor.tokenizer.decode(ids, extension_table=strings)
         return ChatTurn(
             question=question,
@@ -381,6 +362,9 @@ class VisCPMChat:
 
     def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
         """The new tokens of every row of a batch, without what ends them."""
+        if generation.get("stop_strings") is not None:
+            options["tokenizer"] = self.processor.tokenizer
+        generation = answer_generation(self.model.generation_config, generation)
         sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
         end = self.processor.tokenizer.eos_token_id
         return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
@@ -413,14 +397,6 @@ class CallbackStreamer(TextStreamer):
 # ------------------------------------------------------------------------------------------------------------ helpers
 
 
-def open_picture(image: Any, image_processor: VisCPMImageProcessor) -> PIL.Image.Image:
-    """A path, bytes or picture -> picture, with the image processor's checks."""
-    picture = image_processor.fetch_images(image)
-    if not isinstance(picture, PIL.Image.Image):
-        raise ValueError(f"An image is a path or a PIL image, got {type(image).__name__}.")
-    return picture
-
-
 def check_safety_policy(policy: str) -> None:
     if policy not in SAFETY_POLICIES:
         raise ValueError(f"image_safety_policy is one of {', '.join(SAFETY_POLICIES)}, got {policy!r}.")
@@ -435,22 +411,3 @@ def open_safety_checker(
     if isinstance(source, (str, os.PathLike)):
         return ImageSafetyChecker.from_pretrained(source, device)
     return source or None
-
-
-def check_generation(generation: Mapping[str, Any]) -> None:
-    """Checks what `generate` would take silently or fail on deep inside."""
-    value = generation.get("max_new_tokens")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {value!r}.")
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators, and leaves them afterwards as they were; does nothing without a seed."""
-    if seed is None:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

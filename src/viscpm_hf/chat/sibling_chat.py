@@ -17,15 +17,14 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..checkpoints.adapters import AdapterFolder
-from ..checkpoints.location import find_repository_file, json_object
+from ..checkpoints.location import find_repository_file, hub_arguments, json_object
 from ..families.family import FAMILIES, SIBLINGS
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions
 from ..modeling.decoding_presets import default_preset
-from ..modeling.generation_cpm_bee import RowSampling
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from ..pipelines.safety import UnsafeImageError
-from ..tiny.embedded import EMBEDDED_NAME
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .chat import (
     MODES,
     REFUSAL,
@@ -34,7 +33,7 @@ from .chat import (
     check_safety_policy,
     open_picture,
     open_safety_checker,
-    seeded,
+    sampling,
 )
 
 
@@ -78,7 +77,7 @@ class SiblingChat:
     Args:
         model_path: a folder or Hub id, in the original's or our layout, or the folder of an adapter on one of them.
         image_safety_checker, image_safety_policy, device, dtype, quantization, quantize_vision, device_map,
-            max_memory, offload_folder: see [`VisCPMChat`].
+            max_memory, offload_folder, revision, token, cache_dir: see [`VisCPMChat`].
 
     ```python
     >>> from viscpm_hf.chat.sibling_chat import SiblingChat
@@ -102,6 +101,9 @@ class SiblingChat:
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ):
         check_safety_policy(image_safety_policy)
         self.options = LoadOptions.checked(
@@ -120,13 +122,14 @@ class SiblingChat:
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
             model_path = adapter.require_base()
-        config = own_config(model_path, *SIBLINGS)
+        hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
+        config = own_config(model_path, *SIBLINGS, **hub)
         stored = config.dtype
         chosen = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(chosen, getattr(config, "quantization_config", None))
         family = FAMILIES[config.model_type]
-        self.processor: VisionResamplerProcessor = family.processor_class.from_pretrained(model_path)
-        model = family.model_class.from_pretrained(model_path, dtype=chosen, **arguments)
+        self.processor: VisionResamplerProcessor = family.processor_class.from_pretrained(model_path, **hub)
+        model = family.model_class.from_pretrained(model_path, dtype=chosen, **hub, **arguments)
         if adapter is not None:
             model.load_adapter(os.fspath(adapter.path))
         self.model = self.options.place(model).eval()
@@ -324,13 +327,12 @@ class SiblingChat:
         features = [None if row.image is None else row.image.features for row in rows]
         inputs = model_inputs(self.model, self.processor, [row.ids for row in rows], features)
         options = dict(decoding)
-        is_seeded = any(row.seed is not None for row in rows)
-        if options.get("do_sample") and is_seeded and options.get("num_beams", 1) == 1:
-            options["logits_processor"] = [*options.get("logits_processor", []), self._row_sampling(rows)]
+        if options.get("stop_strings") is not None:
+            options["tokenizer"] = self.processor.tokenizer
         if on_text is not None:
             options["streamer"] = AnswerStreamer(self.processor, on_text)
-        with seeded(rows[0].seed, self.device):
-            sequences = self.generate(inputs, **options)
+        with sampling([row.seed for row in rows], options, self.model.generation_config, self.device) as drawing:
+            sequences = self.generate(inputs, **{**options, **drawing})
         end = self.processor.tokenizer.eos_token_id
         for row, ids in zip(rows, sequences, strict=True):
             row.answer = ids[: ids.index(end)] if end in ids else ids
@@ -343,11 +345,6 @@ class SiblingChat:
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         sequences = self.model.generate(**inputs, **{**ends, **options})
         return sequences[:, inputs["input_ids"].shape[1] :].tolist()
-
-    def _row_sampling(self, rows: list[_Row]) -> RowSampling:
-        seeds = [int(torch.randint(2**31, (1,))) if row.seed is None else row.seed for row in rows]
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        return RowSampling(generators)
 
     def _turn(self, row: _Row, seconds: float) -> ChatTurn:
         request = row.request
@@ -371,6 +368,7 @@ def is_sibling(model_path: str | os.PathLike) -> bool:
         return adapter.base is not None and is_sibling(adapter.base)
     if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
         return False
+    check_model_name(model_path)
     file = find_repository_file(model_path, "config.json")
     return file is not None and json_object(Path(file)).get("model_type") in SIBLINGS
 

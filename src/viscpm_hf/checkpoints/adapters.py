@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +14,8 @@ from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from ..version import OLDEST, require
 from .errors import OriginalCheckpointError
+from .json_files import load_json
+from .tensor_files import safetensors_header
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -38,7 +39,7 @@ class AdapterFolder:
         if not (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
             return None
         try:
-            config = json.loads((path / ADAPTER_CONFIG).read_text("utf-8"))
+            config = load_json(path / ADAPTER_CONFIG)
             return cls(path, config.get("base_model_name_or_path"))
         except (ValueError, AttributeError) as error:
             raise OriginalCheckpointError(f"{path / ADAPTER_CONFIG} is no adapter's configuration: {error}") from error
@@ -67,6 +68,7 @@ class AdapterFolder:
         require(peft=OLDEST["peft"])
         if not (self.path / ADAPTER_WEIGHTS).is_file():
             raise OriginalCheckpointError(f"{self.path} has no {ADAPTER_WEIGHTS}: the adapter is not complete.")
+        safetensors_header(self.path / ADAPTER_WEIGHTS)  # the library's own errors name no file
         with safe_open(self.path / ADAPTER_WEIGHTS, "pt") as weights:
             modules = dict(model.named_modules())
             for key in weights.keys():

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .errors import OriginalCheckpointError
 from .json_files import load_json
 from .original import (
@@ -46,8 +47,8 @@ CONVERTED = (TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER)
 CONVERTED_MODEL_TYPES = {"viscpm_chat": "chat", "viscpm_cpm_bee": "cpm_bee"}
 PAINT_MODEL_TYPE = "viscpm_paint_text_encoder"
 
-# `owner/name`, as the Hub allows them, and a file within.
-HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(/(?P<file>[^/]+\.(bin|pt|pth)))?")
+# `owner/name`, as the Hub allows them, and a file within, or one of the released alternatives (`families`).
+HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(/(?P<file>[^/]+\.(bin|pt|pth))|:(?P<release>[\w.-]+))?")
 # What a conversion needs of a repository besides the weights.
 SMALL_FILES = (
     "*.json",
@@ -88,13 +89,18 @@ class Location:
 
 
 def locate(
-    source: str | os.PathLike, revision: str | None = None, token: str | bool | None = None, with_weights: bool = True
+    source: str | os.PathLike,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    with_weights: bool = True,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Location:
     """Finds a checkpoint; only what isn't on this machine, and is no path, is asked of the Hub.
 
     Args:
-        source: a file, a folder, a Hub id, or `owner/name/file.bin` for one of a repository's alternatives.
-        revision, token: of the Hub.
+        source: a file, a folder, a Hub id, or for one of a repository's alternatives `owner/name:v1.1`, by the name
+            of its release, or `owner/name/file.bin`.
+        revision, token, cache_dir: of the Hub.
         with_weights: whether a Hub repository's weights are downloaded too.
 
     Raises:
@@ -107,9 +113,12 @@ def locate(
         # A link that leads nowhere exists all the same, and is no Hub id.
         match = None if path.is_symlink() else HUB_ID.fullmatch(name)
         # `folder/model.bin` looks like a Hub id, and so does a file's name in a folder that is here.
-        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or (match["file"] and path.parent.is_dir()):
+        is_path = match is not None and match["file"] and Path(name).parts[0] in os.listdir()
+        if match is None or match["id"].endswith(ORIGINAL_SUFFIXES) or is_path:
+            check_model_name(name)
             raise FileNotFoundError(f"There is no checkpoint at {name}.")
-        path = _download(match["id"], match["file"], revision, token, with_weights)
+        where = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        path = _download(match["id"], match["file"], match["release"], where, with_weights)
     if path.is_file():
         return Location(name, path, ORIGINAL_FILE)
     if not os.access(path, os.R_OK | os.X_OK):
@@ -224,15 +233,36 @@ def vocab_file(location: Location, given: str | os.PathLike | None) -> Path:
     return path
 
 
-def _download(
-    repo_id: str, file: str | None, revision: str | None, token: str | bool | None, with_weights: bool
-) -> Path:
-    where = {"revision": revision, "token": token}
+def chosen_file(source: str | os.PathLike, **hub: Any) -> str | os.PathLike:
+    """`source`, or the file on this machine that one of a Hub repository's alternatives is; `hub` as of [`locate`]."""
+    match = None if os.path.exists(source) else HUB_ID.fullmatch(os.fspath(source))
+    if match is None or not (match["file"] or match["release"]) or Path(source).parent.is_dir():
+        return source
+    return locate(source, **hub).path
+
+
+def release_file(repo_id: str, config: Mapping[str, Any], release: str) -> str:
+    """The file of a repository's alternative.
+
+    Raises:
+        OriginalCheckpointError: if the repository has none of that name.
+    """
+    kind = kind_of(config)
+    releases = {} if kind is None else FAMILIES[kind].releases
+    if release not in releases:
+        known = ", ".join(f"{repo_id}:{name}" for name in releases) or "it has one file of weights"
+        raise OriginalCheckpointError(f"{repo_id} has no release {release!r} ({known}).")
+    return variant_name(ORIGINAL_WEIGHTS_NAME, releases[release])
+
+
+def _download(repo_id: str, file: str | None, release: str | None, where: dict[str, Any], with_weights: bool) -> Path:
     try:
         small = list(SMALL_FILES)
         if not with_weights:
             small = [pattern for pattern in small if pattern != "vae/*"]
         folder = Path(snapshot_download(repo_id, allow_patterns=small, **where))
+        if release is not None:
+            file = release_file(repo_id, json_object(folder / "config.json"), release)
         if not with_weights:
             return folder
         if file is not None:
@@ -270,9 +300,11 @@ def _only_original(repo_id: str, folder: Path, where: dict[str, Any]) -> str:
             if "/" not in name and name.endswith(ORIGINAL_SUFFIXES)
         ]
     if len(names) != 1:
+        kind = kind_of(json_object(folder / "config.json"))
+        releases = [f"{repo_id}:{name}" for name in (FAMILIES[kind].releases if kind is not None else ())]
         raise OriginalCheckpointError(
             f"{repo_id} has {len(names)} files that are alternatives, not shards: {', '.join(names) or 'none'}. "
-            f"Choose one: {repo_id}/FILE"
+            f"Choose one: {', '.join([f'{repo_id}/FILE', *releases])}"
         )
     return names[0]
 
@@ -388,6 +420,8 @@ def find_original(name_or_path: Any, /, **kwargs: Any) -> Original | None:
     if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
         return None
     hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "variant") if kwargs.get(key) is not None}
+    if not os.path.isdir(name_or_path) and os.fspath(name_or_path) != EMBEDDED_NAME:
+        check_model_name(name_or_path)
     # A Hub id is asked for the one file that its loading begins with anyway.
     names = ORIGINAL_CONFIG_NAMES if os.path.isdir(name_or_path) else ORIGINAL_CONFIG_NAMES[:1]
     candidates = (find_repository_file(name_or_path, name, **hub) for name in names)
@@ -441,6 +475,11 @@ def kind_of(config: Mapping[str, Any]) -> str | None:
             return PAINT
         return CHAT if "query_num" in config or "vision_dim" in config else CPM_BEE
     return kind
+
+
+def hub_arguments(**given: Any) -> dict[str, Any]:
+    """Those that are given: the libraries' own defaults are for the rest."""
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, is_needed: bool = False, **kwargs):

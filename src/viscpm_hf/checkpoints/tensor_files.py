@@ -511,6 +511,19 @@ def weight_files(folder: Path, name: str) -> list[str]:
     return files
 
 
+def check_weight_files(folder: Path, name: str) -> None:
+    """Looks at the headers and sizes of a folder's weights, if it has any, before a library reads them, which would
+    tell neither the file nor what to do.
+
+    Raises:
+        ConversionError: if a file is damaged, cut short, or a pointer of Git LFS.
+        FileNotFoundError: if a shard is missing.
+    """
+    if any((folder / f"{name}.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
+        for file in weight_files(folder, name):
+            safetensors_header(folder / file)
+
+
 def check_inside(folder: Path, file: str, index_file: Path, is_there: bool = True) -> None:
     """Raises [`ConversionError`] if a file name of an index, or the file itself if it is there, leads out of the
     folder."""

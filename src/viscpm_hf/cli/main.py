@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from ..version import __version__
 from . import batch, chat, convert, demo, inspect, memory, merge, paint, publish, serve, train
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
+from .network import do_not_wait_for_the_hub, not_reached
 
 
 COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
@@ -46,17 +48,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output is gone; nothing more can be said to it, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    # A configuration of the wrong types is the one, out of GPU memory the last.
-    except (StrictDataclassError, ValueError, OSError, ImportError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         if arguments.verbose:
             raise
-        print(f"viscpm-hf: error: {describe(error)}", file=sys.stderr)
+        print(f"viscpm-hf: error: {_explain(error)}", file=sys.stderr)
         return 1
+
+
+def _explain(error: Exception) -> str:
+    """One line for people."""
+    if isinstance(error, OSError) and (wanted := not_reached()) is not None:
+        return wanted
+    if isinstance(error, pickle.UnpicklingError):
+        # Torch's own words advise to load the file nevertheless.
+        return "A file asks for more than tensors, or is damaged, and was not loaded: get it from its source again."
+    # A configuration of the wrong types is the first of those that the user can mend, out of GPU memory the last.
+    if isinstance(error, (StrictDataclassError, ValueError, OSError, ImportError, MemoryError, RuntimeError)):
+        return describe(error)
+    return f"{type(error).__name__}: {describe(error)} (viscpm-hf -v COMMAND ... shows where)"
 
 
 def _configure_logging(verbose: bool) -> None:
     from transformers.utils import logging as transformers_logging
 
+    do_not_wait_for_the_hub()
     if verbose:
         transformers_logging.set_verbosity_info()
     else:

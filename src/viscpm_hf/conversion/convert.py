@@ -32,7 +32,9 @@ from ..checkpoints.transfer import converted_pieces, one_torch_thread
 from ..loading.quantization import stored_quantization
 from ..version import __version__
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
-from .planning import Checkpoint, ConversionPlan, open_converted, open_original, plan_conversion, plan_original
+from .paint import verify_loading_paint
+from .plan import Checkpoint, ConversionPlan
+from .planning import open_converted, open_original, plan_conversion, plan_original
 from .source_files import SourceChangedError, SourceFiles
 from .verify import VerificationReport, verify_files, verify_loading
 from .workspace import Workspace
@@ -216,7 +218,8 @@ def run_plan(
                 report = verify_files(checkpoint.tensors, plan, workspace.path, show_progress)
                 report.raise_for_differences()
                 if to == TO_HUGGINGFACE:
-                    report = replace(report, loading=verify_loading(checkpoint, workspace.path))
+                    check = verify_loading_paint if checkpoint.kind == PAINT else verify_loading
+                    report = replace(report, loading=check(checkpoint, workspace.path))
             conversion.check_source()
             workspace.complete()
         except SourceChangedError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoints.location import MANIFEST_NAME, json_object
 from ..checkpoints.original import (
@@ -29,21 +27,18 @@ from ..checkpoints.original import (
     VOCAB_NAME,
 )
 from ..checkpoints.tensor_files import dtype_name
+from .folder_files import save_code, write_index, write_json
 from .model_card import CARDS, sibling_card
 from .verify import empty_model
 
 
 if TYPE_CHECKING:
-    from .planning import Checkpoint, ConversionPlan
+    from .plan import Checkpoint, ConversionPlan
 
 
 VISION_LANGUAGE = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 AUTO_CLASSES = {CPM_BEE: (AutoModel, AutoModelForCausalLM)}
 ORIGINAL_MODEL_TYPE = {CHAT: "viscpmchatbee", CPM_BEE: "cpmbee", PAINT: "cpmbee"}
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def export_transformers_folder(
@@ -77,11 +72,6 @@ def auto_map(config: Any, auto_classes: tuple[type, ...]) -> dict[str, str]:
     return {name: f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for name, cls in classes.items()}
 
 
-def save_code(model: Any, folder: Path) -> None:
-    """Copies the files of a model's class and of all that they import from beside them."""
-    custom_object_save(model, folder)
-
-
 def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.location.is_sibling:
         AutoProcessor.from_pretrained(checkpoint.location.path).save_pretrained(folder)
@@ -101,19 +91,6 @@ def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
     else:
         tokenizer.save_pretrained(folder)
     shutil.copyfile(checkpoint.vocab, folder / VOCAB_NAME)  # to the byte, the line ends included
-
-
-def write_index(folder: Path, plan: ConversionPlan, weights_name: str, part: str = "") -> None:
-    """The list of shards, if there is more than one."""
-    prefix = f"{part}/" if part else ""
-    files = [file for file in plan.files if file.is_model and file.path.rpartition("/")[0] == part]
-    if len(files) < 2:
-        return
-    name = SAFE_WEIGHTS_INDEX_NAME if weights_name == "model" else f"{weights_name}.safetensors.index.json"
-    weight_map = {transfer.target.name: file.path.removeprefix(prefix) for file in files for transfer in file.tensors}
-    parameters = sum(transfer.target.numel for file in files for transfer in file.tensors)
-    metadata = {"total_parameters": parameters, "total_size": sum(file.nbytes for file in files)}
-    write_json(folder / part / name, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 # -------------------------------------------------------------------------------------------------- the way back

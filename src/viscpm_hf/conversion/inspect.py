@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,6 @@ from ..checkpoints.location import (
 )
 from ..checkpoints.original import (
     CHAT,
-    CPM_BEE,
     ORIGINAL_SUFFIXES,
     PAINT,
     VAE_NAMES,
@@ -37,65 +32,18 @@ from ..checkpoints.original import (
     key_map_of,
     load_state_dict,
 )
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
+from ..checkpoints.tensor_files import TensorSpec, safetensors_header, weight_files
 from ..loading.quantization import stored_quantization
-from .model_card import LICENCE
+from .inspection import (
+    KINDS,
+    Inspection,
+    convert_command,
+    inspection,
+    sizes_of,
+)
 
 
-# Without the siblings, which `siblings.systems` knows.
-KINDS = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
-
-# What a weight takes once quantised by bitsandbytes: int8, and 4 bits with a scale for every 64 values.
-INT8_BYTES = 1.0
-NF4_BYTES = 0.5 + 4 / 64
-HALF_BYTES = 2.0
-
-# Parts whose linear layers quantisation takes on; the rest stays in half precision.
-QUANTISED_PARTS = ("language model", "text encoder")
 DIFFUSION_PARTS = ("UNet", "VAE")
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a checkpoint is."""
-
-    source: str
-    kind: str | None
-    """`"chat"`, `"paint"`, `"cpm_bee"`, or a sibling's model type; None if the weights aren't at hand and nothing else
-    tells."""
-    layout: str
-    files: dict[str, int]
-    """Files of weights and their sizes in bytes."""
-    num_bytes: int
-    num_parameters: int
-    parameters: dict[str, int] = field(default_factory=dict)
-    """By part."""
-    dtypes: dict[str, int] = field(default_factory=dict)
-    """Parameters by dtype."""
-    is_sharded: bool = False
-    sizes: dict[str, Any] = field(default_factory=dict)
-    """Width, layers, vocabulary, resolution, queries, as far as they apply."""
-    missing: list[str] = field(default_factory=list)
-    """Tensors and files that aren't there."""
-    surplus: list[str] = field(default_factory=list)
-    """Tensors that no model knows."""
-    problems: list[str] = field(default_factory=list)
-    """What else keeps the checkpoint from being used."""
-    alternatives: list[str] = field(default_factory=list)
-    """Several files in one folder are alternatives, of which one has to be chosen."""
-    quantization: str | None = None
-    """What the language model's layers are quantised to."""
-    memory_bytes: dict[str, int] = field(default_factory=dict)
-    """Memory of the weights in fp16, int8 and 4 bits."""
-    next_command: str = ""
-    system: str = ""
-    """The name of the released system, and its version."""
-    licence: str = ""
-    """Of the weights."""
-
-    @property
-    def is_complete(self) -> bool:
-        return not (self.missing or self.problems or self.alternatives)
 
 
 def inspect(
@@ -252,19 +200,10 @@ def _inspect_without_weights(location: Location) -> Inspection:
         files={},
         num_bytes=0,
         num_parameters=0,
-        sizes=_sizes(config),
+        sizes=sizes_of(config),
         missing=[f"weights ({' or '.join(ORIGINAL_SUFFIXES)})"],
         next_command=convert_command(location.name, []),
     )
-
-
-def convert_command(source: str, missing: list[str]) -> str:
-    words = ["viscpm-hf", "convert", source, f"{Path(source).stem or 'viscpm'}-hf", "--verify"]
-    if "vocab.txt" in missing:
-        words += ["--vocab", "vocab.txt"]
-    if any(name.startswith("vae/") for name in missing):
-        words += ["--vae", "vae"]
-    return shlex.join(words)
 
 
 # --------------------------------------------------------------------------------------------------------- converted
@@ -357,77 +296,3 @@ def _converted_part(folder: str, name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- sizes
-
-
-def inspection(location: Location, kind: str | None, files: dict[str, int], parts, config, **known) -> Inspection:
-    parameters: Counter[str] = Counter()
-    dtypes: Counter[str] = Counter()
-    for part, spec in parts:
-        parameters[part] += spec.numel
-        dtypes[dtype_name(spec.dtype)] += spec.numel
-    system, licence = KINDS.get(kind, ""), LICENCE if kind in KINDS else ""
-    if location.is_sibling and config is not None:
-        from ..families.systems import system_of
-
-        facts = system_of(config)
-        system, licence = facts.name, facts.licence
-    return Inspection(
-        source=location.name,
-        kind=kind,
-        layout=location.layout,
-        files=files,
-        num_bytes=sum(files.values()),
-        num_parameters=sum(parameters.values()),
-        parameters=dict(parameters),
-        dtypes=dict(dtypes),
-        sizes=_sizes(config),
-        memory_bytes=_memory(parts),
-        system=system,
-        licence=licence,
-        **known,
-    )
-
-
-def _sizes(config: Any) -> dict[str, Any]:
-    if config is None:
-        return {}
-    text = config.get_text_config(decoder=True)
-    sizes = {
-        "hidden_size": text.hidden_size,
-        "layers": text.num_hidden_layers,
-        "attention_heads": text.num_attention_heads,
-        "vocabulary": text.num_words,
-    }
-    vision = getattr(config, "vision_config", None)
-    if vision is not None:
-        sizes |= {
-            "vision_layers": vision.num_hidden_layers,
-            "resolution": vision.image_size,
-            "patch_size": vision.patch_size,
-            "queries": config.num_query_tokens,
-        }
-    if getattr(config, "projection_dim", None) is not None:
-        sizes["prompt_embedding"] = config.projection_dim
-    return sizes
-
-
-def _memory(parts: list[tuple[str, TensorSpec]]) -> dict[str, int]:
-    """Memory of the weights alone; images, prompts and answers come on top."""
-    linear = other = 0
-    for part, spec in parts:
-        is_table = "embed" in spec.name or "relative_attention_bias" in spec.name
-        if part in QUANTISED_PARTS and len(spec.shape) == 2 and not is_table:
-            linear += spec.numel
-        else:
-            other += spec.numel
-    return {
-        name: math.ceil(linear * nbytes + other * HALF_BYTES)
-        for name, nbytes in (("fp16", HALF_BYTES), ("int8", INT8_BYTES), ("4-bit", NF4_BYTES))
-    }
-
-
-def as_dict(inspection: Inspection) -> Mapping[str, Any]:
-    """For JSON."""
-    from dataclasses import asdict
-
-    return {**asdict(inspection), "is_complete": inspection.is_complete}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .planning import Checkpoint
+    from .plan import Checkpoint
 
 
 BASE_MODELS = {"chat": "openbmb/VisCPM-Chat", "paint": "openbmb/VisCPM-Paint", "cpm_bee": "openbmb/cpm-bee-10b"}

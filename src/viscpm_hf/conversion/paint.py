@@ -34,19 +34,12 @@ from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.saving_viscpm_paint import save_code as save_pipeline_code
 from .model_card import paint_card
-from .planning import (
-    DIFFUSERS_WEIGHTS,
-    TRANSFORMERS_WEIGHTS,
-    Checkpoint,
-    Part,
-    check_vocabulary,
-    extra_tensors,
-)
+from .plan import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint, Part, check_vocabulary, extra_tensors
 from .verify import LoadingReport, check_weights
 
 
 if TYPE_CHECKING:
-    from .planning import ConversionPlan
+    from .plan import ConversionPlan
 
 
 TEXT_ENCODER, UNET, VAE = "text_encoder", "unet", "vae"
@@ -179,7 +172,7 @@ def _config_of(folder: Path) -> dict[str, Any] | None:
 
 def export_parts(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]) -> None:
     """Everything of a pipeline's folder but the weights."""
-    from .export import save_code, write_index, write_json
+    from .folder_files import save_code, write_index, write_json
 
     encoder = without_weights(lambda: VisCPMPaintTextEncoder(checkpoint.config))
     config = encoder.config
@@ -309,7 +302,7 @@ def copy_diffusion_parts(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.copyfile(source / UNET / "config.json", folder / UNET / "config.json")
     before = json_object(source / MANIFEST_NAME).get("original_configs") or {}
     if DIFFUSION_CONFIG_NAME in before:
-        from .export import write_json
+        from .folder_files import write_json
 
         write_json(folder / DIFFUSION_CONFIG_NAME, before[DIFFUSION_CONFIG_NAME])
     for name in CONVERTED_PROMPT_CHECKER:

@@ -13,7 +13,7 @@ from ..checkpoints.errors import ConversionError
 from ..checkpoints.location import MANIFEST_NAME, json_object
 from ..checkpoints.tensor_files import safetensors_header, weight_files
 from ..plain_text import plain
-from .planning import DIFFUSERS_WEIGHTS, EXTRAS_NAME, TRANSFORMERS_WEIGHTS
+from .plan import DIFFUSERS_WEIGHTS, EXTRAS_NAME, TRANSFORMERS_WEIGHTS
 
 
 CARD_NAME = "README.md"

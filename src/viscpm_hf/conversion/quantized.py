@@ -18,9 +18,11 @@ from ..checkpoints.tensor_files import dtype_name, safetensors_header, sha256_of
 from ..loading.quantization import check_quantization, quantization_config, stored_quantization
 from ..version import __version__
 from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
-from .export import save_processor, write_json
+from .export import save_processor
+from .folder_files import write_json
 from .model_card import CARDS, sibling_card
-from .planning import Checkpoint, open_converted, open_original
+from .plan import Checkpoint
+from .planning import open_converted, open_original
 from .source_files import SourceFiles
 from .verify import empty_model
 from .workspace import PARTIAL_SUFFIX, Workspace

@@ -25,7 +25,7 @@ from ..checkpoints.sibling_original import check_tensors, converted_tensors, ori
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..families.family import FAMILIES
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
-from .planning import TRANSFORMERS_WEIGHTS, Checkpoint, Part
+from .plan import TRANSFORMERS_WEIGHTS, Checkpoint, Part
 
 
 # Of a generation_config.json that today's rules refuse; the rest is the originals' presets anyhow.

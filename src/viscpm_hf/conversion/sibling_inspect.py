@@ -18,8 +18,8 @@ from ..checkpoints.location import (
 from ..checkpoints.sibling_original import original_tensors, problems_of, with_stored_sizes
 from ..checkpoints.tensor_files import TensorSpec
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, read_adapter
-from .inspect import Inspection, convert_command, inspection
-from .planning import spec_of
+from .inspection import Inspection, convert_command, inspection
+from .plan import spec_of
 from .sibling_checkpoint import empty_tensors, merge_command
 
 

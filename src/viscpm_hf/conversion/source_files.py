@@ -13,7 +13,7 @@ from ..checkpoints.tensor_files import sha256_of
 
 
 if TYPE_CHECKING:
-    from .planning import Checkpoint
+    from .plan import Checkpoint
 
 # Beside the weights and the vocabulary; a folder may have files that change and don't matter, such as logs.
 SMALL_FILES = ("*.json", "tokenizer.model")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError
-from ..checkpoints.original import CPM_BEE, PAINT, load_state_dict
+from ..checkpoints.original import CPM_BEE, load_state_dict
 from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
 from ..families.family import FAMILIES
@@ -21,7 +21,7 @@ from ..plain_text import plain
 
 
 if TYPE_CHECKING:
-    from .planning import Checkpoint, ConversionPlan
+    from .plan import Checkpoint, ConversionPlan
 
 
 # Models up to this size are run, too; 200 MB in fp32.
@@ -152,10 +152,6 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
     Raises:
         ConversionError: if anything differs.
     """
-    if checkpoint.kind == PAINT:
-        from .paint import verify_loading_paint
-
-        return verify_loading_paint(checkpoint, folder)
     direct = empty_model(checkpoint.config)
     converted = check_transformers_folder(folder)
     expected, actual = _shapes(direct), _shapes(converted)

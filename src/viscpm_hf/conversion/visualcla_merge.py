@@ -26,7 +26,8 @@ from ..checkpoints.sibling_original import text_tensors, vision_tensors
 from ..checkpoints.tensor_files import TensorSpec
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, Adapter, check_adapter, check_bases, read_adapter
 from .convert import ConversionResult, parse_dtype, parse_size, run_plan
-from .planning import plan_conversion, spec_of
+from .plan import spec_of
+from .planning import plan_conversion
 from .sibling_checkpoint import SiblingCheckpoint, checkpoint_of
 
 

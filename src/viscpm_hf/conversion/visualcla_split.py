@@ -20,8 +20,8 @@ from ..checkpoints.original import read_json
 from ..checkpoints.sibling_original import TEXT_PREFIX, VISION_PREFIX
 from ..checkpoints.tensor_files import ArchiveWriter, pieces
 from ..checkpoints.visualcla_adapter import NAME_PREFIX, Adapter, read_adapter
-from .export import write_json
-from .planning import spec_of
+from .folder_files import write_json
+from .plan import spec_of
 from .workspace import Workspace
 
 

@@ -46,7 +46,8 @@ class ImageLimits:
     max_chunks: int = 16_384
     """Chunks of a PNG or WebP, segments of a JPEG."""
     max_seconds: float = 10.0
-    """Time for decoding. Kept where a process decodes ([`ImageDecoder`])."""
+    """Time of a processor for decoding (where that can't be seen, time). Kept where a process decodes
+    ([`ImageDecoder`])."""
     max_memory_bytes: int = 2**30
     """Memory for decoding, the file and the pixels included. Kept where a process decodes, on Linux."""
 
@@ -235,7 +236,7 @@ def _bound_process(limits: ImageLimits) -> None:
     """No more memory than what the program takes already and what is allowed; no files, no dumps, and others first."""
     import resource
 
-    os.nice(10)
+    os.nice(5)
     statm = "/proc/self/statm"
     size = 0
     if os.path.exists(statm):

@@ -25,6 +25,7 @@ _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "LANG")
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_START = 60.0
 SECONDS_UNTIL_SLOW = 1.0
+PATIENCE = 6
 
 
 class DecodingCancelledError(RuntimeError):
@@ -43,18 +44,37 @@ class _TooLateError(Exception):
     pass
 
 
-class _Clock:
-    """Seconds until something has to be looked at again; raises when the time is over or nobody waits any more."""
+def _processor_seconds(pid: int) -> float | None:
+    """What a process has taken of a processor; None where that can't be seen."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            user, system = file.read().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
 
-    def __init__(self, seconds: float, cancelled: threading.Event | None, place: _Place | None = None):
+
+class _Clock:
+    """Seconds until something has to be looked at again; raises when the time is over or nobody waits any more.
+
+    Of a process, the time that it gets counts, so that a busy machine refuses no image; in all it may take
+    `PATIENCE` times as long.
+    """
+
+    def __init__(
+        self, seconds: float, cancelled: threading.Event | None, place: _Place | None = None, pid: int | None = None
+    ):
+        self._seconds, self._cancelled, self._place, self._pid = seconds, cancelled, place, pid
         self._begin = time.monotonic()
-        self._seconds, self._cancelled, self._place = seconds, cancelled, place
+        self._used = None if pid is None else _processor_seconds(pid)
 
     def __call__(self) -> float:
         if self._cancelled is not None and self._cancelled.is_set():
             raise DecodingCancelledError
-        seconds = time.monotonic() - self._begin
-        if seconds >= self._seconds:
+        passed = time.monotonic() - self._begin
+        used = None if self._used is None else _processor_seconds(self._pid)
+        seconds = passed if used is None else used - self._used
+        if seconds >= self._seconds or passed >= PATIENCE * self._seconds:
             raise _TooLateError
         if self._place is not None and seconds >= SECONDS_UNTIL_SLOW:
             self._place.becomes_slow()
@@ -78,21 +98,29 @@ class _Worker:
         )
         self._is_ready = False
 
-    def decode(self, data: bytes, place: _Place, cancelled: threading.Event | None) -> PIL.Image.Image:
+    def decode(
+        self, data: bytes, place: _Place, cancelled: threading.Event | None, on_size: Callable[[int], None] | None
+    ) -> PIL.Image.Image:
         """Raises `OSError`, `ValueError` and the like if the process ended or answers nonsense."""
         if not self._is_ready:
             self._is_ready = self._read(1, _Clock(_SECONDS_TO_START, cancelled)) == READY
         self.process.stdin.write(len(data).to_bytes(8, "big"))
         self.process.stdin.write(data)
         self.process.stdin.flush()
-        look = _Clock(self.limits.max_seconds, cancelled, place)
+        look = _Clock(self.limits.max_seconds, cancelled, place, self.process.pid)
         size = int.from_bytes(self._read(4, look), "big")
         if size > MAX_DESCRIPTION:
             raise ValueError(f"a description of {size} bytes")
         description = json.loads(bytes(self._read(size, look)))
         if "error" in description:
             raise BadImageError(str(description["error"])[:500])
-        return rebuild(description, functools.partial(self._read, look=look), self.limits)
+
+        def pixels(num_bytes: int) -> bytearray:
+            if on_size is not None:
+                on_size(num_bytes)
+            return self._read(num_bytes, look)
+
+        return rebuild(description, pixels, self.limits)
 
     def _read(self, count: int, look: Callable[[], float]) -> bytearray:
         descriptor, data = self.process.stdout.fileno(), bytearray(count)
@@ -189,12 +217,18 @@ class ImageDecoder:
         self._slow_places = None if self.num_slow is None else threading.BoundedSemaphore(self.num_slow)
         self._idle: list[_Worker] = []
 
-    def decode(self, data: bytes, cancelled: threading.Event | None = None) -> PIL.Image.Image:
+    def decode(
+        self,
+        data: bytes,
+        cancelled: threading.Event | None = None,
+        on_size: Callable[[int], None] | None = None,
+    ) -> PIL.Image.Image:
         """The first frame of an image file, upright by its EXIF orientation.
 
         Args:
             data: the file.
             cancelled: once set, the work ends and nothing is returned.
+            on_size: called with the number of bytes of the pixels before there is memory for them here; it may wait.
 
         Raises:
             BadImageError: if it is no image, damaged, or beyond the limits.
@@ -209,7 +243,7 @@ class ImageDecoder:
             worker = self._take()
             is_whole = False
             try:
-                image = worker.decode(data, place, cancelled)
+                image = worker.decode(data, place, cancelled, on_size)
                 is_whole = True
                 return image
             except BadImageError:

@@ -43,11 +43,14 @@ from ..checkpoints.location import (
     kind_of,
 )
 from ..checkpoints.original import (
+    ORIGINAL_WEIGHTS_NAME,
     VISION_CONFIG_NAME,
+    VISION_HEAD_DIM,
     chat_config,
     check_state_dict,
     checkpoint_kind,
     key_map_of,
+    load_state_dict,
     text_config,
     text_encoder_config,
 )
@@ -59,6 +62,7 @@ from ..checkpoints.sibling_original import (
     original_tensors,
     with_stored_sizes,
 )
+from ..checkpoints.tensor_files import check_weight_files
 from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases
 from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_key_map
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
@@ -102,7 +106,7 @@ def _register_models(family: Family) -> None:
     if AutoModelForImageTextToText in family.models:
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
-    elif AutoModelForCausalLM in family.models:
+    if AutoModelForCausalLM in family.models:  # by this one Trainer knows that labels are shifted
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
     if not family.key_maps:
         return
@@ -235,7 +239,9 @@ def original_config(
     elif config_class is CpmBeeConfig or kind != CHAT:
         config = text_config(original.config, shapes)
     else:
-        vision = {} if "vision_dim" in original.config else original.json(VISION_CONFIG_NAME)
+        # The released repository has no such file, and its tower's width needs none.
+        is_said = original.config.get("vision_dim", 1) % VISION_HEAD_DIM == 0 and not os.path.isdir(original.name)
+        vision = {} if is_said else original.json(VISION_CONFIG_NAME)
         config = chat_config(original.config, vision, shapes)
     config.name_or_path, config.tokenizer_class = original.name, FAMILIES[CHAT].tokenizer_class.__name__
     return config
@@ -346,6 +352,17 @@ def _processor_from_pretrained(
 # ------------------------------------------------------------------------------------------------------------- models
 
 
+def _check_own_weights(path: Any, subfolder: str) -> None:
+    """Raises an error of ours for a folder whose weights can't be read, or are a pickle that asks for more."""
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
+        return
+    folder = Path(path, subfolder)
+    check_weight_files(folder, "model")
+    pickled = folder / ORIGINAL_WEIGHTS_NAME
+    if pickled.is_file() and not any(folder.glob("model*.safetensors*")):
+        load_state_dict(pickled)  # torch's own words advise to load it nevertheless
+
+
 def _model_from_pretrained(
     stock: Callable[..., Any],
     cls: type[PreTrainedModel],
@@ -368,6 +385,8 @@ def _model_from_pretrained(
     if original is None:
         if text_model is not None or vision_model is not None:
             raise ValueError(f"text_model and vision_model belong to VisualCLA's adapter, which {path} isn't.")
+        if state_dict is None and kwargs.get("variant") is None:
+            _check_own_weights(path, kwargs.get("subfolder") or "")
     else:
         is_auto = "adapter_kwargs" in kwargs  # which nobody but an Auto class passes, and every one of them does
         if is_auto and cls is original.family.base_class and cls is not original.family.model_class:

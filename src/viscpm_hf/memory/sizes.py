@@ -19,7 +19,15 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..checkpoints.configurations import read_config, without_weights
-from ..checkpoints.location import HUB_ID, Location, json_object, locate, original_weight_files, tensors_of
+from ..checkpoints.location import (
+    HUB_ID,
+    Location,
+    json_object,
+    locate,
+    original_weight_files,
+    release_file,
+    tensors_of,
+)
 from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
 from ..conversion.paint import empty_part, empty_parts
@@ -40,7 +48,7 @@ from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
-from ..tiny.embedded import EMBEDDED_NAME, resolve_model
+from ..tiny.embedded import EMBEDDED_NAME, check_model_name, resolve_model
 
 
 # What pruning left of the layers of cpm-bee-1b, -2b and -5b: both blocks, attention, feed-forward or nothing.
@@ -226,9 +234,14 @@ def _cached(name: str) -> str | None:
     match = HUB_ID.fullmatch(name)
     if name == EMBEDDED_NAME or match is None or os.path.isdir(Path(name).parent):
         return name
+    if match["file"] is None:
+        check_model_name(name)
     try:
         folder = snapshot_download(match["id"], local_files_only=True)
-        return os.path.join(folder, match["file"] or "").rstrip(os.sep)
+        file = match["file"]
+        if match["release"]:
+            file = release_file(match["id"], json_object(Path(folder) / "config.json"), match["release"])
+        return os.path.join(folder, file or "").rstrip(os.sep)
     except LocalEntryNotFoundError:
         if name in RELEASED:
             return None

@@ -23,7 +23,7 @@ class MiniCPMVChatMixin:
     def chat(
         self,
         image: Any,
-        msgs: str | Sequence[Mapping[str, str]],
+        msgs: str | Sequence[Mapping[str, str]] | None = None,
         context: Any = None,
         tokenizer: Any = None,
         vision_hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -31,6 +31,7 @@ class MiniCPMVChatMixin:
         sampling: bool | None = None,
         max_inp_length: int = 2048,
         processor: MiniCPMVProcessor | None = None,
+        question: str | Sequence[Mapping[str, str]] | None = None,
         **kwargs: Any,
     ) -> tuple[str, list[dict[str, str]], dict[str, Any]]:
         """Answers the last of a conversation's messages.
@@ -38,7 +39,8 @@ class MiniCPMVChatMixin:
         Args:
             image: the conversation's picture (PIL image, path, ...), the same at every turn; None for text alone.
             msgs: `[{"role": "user" or "assistant", "content": text}]`, or JSON of it. It is left as it is.
-            context: not looked at, as ever: `msgs` has the whole conversation.
+            context: with `question` the messages so far, as an earlier turn returned them; with `msgs`, which has the
+                whole conversation, not looked at, as ever.
             tokenizer: the tokenizer; the one of the model's folder if None.
             vision_hidden_states: `(views, queries, hidden)`, what `get_image_features` returned for this picture as
                 `pooler_output`: it isn't encoded again, but still needed for the prompt.
@@ -47,6 +49,7 @@ class MiniCPMVChatMixin:
             max_inp_length: the most tokens of a prompt. Longer ones are an error; the original cut off their end,
                 which is the question.
             processor: the processor, if it isn't that of the model's folder.
+            question: in place of `msgs`, as the first release had it: the question's text, or messages.
             kwargs: `temperature`, `top_p`, `num_beams` ...: other values for what the chosen decoding has. What it
                 hasn't is ignored, as ever, but with a warning.
 
@@ -54,10 +57,15 @@ class MiniCPMVChatMixin:
             The answer, a new list of the messages with it, and the decoding.
 
         Raises:
-            ValueError: for a picture that can't be used, messages out of turn, or a prompt that is too long.
+            ValueError: for a picture that can't be used, messages out of turn, both or none of `msgs` and `question`,
+                or a prompt that is too long.
         """
         processor = self._chat_processor(tokenizer, processor)
-        messages = read_messages(msgs)
+        if (msgs is None) == (question is None):
+            raise ValueError("chat takes a conversation as msgs, or one question as question: give one of them.")
+        if isinstance(question, str):
+            msgs = [*(read_messages(context) if context else ()), {"role": "user", "content": question}]
+        messages = read_messages(question if msgs is None else msgs)
         generation = self._chat_decoding(sampling, max_new_tokens, kwargs)
         conversation = copy.deepcopy(messages)
         if image is not None:

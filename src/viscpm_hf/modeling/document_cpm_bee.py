@@ -83,13 +83,17 @@ class EncodedDocument:
     """Tokenizer ids `num_words + k` of the strings without a token, in order of first use."""
     extension_strings: dict[tuple[int, int], str] = field(default_factory=dict)
     """`(base id, number) -> string` for the same strings, in the same order."""
+    prompt_strings: dict[tuple[int, int], str] = field(default_factory=dict)
+    """The same as they are numbered in a prompt, together with its empty answer slots."""
+    prompt_numbers: dict[int, int] = field(default_factory=dict)
+    """Place of each extension token -> its number in a prompt."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def pair(self, token: int, num_words: int) -> tuple[int, int]:
-        """Base id and number of a token with the id that it has in the model."""
-        slot, slots = token - num_words, self.slots
+        """Base id and number of a token that was generated for the prompt."""
+        slot, slots = token - num_words, [pair for pair in self.prompt_strings or self.extension_strings if pair[1]]
         return slots[slot] if 0 <= slot < len(slots) else (token, 0)
 
     @property
@@ -116,7 +120,10 @@ class EncodedDocument:
         return replace(
             self,
             input_ids=[self.input_ids[place] for place in places],
-            sub_ids=[self.sub_ids[place] for place in places],
+            sub_ids=[self.prompt_numbers.get(place, self.sub_ids[place]) for place in places],
+            extension_strings=self.prompt_strings or self.extension_strings,
+            prompt_strings={},
+            prompt_numbers={},
             token_type_ids=[self.token_type_ids[place] for place in places],
             segment_ids=[self.segment_ids[place] for place in places],
             image_bounds=[(moved[begin - 1] + 1, moved[end]) for begin, end in self.image_bounds],
@@ -165,11 +172,12 @@ def flatten_document(document: Mapping[str, Any]) -> list[Segment]:
 
 def segment_relations(segments: Sequence[Segment]) -> list[list[int]]:
     """Relation bucket of every pair of segments: how far up to the common ancestor, and down again from it."""
-    return [list(row) for row in _relations(tuple(segment.ancestors for segment in segments))]
+    return [list(row) for row in relations_of_ancestors(tuple(segment.ancestors for segment in segments))]
 
 
 @functools.lru_cache(maxsize=64)  # documents come in few shapes: all turns of all chats share two
-def _relations(ancestors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def relations_of_ancestors(ancestors: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The same of each segment's ids from the root down to itself."""
     limit = MAX_DEPTH_DIFFERENCE
 
     def relation(first: tuple[int, ...], second: tuple[int, ...]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE, named_cache
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
-from .document_cpm_bee import EncodedDocument, fill_document
+from .document_cpm_bee import EncodedDocument, fill_document, own_strings
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
-from .generation_images import ImageGenerationMixin
+from .generation_images import ImageGenerationMixin, with_drawing_last
+from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
 
 
@@ -131,21 +133,39 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         allowed = AllowedTokens(self.config.get_text_config(decoder=True), kwargs.get("extension_table"))
         logits_processor = LogitsProcessorList([ExtensionTokenProcessor(allowed), *(logits_processor or [])])
         kwargs = named_cache(kwargs)
-        if not self._decodes_fast(fast):
-            return super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
-        if kwargs.get(CACHE) is not None:
-            raise ValueError(f"Fast decoding has a cache of its own: leave out {CACHE}, or say fast=False.")
-        with self.fast_decoder.lock:
-            kwargs[CACHE] = FastDecodingCache(self.fast_decoder)
-            outputs = super().generate(inputs, *args, logits_processor=logits_processor, **kwargs)
-        if not isinstance(outputs, torch.Tensor):
-            setattr(outputs, CACHE, None)  # it holds the prompt alone
-        return outputs
+        ids = kwargs.get("input_ids", inputs)
+        check_earlier_cache(kwargs.get(CACHE), ids, kwargs.get("segment_ids"))
+        kwargs["logits_processor"] = logits_processor
+        with telling_strings(kwargs.get("streamer"), kwargs.get("extension_table")):
+            if not self._decodes_fast(fast):
+                outputs = super().generate(inputs, *args, **kwargs)
+            elif kwargs.get(CACHE) is not None:
+                raise ValueError(f"Fast decoding has a cache of its own: leave out {CACHE}, or say fast=False.")
+            else:
+                with self.fast_decoder.lock:
+                    kwargs[CACHE] = FastDecodingCache(self.fast_decoder)
+                    outputs = super().generate(inputs, *args, **kwargs)
+                if not isinstance(outputs, torch.Tensor):
+                    setattr(outputs, CACHE, None)  # it holds the prompt alone
+        return with_strings(outputs, kwargs.get("extension_table"), 0 if ids is None else ids.shape[1])
+
+    def _prepare_generation_config(self, generation_config, *args, **kwargs):
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        # `max_new_tokens` as the model's default is not to win against a `max_length` that was asked for.
+        names = ("max_length", "max_new_tokens")
+        length, new = (kwargs.get(name) or getattr(generation_config, name, None) for name in names)
+        if length is not None and new is None:
+            prepared.max_new_tokens = None
+        return prepared, model_kwargs
 
     def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
-        # The library puts temperature and its like behind the processors that are given.
-        return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
+        table = (kwargs.get("model_kwargs") or {}).get("extension_table")
+        for processor in processors:
+            if table is not None and isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                # The half without a prompt has to know the tokens that the other half answers with.
+                processor.model = partial(processor.model, extension_table=table)
+        return with_drawing_last(processors, args[0] if args else kwargs["generation_config"])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         if isinstance(model_kwargs.get(CACHE), FastDecodingCache):
@@ -302,6 +322,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         self, batch: list[EncodedDocument], tokenizer, generation: Mapping[str, Any]
     ) -> list[list[str | None]]:
         answers: list[list[str | None]] = [[] for _ in batch]
+        generation = answer_generation(self.generation_config, generation)
         for slot in range(max(len(document.answer_slots) for document in batch)):
             rows = [index for index, document in enumerate(batch) if slot < len(document.answer_slots)]
             inputs = tokenizer.collate(
@@ -316,6 +337,42 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         return answers
 
 
+def check_earlier_cache(cache: Any, input_ids: torch.Tensor | None, segment_ids: torch.Tensor | None) -> None:
+    """Raises a ValueError for the cache of an earlier turn; one of the same prompt and answer is gone on with."""
+    known = 0 if cache is None or segment_ids is None else int(cache.get_seq_length())
+    num_ids, num_prompt = (0 if tensor is None else tensor.shape[1] for tensor in (input_ids, segment_ids))
+    if known and (num_ids <= num_prompt or known < num_prompt):
+        raise ValueError(
+            f"{CACHE} holds {known} tokens of an earlier turn, which CPM-Bee can't go on with: its prompt attends in "
+            "both directions, so all of it changes with every word that is added. Leave it out; the conversation is "
+            "read anew."
+        )
+
+
+@contextlib.contextmanager
+def telling_strings(streamer: Any, extension_table: torch.Tensor | None) -> Iterator[None]:
+    """Lets a streamer of transformers decode the prompt's extension tokens for as long as it is needed."""
+    decode_kwargs = getattr(streamer, "decode_kwargs", None)
+    if extension_table is None or not isinstance(decode_kwargs, dict) or "extension_table" in decode_kwargs:
+        yield
+        return
+    decode_kwargs["extension_table"] = own_strings(extension_table)[0]
+    try:
+        yield
+    finally:
+        del decode_kwargs["extension_table"]
+
+
+def with_strings(outputs: Any, extension_table: torch.Tensor | None, prompt_length: int) -> Any:
+    """What `generate` returned, its sequences as [`TokenSequences`]."""
+    if extension_table is None:
+        return outputs
+    if isinstance(outputs, torch.Tensor):
+        return TokenSequences.of(outputs, extension_table, prompt_length)
+    outputs.sequences = TokenSequences.of(outputs.sequences, extension_table, prompt_length)
+    return outputs
+
+
 def check_fast_generation(generation_config, generation_mode: GenerationMode) -> None:
     """Raises a ValueError for what the graphs of [`FastDecoder`] don't do."""
     if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -328,6 +385,23 @@ def check_fast_generation(generation_config, generation_mode: GenerationMode) ->
             raise ValueError(f"Fast decoding can't be combined with {name}: leave it out, or say fast=False.")
     if generation_config.use_cache is False:
         raise ValueError("Fast decoding needs its cache: leave out use_cache=False, or say fast=False.")
+
+
+def answer_generation(defaults: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` for an answer: one beam and the original's length unless something else is asked for.
+
+    The Hub's `generation_config.json` searches with 3 beams, which nothing streams, and its `max_length` of 100 is the
+    answer's, where transformers' counts the prompt and its image.
+    """
+    generation = dict(given)
+    if "generation_config" in generation:
+        return generation
+    generation.setdefault("num_beams", 1)
+    if not any(generation.get(name) is not None for name in ("max_new_tokens", "max_length")):
+        generation["max_new_tokens"] = defaults.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    if generation.get("max_new_tokens") is not None:
+        generation.setdefault("max_length", None)  # or the library says of each call that both are there
+    return generation
 
 
 def reference_decoding(generation: Mapping[str, Any]) -> ReferenceDecodingConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .compatibility import CACHE
 
@@ -22,3 +23,15 @@ class ImageGenerationMixin(GenerationMixin):
             length = kwargs[CACHE].get_seq_length()
             is_first_iteration = isinstance(length, int) and length == 0  # static caches' are on the device
         return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+
+
+def with_drawing_last(
+    processors: Sequence[LogitsProcessor], generation_config: GenerationConfig
+) -> LogitsProcessorList:
+    """The processors with one that draws tokens itself (`RowSampling`) behind all others: the library puts
+    temperature and its like behind those that are given. What it leaves is taken and not drawn, so that torch's
+    generators for the whole process stay as they are."""
+    ordered = LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
+    if ordered and getattr(ordered[-1], "comes_last", False):
+        generation_config.do_sample = False
+    return ordered

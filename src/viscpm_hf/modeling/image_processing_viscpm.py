@@ -200,7 +200,11 @@ class VisCPMImageProcessor(PilBackend):
 
 
 def images_in_order(
-    images: Any, wanted: Sequence[int], image_processor: VisCPMImageProcessor, image_token: str
+    images: Any,
+    wanted: Sequence[int],
+    image_processor: VisCPMImageProcessor,
+    image_token: str,
+    max_image_pixels: int | None = None,
 ) -> list[Any]:
     """All images of a batch in the order of their placeholders.
 
@@ -208,6 +212,7 @@ def images_in_order(
         images: one image, a list for all texts in order, or a list of lists, one for each text.
         wanted: each text's number of placeholders.
         image_token: what a placeholder is called in a message.
+        max_image_pixels: in place of the image processor's.
 
     Raises:
         ValueError: if there are more or fewer of them than placeholders, for the whole batch or a single text.
@@ -225,7 +230,7 @@ def images_in_order(
         nested = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in images if entry is not None]
         images = [image for entry in nested for image in entry]
     is_empty = isinstance(images, (list, tuple)) and not images
-    flat = [] if is_empty else make_flat_list_of_images(image_processor.fetch_images(images))
+    flat = [] if is_empty else make_flat_list_of_images(image_processor.fetch_images(images, max_image_pixels))
     if len(flat) != sum(wanted):
         raise ValueError(
             f"The text has {sum(wanted)} image placeholders ({image_token}), but {len(flat)} images were given."

@@ -35,6 +35,7 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+from .structure_cpm_bee import Structure, answers_alone
 from .token_space_cpm_bee import slot_rows, write_slots
 
 
@@ -342,14 +343,23 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         return self.fill_slots(self.embed_tokens(input_ids), input_ids, extension_table)
 
     def check_ids(
-        self, input_ids: torch.Tensor, extension_table: torch.Tensor | None, forbidden: Collection[int] = ()
+        self,
+        input_ids: torch.Tensor,
+        extension_table: torch.Tensor | None,
+        forbidden: Collection[int] = (),
+        segment_ids: torch.Tensor | None = None,
     ) -> None:
-        """Checks that every slot in a prompt stands for something.
+        """Checks that every slot in a prompt stands for something, and every token is of a segment.
 
         Raises:
-            ValueError: for a slot that the row's table doesn't have, or a `forbidden` id, the placeholder of an image
-                that isn't there.
+            ValueError: for a slot that the row's table doesn't have, a `forbidden` id, the placeholder of an image
+                that isn't there, or fewer segment ids than tokens.
         """
+        if segment_ids is not None and segment_ids.shape[1] < input_ids.shape[1]:
+            raise ValueError(
+                f"There are {segment_ids.shape[1]:,} segment_ids for {input_ids.shape[1]:,} input_ids: each token "
+                "needs one."
+            )
         is_step = input_ids.shape[1] == 1  # chosen by `generate`, which knows what a row has
         if is_step or input_ids.device.type == "meta" or torch.compiler.is_compiling():
             return
@@ -472,7 +482,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
-            self.check_ids(input_ids, extension_table, {self.config.placeholder_token_id})
+            self.check_ids(input_ids, extension_table, {self.config.placeholder_token_id}, segment_ids)
             inputs_embeds = self.embed(input_ids, extension_table)
         else:
             inputs_embeds = self.fill_slots(inputs_embeds, None, extension_table)
@@ -496,6 +506,25 @@ class CpmBeeModel(CpmBeePreTrainedModel):
             hidden_states = layer(hidden_states, position_bias, blind_queries, **{CACHE: cache}, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
+    @staticmethod
+    def num_before_document(
+        num_queries: int, num_past: int | torch.Tensor, num_places: int, cache: Cache | None
+    ) -> int:
+        """Virtual tokens before the document, which prefix and prompt tuning learn; the cache remembers them.
+
+        Raises:
+            ValueError: if there are fewer tokens than places of the document.
+        """
+        known = getattr(cache, "num_before_document", None)
+        if known is None:
+            # They are in the cache already, or there are more tokens than the document has places.
+            is_static = isinstance(num_past, torch.Tensor)
+            is_first = num_queries >= num_places and (num_queries > 1 or num_past == 0) if not is_static else False
+            known = num_past + num_queries - num_places if is_first else 0
+            if cache is not None:
+                cache.num_before_document = known
+        return known
+
     def prepare_bias(
         self,
         inputs_embeds: torch.Tensor,
@@ -518,10 +547,13 @@ class CpmBeeModel(CpmBeePreTrainedModel):
 
         query_segments = key_segments = None
         if segment_ids is not None:
+            num_before = self.num_before_document(num_queries, num_past, segment_ids.shape[1], cache)
+            segment_ids, segment_relations = segment_ids.to(device), segment_relations.to(device)
+            if num_before:
+                segment_ids, segment_relations = with_tokens_before(segment_ids, segment_relations, num_before)
             missing = num_keys - segment_ids.shape[1]
-            key_segments = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], 1).to(device)
+            key_segments = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], 1)
             query_segments = key_segments[:, query_index]
-            segment_relations = segment_relations.to(device)
         # Only differences of positions within a segment count, so the places in the cache serve as positions.
         bias = self.position_bias(query_index[None], key_index[None], query_segments, key_segments, segment_relations)
 
@@ -572,13 +604,15 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """See [`CpmBeeModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross entropy
-        over vocabulary and extension tokens."""
+        over vocabulary and extension tokens; those of a prompt are left out."""
+        structure = Structure(token_type_ids, segment_ids, segment_relations)
+        structure = structure.completed(self.model, input_ids, inputs_embeds, attention_mask, cache)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            segment_ids=segment_ids,
-            segment_relations=segment_relations,
+            token_type_ids=structure.token_type_ids,
+            segment_ids=structure.segment_ids,
+            segment_relations=structure.segment_relations,
             extension_table=extension_table,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -589,6 +623,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
         logits = self.project(hidden_states, extension_table)
         loss = None
         if labels is not None:
+            labels = answers_alone(labels, structure, self.config.bos_token_id)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -597,6 +632,17 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def with_tokens_before(
+    segment_ids: torch.Tensor, segment_relations: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segments of a document with tokens before it that are of none of them: to all of it they are what another sample
+    in the context is, in both directions."""
+    own = segment_relations.shape[1]
+    relations = nn.functional.pad(segment_relations, (0, 1, 0, 1), value=1)
+    relations[:, own, own] = 0
+    return nn.functional.pad(segment_ids, (count, 0), value=own), relations
 
 
 def project_to_vocabulary(

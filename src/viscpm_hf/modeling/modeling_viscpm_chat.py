@@ -27,6 +27,7 @@ from .image_processing_viscpm import images_in_order
 from .modeling_beit3 import Beit3Model
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_vocabulary
 from .processing_viscpm_chat import IMAGE_TOKEN, VisCPMChatProcessor
+from .structure_cpm_bee import Structure, answers_alone
 
 
 @dataclass
@@ -133,7 +134,7 @@ class VisCPMChatModel(VisCPMChatPreTrainedModel):
         embeddings = inputs_embeds
         if inputs_embeds is None:
             missing = {self.config.image_token_id} if pixel_values is None and image_outputs is None else set()
-            self.language_model.check_ids(input_ids, extension_table, missing)
+            self.language_model.check_ids(input_ids, extension_table, missing, segment_ids)
             embeddings = self.language_model.embed_tokens(input_ids)
         inputs_embeds = self.language_model.fill_slots(embeddings, input_ids, extension_table)
         if image_outputs is None and pixel_values is not None:
@@ -267,7 +268,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         **kwargs: Unpack[TransformersKwargs],
     ) -> VisCPMChatCausalLMOutputWithPast:
         """See [`VisCPMChatModel`]. `labels (batch, sequence)`, -100 where nothing is learned, give the mean cross
-        entropy over vocabulary and extension tokens.
+        entropy over vocabulary and extension tokens; those of a prompt are left out.
 
         ```python
         >>> import viscpm_hf
@@ -283,13 +284,15 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         >>> answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         ```
         """
+        structure = Structure(token_type_ids, segment_ids, segment_relations)
+        structure = structure.completed(self.language_model(), input_ids, inputs_embeds, attention_mask, cache)
         outputs: VisCPMChatModelOutputWithPast = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            segment_ids=segment_ids,
-            segment_relations=segment_relations,
+            token_type_ids=structure.token_type_ids,
+            segment_ids=structure.segment_ids,
+            segment_relations=structure.segment_relations,
             extension_table=extension_table,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -301,6 +304,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         logits = self.project(hidden_states, extension_table)
         loss = None
         if labels is not None:
+            labels = answers_alone(labels, structure, self.config.get_text_config(decoder=True).bos_token_id)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         return VisCPMChatCausalLMOutputWithPast(
             loss=loss,

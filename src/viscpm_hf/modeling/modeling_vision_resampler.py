@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, torch_compi
 from .chat_minicpmv import MiniCPMVChatMixin
 from .compatibility import CACHE, CACHE_NAMES, WithImageOutputs, only_known_arguments, takes_cache
 from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisionResamplerConfig, VisualCLAConfig
-from .generation_images import ImageGenerationMixin
+from .generation_images import ImageGenerationMixin, with_drawing_last
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
 from .sibling_towers import VISION_TOWERS
 
@@ -267,8 +267,7 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Im
                 )
             elif isinstance(processor, NoRepeatNGramLogitsProcessor):
                 processors[index] = WithoutPrompt(processor, input_ids_seq_length)
-        # One that draws tokens itself (`RowSampling`) has to see what all others leave.
-        return LogitsProcessorList(sorted(processors, key=lambda processor: getattr(processor, "comes_last", False)))
+        return with_drawing_last(processors, generation_config)
 
 
 class OmniLMMForConditionalGeneration(VisionResamplerForConditionalGeneration):

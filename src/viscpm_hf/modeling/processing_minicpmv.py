@@ -55,6 +55,7 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
     image_token = IMAGE_MARK
     image_tokens = ("<image>", "<unk>", "</image>", "<slice>", "</slice>")
     answer_tokens = GROUNDING_TOKENS
+    prompt_begins = ("<用户>",)
 
     def __init__(
         self,
@@ -83,8 +84,8 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
             text += "<slice>" + "\n".join([self.view_text() * columns] * rows) + "</slice>"
         return text
 
-    def encode(self, text: str) -> list[int]:
-        ids = super().encode(text)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids = super().encode(text, add_special_tokens)
         is_inside = False
         for place, token in enumerate(ids):
             if token == self.tokenizer.unk_token_id and is_inside:

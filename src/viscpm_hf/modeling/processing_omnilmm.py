@@ -28,6 +28,7 @@ class OmniLMMProcessor(VisionResamplerProcessor):
     In a prompt an image is `<image>`; it becomes `<im_start>`, `num_query_tokens` times `<im_patch>`, and `<im_end>`.
     """
 
+    prompt_begins = ("<|system|>", "<|user|>")
     own_chat_template = CHAT_TEMPLATE
     image_tokens = ("<im_start>", "<im_patch>", "<im_end>")
 

@@ -5,7 +5,9 @@ The text form of a prompt is document syntax, the special tokens marking the seg
     <s><root></s><s>image</s><s><image></s><s>context</s><s>User: ...\\nAI: ...\\n</s>
         <s>question</s><s>...</s><s><ans></s><s>
 
-The chat template writes it and doubles every `<` of a message, so no message can forge a special token.
+The chat template writes it and doubles every `<` of a message, so no message can forge a special token. A text that
+doesn't begin so is tokenised as it is, as one segment: plain text, or, with `<s>` or `</s>` in it, a piece of a
+rendered template.
 """
 
 from __future__ import annotations
@@ -14,16 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
+from .continued_messages import CONTINUED_BRACKET, with_brackets, with_continued_brackets
+from .document_cpm_bee import IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
+from .sequences_cpm_bee import TokenSequences
 from .tokenization_cpm_bee import IMAGE_TOKEN, CpmBeeTokenizer
 
 
 MARKUP_BEGIN = f"<s>{ROOT_TEXT}</s>"
+SEGMENT_MARKS = ("<s>", "</s>")
 
 # Earlier turns go into the document's context; the images of all turns into its one image field.
 CHAT_TEMPLATE = """\
@@ -73,7 +79,9 @@ CHAT_TEMPLATE = """\
 <s><root></s>
 {%- if turn.images -%}<s>image</s><s>{{- '<image>' * turn.images -}}</s>{%- endif -%}
 <s>context</s><s>{{- turn.context -}}</s><s>question</s><s>{{- turn.question -}}</s><s><ans></s><s>
-{%- if turn.answer is not none -%}{{- turn.answer -}}</s>{%- endif -%}
+{%- if turn.answer is not none -%}
+    {%- generation -%}{{- turn.answer -}}</s>{%- endgeneration -%}
+{%- endif -%}
 """
 
 
@@ -99,11 +107,13 @@ class ChatPrompt:
     num_images: int = 0
     is_answer_closed: bool = False
     """Whether the answer given ends with `</s>` rather than being continued."""
+    text: str | None = None
+    """In place of a document: text of one segment, in document syntax."""
 
 
 class VisCPMChatProcessor(ProcessorMixin):
     r"""
-    Makes model inputs of conversations (`apply_chat_template`), questions or CPM-Bee documents, and images.
+    Makes model inputs of conversations (`apply_chat_template`), CPM-Bee documents or texts, and images.
 
     Args:
         image_processor ([`VisCPMImageProcessor`]): prepares images.
@@ -153,8 +163,9 @@ class VisCPMChatProcessor(ProcessorMixin):
         """
         Args:
             images: one image, a list for all texts in order, or a list of lists, one for each text.
-            text: one or several of: a prompt as the chat template writes it; a plain question with one `<image>` for
-                each of its images; a CPM-Bee document (dict) whose `image` field has the `<image>`s.
+            text: one or several of: a prompt as the chat template writes it; a CPM-Bee document (dict) whose `image`
+                field has the `<image>`s; or any other text, which is tokenised as it is, an `<image>` standing for
+                each of its images. It is no question: those are asked in a conversation.
             return_labels: add `labels`, the answers' tokens and `</s>`, for training.
             max_length: the most tokens of a prompt, `tokenizer.model_max_length` unless given; longer ones are an
                 error, never cut.
@@ -168,7 +179,7 @@ class VisCPMChatProcessor(ProcessorMixin):
             ValueError: if texts and images don't match in number, a prompt is too long, or a document is malformed.
         """
         if text is None:
-            raise ValueError("VisCPMChatProcessor needs text: a question, a document or a chat-template prompt.")
+            raise ValueError("VisCPMChatProcessor needs text: a chat-template prompt, a document or plain text.")
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -179,7 +190,8 @@ class VisCPMChatProcessor(ProcessorMixin):
         prompts = [self.parse_prompt(entry) for entry in texts]
         pixel_inputs: Mapping[str, Any] = {}
         wanted = [prompt.num_images for prompt in prompts]
-        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN)
+        limit = merged["images_kwargs"].get("max_image_pixels")
+        flat_images = images_in_order(images, wanted, self.image_processor, IMAGE_TOKEN, limit)
         if flat_images:
             pixel_inputs = self.image_processor(flat_images, **merged["images_kwargs"])
 
@@ -207,17 +219,43 @@ class VisCPMChatProcessor(ProcessorMixin):
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        """As in transformers. `assistant_masks` are of the last answer: those before it are part of the prompt, which
+        attends in both directions, so nothing can be learned of them."""
+        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
+        continues = kwargs.get("continue_final_message")
+        if continues:
+            conversation = with_continued_brackets(conversation)
+        result = super().apply_chat_template(conversation, *args, **kwargs)
+        if continues:
+            result = with_brackets(result, "<<")
+        if wants_mask:
+            if not isinstance(result, BatchFeature):
+                raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True.")
+            begin = self.tokenizer.bos_token_id
+            rows = zip(result["input_ids"], result["token_type_ids"], strict=True)
+            masks = [
+                [int(int(kind) == 1 and int(token) != begin) for token, kind in zip(*row, strict=True)] for row in rows
+            ]
+            is_tensor = isinstance(result["input_ids"], torch.Tensor)
+            result["assistant_masks"] = torch.tensor(masks) if is_tensor else masks
+        return result
+
     def parse_prompt(self, text: str | Mapping[str, Any]) -> ChatPrompt:
-        """A document, a chat-template prompt or a plain question -> [`ChatPrompt`]."""
+        """A document, a chat-template prompt or a text -> [`ChatPrompt`]."""
         if isinstance(text, Mapping):
             document = dict(text)
             return ChatPrompt(document, self._count_placeholders(document.pop(IMAGE_KEY, "")))
         if not isinstance(text, str):
             raise ValueError(f"A text is a str or a document (dict), got {type(text).__name__}.")
+        text = text.replace(CONTINUED_BRACKET, "<<")
         if text.startswith(MARKUP_BEGIN):
             return self._parse_markup(text)
-        question = self.tokenizer.escape(text.replace(IMAGE_TOKEN, ""))
-        return ChatPrompt({"context": "", "question": question, ANSWER_KEY: ""}, text.count(IMAGE_TOKEN))
+        if any(mark in text for mark in SEGMENT_MARKS):
+            parts = self.tokenizer.split_document_syntax(text)
+            return ChatPrompt({}, sum(is_special and part == IMAGE_TOKEN for part, is_special in parts), text=text)
+        parts = text.split(IMAGE_TOKEN)
+        return ChatPrompt({}, len(parts) - 1, text=IMAGE_TOKEN.join(map(self.tokenizer.escape, parts)))
 
     def _parse_markup(self, text: str) -> ChatPrompt:
         values: list[str] = []
@@ -262,6 +300,8 @@ class VisCPMChatProcessor(ProcessorMixin):
 
     def encode_prompt(self, prompt: ChatPrompt, *, close_answers: bool = False) -> EncodedDocument:
         """Encodes a prompt, its image placeholders in place."""
+        if prompt.text is not None:
+            return self._encode_text(prompt.text)
         document = prompt.document
         num_placeholders = prompt.num_images * self.num_query_tokens
         if num_placeholders:
@@ -270,6 +310,29 @@ class VisCPMChatProcessor(ProcessorMixin):
         for begin, end in encoded.image_bounds:
             encoded.input_ids[begin:end] = [self.image_token_id] * (end - begin)
         return encoded
+
+    def _encode_text(self, text: str) -> EncodedDocument:
+        """Text in document syntax as one segment, in which a token sees those before it."""
+        ids, table = self.tokenizer.encode_text(text)
+        images = {index for index, string in table.items() if string == IMAGE_TOKEN}
+        strings = {index: string for index, string in table.items() if string != IMAGE_TOKEN}
+        if strings and any(mark in text for mark in SEGMENT_MARKS):
+            raise ValueError(
+                f"A piece of a prompt has strings without a token ({', '.join(strings.values())[:40]}), which are "
+                "numbered over the whole prompt: give it in one piece, as apply_chat_template makes it."
+            )
+        numbered = self.tokenizer.number_extensions(strings, strings.values())
+        pairs: list[tuple[int, int]] = []
+        for index in ids:
+            if index in images:
+                pairs += [(self.image_token_id, 0)] * self.num_query_tokens
+            else:
+                pairs.append(numbered.get(index, (index, 0)))
+        count = len(pairs)
+        return EncodedDocument(
+            [base for base, _ in pairs], [number for _, number in pairs], [1] * count, [0] * count, [[0]], [], [],
+            strings, {pair: strings[index] for index, pair in numbered.items()},
+        )  # fmt: skip
 
     def check_length(self, document: EncodedDocument, index: int = 0, max_length: int | None = None) -> None:
         """Raises `ValueError` for a prompt that is longer than `max_length` or else the tokenizer's limit."""
@@ -302,6 +365,28 @@ class VisCPMChatProcessor(ProcessorMixin):
             )
             for index, row in enumerate(sequences)
         ]
+
+    def decode(self, token_ids: Any, *args, extension_strings: Mapping[int, str] | None = None, **kwargs) -> Any:
+        """As in transformers; what `generate` returned brings its strings along. `extension_strings` are those of the
+        row, for ids of other origin."""
+        if extension_strings is not None:
+            kwargs["extension_table"] = extension_strings
+        return self.tokenizer.decode(token_ids, *args, **kwargs)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """As in transformers. Callers cut off what the prompt's ids alone give, so strings are written in the answer
+        only."""
+        if not isinstance(generated_outputs, TokenSequences) or generated_outputs.ndim != 2:
+            return super().post_process_image_text_to_text(
+                generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+            )
+        begin = generated_outputs.prompt_length
+        options = {"skip_special_tokens": skip_special_tokens, **kwargs}
+        prompts = self.tokenizer.batch_decode(generated_outputs[:, :begin].tolist(), **options)
+        answers = self.tokenizer.batch_decode(generated_outputs[:, begin:], **options)
+        return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
 
     def save_pretrained(self, *args, **kwargs) -> list[str]:
         """As in transformers, but the saved folder's `auto_map` is not left on this object (loading drops it too)."""

@@ -8,7 +8,7 @@ so that a special token in a message, `<image>` or `</s>`, stays the text that s
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jinja2 import TemplateError
@@ -20,15 +20,20 @@ from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 
 
 ESCAPE = "\ufdd0"
+# In a final message that is continued, `<` has this form until the prompt is written: transformers looks for that
+# message in the prompt letter by letter, and the template would have changed it.
+_CONTINUED = "\ufdd1"
 
 # Texts of a message, escaped, and its images; `text_of(message)`, `images_of(message)` in the templates.
 TEMPLATE_MACROS = """\
 {%- macro text_of(message) -%}
+    {%- set hidden = '\\ufdd1' if message['role'] == 'user' else '' -%}
     {%- if message['content'] is string -%}
-        {{- message['content'] | replace('<', '<\\ufdd0') -}}
+        {{- message['content'] | replace('<', '<\\ufdd0') | replace(hidden, '') -}}
     {%- else -%}
         {%- for part in message['content'] -%}
-            {%- if part['type'] == 'text' -%}{{- part['text'] | replace('<', '<\\ufdd0') -}}
+            {%- if part['type'] == 'text' -%}
+                {{- part['text'] | replace('<', '<\\ufdd0') | replace(hidden, '') -}}
             {%- elif part['type'] != 'image' -%}
                 {{- raise_exception("The model takes text and images, not " ~ part['type'] ~ ".") -}}
             {%- endif -%}
@@ -93,6 +98,8 @@ class VisionResamplerProcessor(ProcessorMixin):
     """Tokens around and between an image's placeholders, and these: no message can contain one."""
     answer_tokens: ClassVar[tuple[str, ...]] = ()
     """Special tokens that the model writes in its answers: in those of a conversation they stay such tokens."""
+    prompt_begins: ClassVar[tuple[str, ...]] = ("<s>",)
+    """What a prompt as the chat template writes it begins with, one of them."""
     strips_answers: ClassVar[bool] = True
     """Whether an answer is told without the white space around it, as the original did."""
     image_token_id: int
@@ -130,6 +137,8 @@ class VisionResamplerProcessor(ProcessorMixin):
             text: one or several prompts as the chat template writes them.
             max_length: the most tokens of a prompt, `max_input_length` unless given; longer ones are an error, never
                 cut.
+            add_special_tokens: whether `<s>` goes before a text that doesn't begin with it; True unless given. It
+                always goes before a prompt as the chat template writes it.
 
         Returns:
             `input_ids` and `attention_mask` `(texts, length)`, padded on the left unless asked otherwise; with images
@@ -151,9 +160,11 @@ class VisionResamplerProcessor(ProcessorMixin):
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
                 raise ValueError(f"A text is a str, but text {index} is of type {type(entry).__name__}.")
+        texts = self._written(texts)
 
         num_images = [entry.count(self.image_token) for entry in texts]
-        flat_images = images_in_order(images, num_images, self.image_processor, self.image_token)
+        limit = merged["images_kwargs"].get("max_image_pixels")
+        flat_images = images_in_order(images, num_images, self.image_processor, self.image_token, limit)
         data: dict[str, Any] = {}
         expansions: list[str] = []
         num_views: list[int] = []
@@ -169,7 +180,9 @@ class VisionResamplerProcessor(ProcessorMixin):
         rows = []
         replacements = iter(expansions)
         for index, entry in enumerate(texts):
-            ids = self.encode(self.expand(entry, [next(replacements) for _ in range(num_images[index])]))
+            expanded = self.expand(entry, [next(replacements) for _ in range(num_images[index])])
+            is_prompt = entry.startswith(self.prompt_begins)  # the templates leave `<s>` to this
+            ids = self.encode(expanded, is_prompt or text_kwargs.get("add_special_tokens") is not False)
             self._check(ids, index, num_views[index] if num_views else 0, text_kwargs.get("max_length"))
             rows.append(ids)
         padding = text_kwargs.get("padding")
@@ -202,9 +215,12 @@ class VisionResamplerProcessor(ProcessorMixin):
 
     def escape_answer(self, text: str) -> str:
         """An answer as the chat template writes it into a prompt."""
-        text = text.replace("<", f"<{ESCAPE}")
+        return self._with_answer_tokens(text.replace("<", f"<{ESCAPE}"), f"<{ESCAPE}")
+
+    def _with_answer_tokens(self, text: str, bracket: str) -> str:
+        """A text in which the model's own tokens are such tokens, `bracket` being what stands there for a `<`."""
         for token in self.answer_tokens:
-            text = text.replace(f"<{ESCAPE}{token[1:]}", token)
+            text = text.replace(bracket + token[1:], token)
         return text
 
     def prompt_text(self, conversation: list[dict[str, Any]], grids: Sequence[tuple[int, int]] = ()) -> str:
@@ -218,10 +234,11 @@ class VisionResamplerProcessor(ProcessorMixin):
         texts = [self.image_text(grid) for grid in grids] if grids else [self.image_text()] * count
         return self.expand(text, texts).replace(ESCAPE, "")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of an expanded prompt, `<s>` first; what messages have of special tokens stays text."""
         bos = self.tokenizer.bos_token
-        ids = [] if bos is None or text.startswith(bos) else [self.tokenizer.bos_token_id]
+        has_bos = bos is None or text.startswith(bos) or not add_special_tokens
+        ids = [] if has_bos else [self.tokenizer.bos_token_id]
         special = {*self.tokenizer.all_special_tokens, *self.image_tokens}
         endings = "|".join(re.escape(token[1:]) for token in special if token.startswith("<"))
         # A cut behind its `<` keeps a typed special token from being seen as one, by whatever vocabulary.
@@ -263,13 +280,33 @@ class VisionResamplerProcessor(ProcessorMixin):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def apply_chat_template(self, conversation: Any, *args, **kwargs):
-        """As in transformers; a conversation that the template refuses is a `ValueError`."""
+        """As in transformers; a conversation that the template refuses is a `ValueError`, and so is
+        `return_assistant_tokens_mask`, which needs a tokenizer that knows places in its text."""
         if isinstance(conversation, Sequence) and not conversation:
             raise ValueError("The conversation has no messages.")
+        if kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError(
+                "return_assistant_tokens_mask isn't there for this model: its tokens have no places in the text. "
+                "`viscpm-hf train` learns answers alone."
+            )
+        continues = kwargs.get("continue_final_message")
+        if continues:
+            conversation = _with_final_text(conversation, lambda text: text.replace("<", _CONTINUED))
         try:
-            return super().apply_chat_template(conversation, *args, **kwargs)
+            result = super().apply_chat_template(conversation, *args, **kwargs)
         except TemplateError as error:
             raise ValueError(str(error)) from error
+        if continues and isinstance(result, (str, list)):
+            return self._written(result)
+        return result
+
+    def _written(self, prompts: Any) -> Any:
+        """Prompts whose continued messages are as the template writes all others."""
+        if isinstance(prompts, list):
+            return [self._written(prompt) for prompt in prompts]
+        if not isinstance(prompts, str):
+            return prompts
+        return self._with_answer_tokens(prompts, _CONTINUED).replace(_CONTINUED, f"<{ESCAPE}")
 
     def _expansions(self, features: BatchFeature, num_images: int) -> tuple[list[str], list[int]]:
         """The texts of the images and their numbers of views; takes out of `features` what only this needs."""
@@ -308,6 +345,21 @@ class VisionResamplerProcessor(ProcessorMixin):
         files = super().save_pretrained(*args, **kwargs)
         self.__dict__.pop("auto_map", None)
         return files
+
+
+def _with_final_text(conversation: Any, change: Callable[[str], str]) -> Any:
+    """One conversation, or several, with another text of their last messages; what was given is left as it is."""
+    if not isinstance(conversation[-1], Mapping):
+        return [_with_final_text(list(own), change) if own else own for own in conversation]
+    content = conversation[-1].get("content")
+    if isinstance(content, str):
+        content = change(content)
+    elif isinstance(content, Sequence):
+        content = [
+            {**part, "text": change(part["text"])} if isinstance(part, Mapping) and "text" in part else part
+            for part in content
+        ]
+    return [*conversation[:-1], {**conversation[-1], "content": content}]
 
 
 __all__ = ["VisionResamplerProcessor"]

@@ -19,6 +19,7 @@ from .document_cpm_bee import (
     own_strings,
     segment_relations,
 )
+from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import image_token_id, num_extension_slots
 
 
@@ -281,10 +282,10 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
                 plain.append("<")
                 begin = position + 2
                 continue
-            end = text.find(">", position)
+            end = text.find(">", position + 2)  # whatever follows the `<` is of the token
             if end < 0:
                 raise fault(position, "The text ends inside a special token opened")
-            if text.find("<", position + 1, end) >= 0:
+            if text.find("<", position + 2, end) >= 0:
                 raise fault(position, "There is a '<' inside the special token opened")
             if any(plain):
                 yield "".join(plain), False
@@ -357,6 +358,8 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         begin_id, end_id = self.vocab["<s>"], self.vocab["</s>"]
         table: dict[int, str] = {}
         ids: list[int] = []
+        names: list[str] = []
+        num_slots, seen = 0, table
         encoded = EncodedDocument([], [], [], [], segment_relations(segments), [], [], {})
         for segment_id, segment in enumerate(segments):
             try:
@@ -364,6 +367,12 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             except ValueError as error:
                 where = " > ".join(segment.path) or "the top level"
                 raise ValueError(f"The document's text at {where[:200]} can't be encoded. {error}") from error
+            names += list(table.values())[len(seen) :]
+            seen = table
+            if segment.is_answer and not segment.text:
+                # In a prompt the original's slots hold `<ans_1>`, `<ans_2>`, ..., which count with those of texts.
+                num_slots += 1
+                names.append(f"<ans_{num_slots}>")
             begin = len(ids)
             closed = close_answers if segment.is_answer else True
             ids += [begin_id, *tokens, *([end_id] if closed else [])]
@@ -375,7 +384,10 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             if segment.is_answer:
                 encoded.answer_slots.append(AnswerSlot(segment.path, segment_id, begin, len(ids)))
         encoded.extension_table = table
-        numbered = self._number_extensions(table)
+        numbered = self.number_extensions(table, table.values())
+        in_prompt = self.number_extensions(table, names)
+        encoded.prompt_strings = {pair: table[index] for index, pair in in_prompt.items()}
+        encoded.prompt_numbers = {place: in_prompt[index][1] for place, index in enumerate(ids) if index in in_prompt}
         encoded.extension_strings = {pair: table[index] for index, pair in numbered.items()}
         for index in ids:
             base, sub = numbered.get(index, (index, 0))
@@ -383,11 +395,11 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
             encoded.sub_ids.append(sub)
         return encoded
 
-    def _number_extensions(self, table: Mapping[int, str]) -> dict[int, tuple[int, int]]:
-        """Extension id -> (base id, number within the base)."""
+    def number_extensions(self, table: Mapping[int, str], names: Iterable[str]) -> dict[int, tuple[int, int]]:
+        """Extension id -> (base id, number within the base); `names` are the strings in order, and those of slots."""
         counts: dict[int, int] = {}
-        numbered = {}
-        for index, string in table.items():
+        numbered, ids = {}, {string: index for index, string in table.items()}
+        for string in dict.fromkeys(names):
             base = self.unk_token_id
             if string.startswith("<") and string.endswith(">") and len(string) > 1:
                 name = f"<{string[1:-1].split('_', 1)[0]}>"
@@ -397,7 +409,8 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
                         "(tokenizer.escape) for a literal '<'."
                     )
                 base = self.vocab[name]
-            numbered[index] = (base, counts.get(base, 0))
+            if string in ids:
+                numbered[ids[string]] = (base, counts.get(base, 0))
             counts[base] = counts.get(base, 0) + 1
         return numbered
 
@@ -464,6 +477,22 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         return self.collate(encoded, with_labels=True, padding_side="right", return_tensors="pt")
 
     # ----------------------------------------------------------------------------------------------- tokens -> text
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs) -> str | list[str]:
+        """As in transformers. What `generate` returned brings its strings along; for ids of other origin they are
+        given as `extension_table`, `id -> string`."""
+        if isinstance(token_ids, TokenSequences) and "extension_table" not in kwargs:
+            if token_ids.ndim == 2:
+                return [self.decode(row, skip_special_tokens, **kwargs) for row in token_ids]
+            kwargs["extension_table"] = next(iter(token_ids.extension_strings), None)
+            token_ids = token_ids.tolist()
+        return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, *args, **kwargs) -> list[str]:
+        """As [`decode`]."""
+        if isinstance(sequences, TokenSequences) and sequences.ndim == 2:
+            return self.decode(sequences, skip_special_tokens, **kwargs)
+        return super().batch_decode(sequences, skip_special_tokens, *args, **kwargs)
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         return "".join(tokens)

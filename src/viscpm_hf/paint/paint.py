@@ -25,7 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..checkpoints.location import chosen_file, hub_arguments
 from ..checkpoints.original import load_state_dict, read_json
+from ..checkpoints.tensor_files import check_weight_files
 from ..loading.layer_streaming import BUDGET_VARIABLE
 from ..loading.options import LoadOptions, stored_dtype
 from ..loading.paint import (
@@ -119,7 +121,8 @@ class VisCPMPaint:
     """Draws images for prompts, as the original class of this name.
 
     Args:
-        model_path: an original `.pt`/`.bin` file, or a folder or Hub id in the original's or our layout.
+        model_path: an original `.pt`/`.bin` file, a folder or Hub id in the original's or our layout, or one of a Hub
+            repository's alternatives (`openbmb/VisCPM-Paint:balance`).
         image_safety_checker: True for the original's (beside the model, or `CompVis/stable-diffusion-safety-checker`),
             a folder or Hub id of one, or False.
         prompt_safety_checker: True for the original's (`text-security-checker/` of its repository), a folder or Hub
@@ -147,6 +150,7 @@ class VisCPMPaint:
         max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
         offload_folder: for weights that `device_map` leaves on the disk.
         fast: compile the UNet.
+        revision, token, cache_dir: of the Hub.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -184,6 +188,9 @@ class VisCPMPaint:
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
         fast: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ):
         if not is_whole(candidates) or candidates < 1:
             raise ValueError(f"candidates must be a whole number of at least 1, got {candidates!r}.")
@@ -216,7 +223,11 @@ class VisCPMPaint:
         if isinstance(scheduler, str):
             scheduler_class(scheduler)  # a wrong name is known before minutes of loading
 
-        path = Path(find_folder(resolve_model(model_path, "paint"), {}))
+        hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
+        path = Path(find_folder(chosen_file(resolve_model(model_path, "paint"), **hub), hub))
+        for part in ("unet", "vae"):
+            check_weight_files(path / part, "diffusion_pytorch_model")
+        stored = stored_text_encoder_dtype(path)  # another model's checkpoint is known as such before parts are sought
         # Likewise for parts that can't be had.
         wanted = (image_safety_checker, prompt_safety_checker, add_ranker)
         if path.parent == EMBEDDED_FOLDER:
@@ -226,7 +237,6 @@ class VisCPMPaint:
             **_load_prompt_checker(path, wanted[1]),
             **_load_ranker(path, wanted[2]),
         }
-        stored = stored_text_encoder_dtype(path)
         text_encoder_dtype = self.options.choose_dtype(stored)
         if is_original_folder(path):
             pipeline = load_original(

@@ -17,7 +17,6 @@ from PIL.PngImagePlugin import PngInfo
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
-    from .paint import PaintResult
 
 # Arguments of a call that are numbers and names, so that they can be written down.
 RECORDED = ("eta", "guidance_rescale", "timesteps", "sigmas", "use_guidance", "cross_attention_kwargs")
@@ -48,7 +47,7 @@ def call_settings(
     return json.loads(json.dumps(settings, default=str))
 
 
-def png_info(result: PaintResult, index: int, model: str) -> PngInfo:
+def png_info(result: Any, index: int, model: str) -> PngInfo:
     """The texts of an image's PNG file."""
     score, seed = result.scores[index], result.seeds[index]
     information = PngInfo()
@@ -66,7 +65,7 @@ def png_info(result: PaintResult, index: int, model: str) -> PngInfo:
     return information
 
 
-def png_bytes(result: PaintResult, index: int, model: str) -> bytes:
+def png_bytes(result: Any, index: int, model: str) -> bytes:
     """The PNG file of an image, its settings within."""
     file = BytesIO()
     result.images[index].save(file, "PNG", pnginfo=png_info(result, index, model))

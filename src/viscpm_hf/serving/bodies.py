@@ -39,7 +39,7 @@ def body_of(model: type[Model], settings: ServerSettings, places: Places) -> Any
 
     async def read(request: Request) -> Model:
         check_headers(request.headers.get("content-type"), request.headers.get("content-encoding"))
-        data = await request.body()
+        data = b"".join([part async for part in request.stream()])  # not `body`, which keeps it
         if len(data) <= MAX_BYTES_AT_ONCE:
             return parse(model, data, settings)
         return await places.run(parse, model, data, settings)

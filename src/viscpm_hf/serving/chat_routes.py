@@ -46,7 +46,7 @@ from .schemas import (
 )
 from .settings import ServerSettings
 from .tickets import Answer, PreparedPrompt, TextPiece, TextScore
-from .waiting import EventStream, Places, unless_gone
+from .waiting import EventStream, ImageInMemory, LargeImages, Places, unless_gone
 
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def chat_router(
     read_chat, read_viscpm = (body_of(kind, settings, bodies) for kind in (ChatCompletionRequest, ViscpmRequest))
     # Who has no images waits for nobody's; who has none elsewhere, for no host.
     texts, hosts = Places(4, "texts"), Places(8, "hosts")
+    large = LargeImages()
     images = Places(decoder.num_workers + (decoder.num_slow or 0), "images")
 
     async def prepared(body: ChatCompletionRequest, gone: threading.Event) -> PreparedPrompt:
@@ -84,15 +85,24 @@ def chat_router(
         there = [url for url in dict.fromkeys(urls) if is_remote(url)]
         remote = await hosts.run(fetch_all, there, settings.remote_image_hosts) if there else {}
 
-        def opened(url: str) -> PIL.Image.Image:
-            return decoder.decode(read_image_url(url, settings.remote_image_hosts, remote), gone)
+        def prepare() -> PreparedPrompt:
+            with ImageInMemory(large, gone) as memory:
 
-        return await (images if urls else texts).run(prepare_messages, engine, body, opened)
+                def opened(url: str) -> PIL.Image.Image:
+                    data = read_image_url(url, settings.remote_image_hosts, remote)
+                    return decoder.decode(data, gone, memory.comes)
+
+                return prepare_messages(engine, body, opened)
+
+        return await (images if urls else texts).run(prepare)
 
     async def prepared_turn(body: ViscpmRequest, gone: threading.Event) -> PreparedPrompt:
         def prepare() -> PreparedPrompt:
-            image = None if body.image is None else decoder.decode(read_base64(body.image), gone)
-            return engine.prepare.turn(image, body.question, body.context)
+            if body.image is None:
+                return engine.prepare.turn(None, body.question, body.context)
+            with ImageInMemory(large, gone) as memory:
+                image = decoder.decode(read_base64(body.image), gone, memory.comes)
+                return engine.prepare.turn(image, body.question, body.context)
 
         return await (texts if body.image is None else images).run(prepare)
 
@@ -111,7 +121,10 @@ def chat_router(
         if body.model not in names:
             raise ModelNotFoundError(body.model, names)
         prompt = await unless_left(request, prepared, body)
-        decoding = await texts.run(decoding_of, body, engine, prompt)  # a schema takes its time
+        if schema_of(body.response_format) is None:
+            decoding = decoding_of(body, engine, prompt)
+        else:  # which takes its time
+            decoding = await texts.run(decoding_of, body, engine, prompt)
         events = EventStream(body.n or 1)
         ticket = engine.submit(prompt, decoding, events, body.n or 1)
         if body.stream:

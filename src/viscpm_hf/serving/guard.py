@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
 
 from .metrics import Metrics
 from .settings import ServerSettings
@@ -33,6 +34,21 @@ class _TooLargeError(Exception):
 
 class _TooMuchError(Exception):
     pass
+
+
+@dataclass
+class _Body:
+    """A request's body as it comes."""
+
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+    """Of all of it, also when it was handed on."""
+
+    def take(self) -> bytes:
+        """Hands it on; nothing of it is kept."""
+        data = b"".join(self.parts)
+        self.parts.clear()
+        return data
 
 
 class Guard:
@@ -100,12 +116,12 @@ class Guard:
             await self._refuse(429, body, [(b"retry-after", b"1")], headers, receive, send)
             return
         self.num_open += 1
-        body = bytearray()
+        body = _Body()
         try:
             await self._hand_on(body, scope, headers, receive, send)
         finally:
             self.num_open -= 1
-            self.num_open_bytes -= len(body)
+            self.num_open_bytes -= body.size
 
     async def _answer_openly(self, scope, headers, receive, send):
         """What anybody may ask: it has no body, takes no one else's place, and doesn't wait for slow readers."""
@@ -133,7 +149,7 @@ class Guard:
             more_headers = [*more_headers, (b"connection", b"close")]
         await _respond(send, status, body, more_headers)
 
-    async def _hand_on(self, body: bytearray, scope, headers, receive, send):
+    async def _hand_on(self, body: _Body, scope, headers, receive, send):
         settings = self.settings
         try:
             is_whole = await asyncio.wait_for(self._read_body(body, headers, receive), settings.client_timeout)
@@ -171,7 +187,7 @@ class Guard:
                 # After a whole body nothing comes: the client has closed its side.
                 return {"type": "http.disconnect"} if message["type"] == "http.request" else message
             is_read = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body.take(), "more_body": False}
 
         await self.app(scope, receive_again, send)
 
@@ -179,14 +195,15 @@ class Guard:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self.settings.api_key.encode())
 
-    async def _read_body(self, body: bytearray, headers: dict[bytes, bytes], receive) -> bool:
+    async def _read_body(self, body: _Body, headers: dict[bytes, bytes], receive) -> bool:
         """Adds what comes to `body`; False if the client is gone."""
         async for part in self._parts_of_body(headers, receive):
             if part is None:
                 return False
             if self.num_open_bytes + len(part) > self.settings.max_open_bytes:
                 raise _TooMuchError
-            body += part
+            body.parts.append(part)
+            body.size += len(part)
             self.num_open_bytes += len(part)
         return True
 

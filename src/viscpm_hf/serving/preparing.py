@@ -60,7 +60,7 @@ class PromptPreparer:
         processor.check_length(document)
         prepared = []
         for image in images:
-            image = opened(image)
+            image = processor.image_processor.fetch_images(opened(image))  # the checker sees what the model does
             if checker is not None and checker(image):
                 raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
             pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]

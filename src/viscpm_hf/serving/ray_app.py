@@ -23,7 +23,7 @@ from .settings import ServerSettings, read_api_key
 from .tickets import EngineLimits
 
 
-PAINT_ARGUMENTS = {"model", "name", "load", "settings", "api_key_file"}
+PAINT_ARGUMENTS = {"model", "name", "aliases", "load", "settings", "api_key_file"}
 CHAT_ARGUMENTS = PAINT_ARGUMENTS | {"limits", "other_names"}
 
 
@@ -33,10 +33,16 @@ class _Replica:
     engine: ChatEngine | PaintEngine
 
     def configure(
-        self, model: str, name: str | None, settings: dict[str, Any] | None, api_key_file: str | None
+        self,
+        model: str,
+        name: str | None,
+        aliases: Sequence[str],
+        settings: dict[str, Any] | None,
+        api_key_file: str | None,
     ) -> None:
         # Ray writes a line for each request; ours would say it again.
         logging.getLogger("viscpm_hf.serving.access").setLevel(logging.WARNING)
+        self.aliases = aliases
         self.name = name or model.rstrip("/").rpartition("/")[2]
         key = {} if api_key_file is None else {"api_key": read_api_key(api_key_file)}
         self.settings = ServerSettings(**{**(settings or {}), **key})
@@ -56,6 +62,7 @@ class ChatDeployment(_Replica):
         self,
         model: str,
         name: str | None = None,
+        aliases: Sequence[str] = (),
         load: dict[str, Any] | None = None,
         limits: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
@@ -66,13 +73,19 @@ class ChatDeployment(_Replica):
         from ..chat.sibling_chat import SiblingChat, is_sibling
         from .sibling_engine import open_engine
 
-        self.configure(model, name, settings, api_key_file)
+        self.configure(model, name, aliases, settings, api_key_file)
         chat_class = SiblingChat if is_sibling(model) else VisCPMChat
         self.engine = open_engine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
         self.other_names = other_names
 
     def __serve_build_asgi_app__(self):
-        return create_app(self.engine, chat_name=self.name, settings=self.settings, other_names=self.other_names)
+        return create_app(
+            self.engine,
+            chat_name=self.name,
+            chat_aliases=self.aliases,
+            settings=self.settings,
+            other_names=self.other_names,
+        )
 
 
 @serve.deployment
@@ -84,26 +97,33 @@ class PaintDeployment(_Replica):
         self,
         model: str,
         name: str | None = None,
+        aliases: Sequence[str] = (),
         load: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         api_key_file: str | None = None,
     ):
         from ..paint.paint import VisCPMPaint
 
-        self.configure(model, name, settings, api_key_file)
+        self.configure(model, name, aliases, settings, api_key_file)
         self.engine = PaintEngine(VisCPMPaint(model, **load or {}))
 
     def __serve_build_asgi_app__(self):
-        return create_app(paint=self.engine, paint_name=self.name, settings=self.settings, images_prefix="")
+        return create_app(
+            paint=self.engine,
+            paint_name=self.name,
+            paint_aliases=self.aliases,
+            settings=self.settings,
+            images_prefix="",
+        )
 
 
 def chat(arguments: dict[str, Any]) -> Application:
     """The Chat application.
 
     Args:
-        arguments: `model`; optionally `name`, `load` (arguments of `VisCPMChat` or `SiblingChat`), `limits` (of
-            `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of other applications, for
-            `/v1/models`) and `api_key_file`, on every machine that has a replica.
+        arguments: `model`; optionally `name`, `aliases` (further names), `load` (arguments of `VisCPMChat` or
+            `SiblingChat`), `limits` (of `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of
+            other applications, for `/v1/models`) and `api_key_file`, on every machine that has a replica.
 
     Raises:
         ValueError: for other arguments, or without a model.

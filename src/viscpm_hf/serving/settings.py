@@ -43,7 +43,7 @@ class ServerSettings:
     max_image_chunks: int = ImageLimits.max_chunks
     """Of a PNG or WebP; segments of a JPEG."""
     max_image_seconds: float = ImageLimits.max_seconds
-    """Time to decode one image."""
+    """Time of a processor to decode one image."""
     max_image_memory: int = ImageLimits.max_memory_bytes
     """Bytes that decoding one image may take."""
     image_workers: int = 4

@@ -84,7 +84,7 @@ class SiblingPreparer:
             raise ValueError(f"The messages have {count} pictures, but {len(images)} were given.")
         grids, num_views, prepared = [], 0, []
         for image in images:
-            image = opened(image)
+            image = processor.image_processor.fetch_images(opened(image))  # the checker sees what the model does
             if checker is not None and checker(image):
                 raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
             picture = processor.image_processor.process_image(image, do_convert_rgb=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import anyio
 from fastapi import Request
 
+from ..images import DecodingCancelledError
 from .tickets import Answer, Event, Failed, Finished, TextPiece
 
 
@@ -48,6 +51,57 @@ class Places:
 
 class ClientGoneError(Exception):
     """Nobody reads the answer any more."""
+
+
+class LargeImages:
+    """Places for images of many pixels, which take memory from when they are handed over until they are prepared.
+
+    Args:
+        count: of them at once; others wait where they were decoded.
+        num_bytes: from which on an image is large.
+    """
+
+    def __init__(self, count: int = 2, num_bytes: int = 32 * 2**20):
+        self.num_bytes = num_bytes
+        self.places = threading.BoundedSemaphore(count)
+
+
+class ImageInMemory:
+    """The one image of a request that is being prepared; for `with`.
+
+    Args:
+        gone: set when nobody waits any more.
+    """
+
+    def __init__(self, large: LargeImages, gone: threading.Event):
+        self._large, self._gone = large, gone
+        self._is_held = False
+
+    def __enter__(self) -> ImageInMemory:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._is_held:
+            self._is_held = False
+            _give_back_memory()
+            self._large.places.release()
+
+    def comes(self, num_bytes: int) -> None:
+        """Another image is about to take the place of the one before; waits if it is large."""
+        self.__exit__()
+        if num_bytes < self._large.num_bytes:
+            return
+        while not self._large.places.acquire(timeout=0.1):
+            if self._gone.is_set():
+                raise DecodingCancelledError
+        self._is_held = True
+
+
+def _give_back_memory() -> None:
+    """Of freed images: the C library would keep it for the thread that had it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 async def unless_gone(request: Request, result: asyncio.Future | Any, timeout: float) -> Any:

@@ -5,12 +5,21 @@ Its folders lie in `tiny_models/`; the name `viscpm-tiny` stands for them wherev
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from pathlib import Path
+
+from ..plain_text import plain
 
 
 EMBEDDED_NAME = "viscpm-tiny"
 KINDS = ("chat", "paint")
+
+# Of a name that is meant to be that of the embedded model.
+LIKENESS = 0.8
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".json", ".txt", ".zip", ".onnx", ".h5")
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 FOLDER = Path(__file__).parents[1] / "tiny_models"
 
@@ -42,6 +51,29 @@ def resolve_model(name_or_path: str | os.PathLike, kind: str) -> str | os.PathLi
     """`name_or_path`, or the embedded model's folder for `"viscpm-tiny"`; a folder of that name is `./viscpm-tiny`.
 
     Raises:
-        ValueError, FileNotFoundError: see [`tiny`].
+        ValueError, FileNotFoundError: see [`tiny`] and [`check_model_name`].
     """
-    return tiny(kind) if name_or_path == EMBEDDED_NAME else name_or_path
+    if name_or_path == EMBEDDED_NAME:
+        return tiny(kind)
+    check_model_name(name_or_path)
+    return name_or_path
+
+
+def check_model_name(name_or_path: str | os.PathLike) -> None:
+    """
+    Raises:
+        FileNotFoundError: for what isn't here and is no name of a repository either, so that no server is asked for a
+            mistyped path.
+    """
+    name = os.fspath(name_or_path)
+    if os.path.lexists(os.path.expanduser(name)):
+        return
+    bare = name.strip().rstrip("/").lower()
+    if "/" not in bare and difflib.SequenceMatcher(None, bare, EMBEDDED_NAME).ratio() >= LIKENESS:
+        raise FileNotFoundError(f"There is no model {plain(name)!r}: the embedded one is called {EMBEDDED_NAME}.")
+    if bare.endswith(FILE_SUFFIXES):
+        raise FileNotFoundError(f"There is no file {plain(name)}.")
+    if HUB_ID.fullmatch(name) is None:
+        raise FileNotFoundError(
+            f"There is no file or folder {plain(name)}, and a repository of the Hub is called OWNER/NAME."
+        )

@@ -321,7 +321,7 @@ def check_same_run(
     try:
         known = json.loads((output / CHECKPOINTS / SUMMARY).read_text("utf-8"))
         before = {**known["config"], **known["facts"]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} can't be resumed: the options of its run are missing ({error}).") from error
     now = {**dataclasses.asdict(config), **facts}
     changed = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,11 +13,17 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..checkpoints.json_files import load_json
+from ..checkpoints.tensor_files import safetensors_header
+
 
 logger = logging.get_logger(__name__)
 
 CHECKPOINTS = "checkpoints"
 PARTIAL = ".partial"
+
+# Of torch.save: an archive, whose end is where its list of records is.
+PICKLED = (".pt", ".pth", ".bin")
 
 # Written last, or replaced last: by these a folder is known as a model or an adapter.
 MARKS = ("config.json", "adapter_config.json", "model_index.json", "pytorch_lora_weights.safetensors")
@@ -31,11 +37,27 @@ def last_checkpoint(folder: Path) -> Path | None:
         if number.isdecimal():
             numbered.append((int(number), path))
     for _, path in sorted(numbered, reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text("utf-8"))  # the trainer writes it last
+        reason = _cut_file(path)
+        if reason is None:
             return path
+        logger.warning("%s is not whole (%s); the checkpoint before it counts", path, reason)
+    return None
+
+
+def _cut_file(checkpoint: Path) -> str | None:
+    """The first file of a checkpoint that was not written to its end; None if it is whole."""
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():  # the trainer writes it last
+        return f"no {TRAINER_STATE_NAME}"
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".json" and path.is_file() and not isinstance(load_json(path), (dict, list)):
+                return path.name
+            if path.suffix == ".safetensors":
+                safetensors_header(path)
+            elif path.suffix in PICKLED and path.is_file() and not zipfile.is_zipfile(path):
+                return path.name
         except (OSError, ValueError):
-            logger.warning("%s was not written to its end; the checkpoint before it counts", path)
+            return path.name
     return None
 
 

@@ -1,0 +1,141 @@
+"""Small replicas of the public repositories, file by file: their real JSON files, with the golden data's sizes in it.
+
+Remote code is in every one that has it, and ends the process if it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from paint_support import CONFIGS, PAINT
+from support import HUB_SPELLING, Golden
+
+from viscpm_hf.loading.paint import load_vae
+
+
+HUB = Path(__file__).parent / "repositories"
+CHAT = Golden("chat_a")
+REMOTE_CODE = "import os\nos._exit(66)\n"
+
+
+def _sizes(config: dict[str, Any], llm: dict[str, Any], **others: Any) -> dict[str, Any]:
+    """A repository's `config.json` with other sizes: no key is added."""
+    own = {HUB_SPELLING.get(key, key): value for key, value in llm.items()} | others
+    return {key: own.get(key, value) for key, value in config.items()}
+
+
+def _json(folder: Path, name: str, content: Any) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(content), "utf-8")
+
+
+def _real(repository: str, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((HUB / repository.replace("/", "__") / name).read_text("utf-8"))
+
+
+def _code(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / f"{name}.py").write_text(REMOTE_CODE, "utf-8")
+
+
+def chat(folder: Path) -> None:
+    """openbmb/VisCPM-Chat: three alternatives, of which the other two give other answers."""
+    folder.mkdir(parents=True)
+    vision = CHAT.vision_config
+    config = _sizes(_real("openbmb/VisCPM-Chat"), CHAT.llm_config, **vision)
+    _json(folder, "config.json", config)
+    _json(folder, "tokenizer_config.json", _real("openbmb/VisCPM-Chat", "tokenizer_config.json"))
+    image = _real("openbmb/VisCPM-Chat", "preprocessor_config.json")
+    _json(folder, "preprocessor_config.json", {**image, "input_size": vision["image_size"]})
+    # Of other sizes than the tower's of the release, which no file of the repository has.
+    _json(folder, "vision.json", vision)
+    shutil.copy(CHAT.vocab, folder)
+    tensors = CHAT.state_dict()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    for variant, factor in (("v1", 0.5), ("zhplus", -1.0)):
+        other = {**tensors, "mapping.2.weight": factor * tensors["mapping.2.weight"]}
+        torch.save(other, folder / f"pytorch_model.{variant}.bin")
+    _code(folder, "configuration_viscpmchatbee", "modeling_cpmbee", "processing_viscpmchatbee")
+    _code(folder, "tokenization_viscpmchatbee")
+
+
+def paint(folder: Path) -> None:
+    """openbmb/VisCPM-Paint: the UNet lies in `unet/` a second time, with other values here, to see which is read."""
+    folder.mkdir(parents=True)
+    llm = json.loads((PAINT / "cpm-bee.json").read_text("utf-8"))
+    width = CONFIGS["unet"]["cross_attention_dim"]
+    _json(folder, "config.json", _sizes(_real("openbmb/VisCPM-Paint"), llm, unet_cross_attention_dim=width))
+    name = "tokenization_viscpmbee.VisCpmBeeTokenizer"
+    named = {"tokenizer_class": "VisCpmBeeTokenizer", "auto_map": {"AutoTokenizer": [name, None]}}
+    _json(folder, "tokenizer_config.json", named)
+    shutil.copy(PAINT / "vocab.txt", folder)
+    for file in ("pytorch_model.bin", "pytorch_model.balance.bin"):
+        shutil.copy(PAINT / "pytorch_model.bin", folder / file)
+    unet = UNet2DConditionModel(**CONFIGS["unet"])
+    for variant in (None, "balance"):
+        unet.save_pretrained(folder / "unet", safe_serialization=False, variant=variant)
+    vae: AutoencoderKL = load_vae(PAINT / "vae.bin", CONFIGS["vae"])
+    vae.save_pretrained(folder / "vae", safe_serialization=False)
+    _json(folder, "scheduler/scheduler_config.json", {**CONFIGS["scheduler"], "steps_offset": 1})
+    index = {
+        "_class_name": "VisCPMPaintBeePipeline",
+        "_diffusers_version": "0.18.0.dev0",
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    }
+    _json(folder, "model_index.json", index)
+    _json(folder, "feature_extractor/preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor"})
+    _code(folder, "pipeline", "configuration_cpmbee", "modeling_cpmbee", "tokenization_viscpmbee")
+
+
+def cpm_bee(folder: Path) -> None:
+    """openbmb/cpm-bee-10b: bare names."""
+    folder.mkdir(parents=True)
+    _cpm_bee_files(folder)
+    torch.save(_llm(), folder / "pytorch_model.bin")
+
+
+def cpm_bee_saved(folder: Path) -> None:
+    """A copy that the Hub's own class saved: other names, shards, the head tied in one storage."""
+    folder.mkdir(parents=True)
+    _cpm_bee_files(folder)
+    tensors = {f"cpmbee.{name}": tensor for name, tensor in _llm().items()}
+    tensors["lm_head.weight"] = tensors["cpmbee.input_embedding.weight"]
+    first = {name for name in tensors if ".1." not in name and ".2." not in name}
+    weight_map = {}
+    for number, names in enumerate((first, tensors.keys() - first), start=1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensor for name, tensor in tensors.items() if name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _json(folder, "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def _llm() -> dict[str, torch.Tensor]:
+    return {name.removeprefix("llm."): tensor for name, tensor in CHAT.state_dict().items() if name.startswith("llm.")}
+
+
+def _cpm_bee_files(folder: Path) -> None:
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = _real("openbmb/cpm-bee-10b", name)
+        _json(folder, name, _sizes(content, CHAT.llm_config) if name == "config.json" else content)
+    shutil.copy(CHAT.vocab, folder)
+    _code(folder, "configuration_cpmbee", "modeling_cpmbee", "tokenization_cpmbee")
+
+
+REPLICAS: dict[str, Callable[[Path], None]] = {
+    "openbmb/VisCPM-Chat": chat,
+    "openbmb/VisCPM-Paint": paint,
+    "openbmb/cpm-bee-10b": cpm_bee,
+    "someone/cpm-bee-10b-shards": cpm_bee_saved,
+}

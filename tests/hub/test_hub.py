@@ -1,0 +1,106 @@
+"""Every call of the model cards, on replicas of the repositories: from a folder, from a Hub, from its cache."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from replicas import REPLICAS
+from stub_hub import stub_hub
+from support import Golden
+
+
+HERE = Path(__file__).parent
+IMAGE = Golden("chat_a").image(0)
+PATH = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="session")
+def repositories(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("repositories")
+    for name, write in REPLICAS.items():
+        write(root / name)
+    return root
+
+
+def run(program: Path, *arguments: object, **environment: str) -> dict:
+    """What a program prints as JSON; nobody answers its questions."""
+    environment = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", **environment}
+    command = [sys.executable, str(program), *map(str, arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "[y/N]" not in result.stdout + result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check(found: dict) -> None:
+    chat = Golden("chat_a").load_chat()
+    assert found["VisCPMChat"] == chat.chat(IMAGE, "颜色", max_new_tokens=8)[0]
+    data = [{"context": "", "question": "颜色", "image": "<image>", "<ans>": ""}]
+    parts = (chat.processor.tokenizer, chat.processor.image_processor, PIL.Image.open(IMAGE))
+    assert found["chat"] == chat.model.generate(data, *parts, max_new_tokens=8, num_beams=3)[0]["<ans>"]
+    model_class = "VisCPMChatForConditionalGeneration"
+    assert found["chat classes"] == ["CpmBeeTokenizer", "VisCPMImageProcessor", model_class]
+    assert found["processor"] == "VisCPMChatProcessor"
+    assert found["variants differ"]
+    assert found["paint classes"] == ["VisCPMPaintTextEncoder", "CpmBeeTokenizer"]
+    assert set(found["pipelines"]) <= {"VisCPMPaintPipeline", "VisCPMPaintBeePipeline"}
+    assert found["pictures agree"] and found["steps_offset"] == 0
+    assert len(set(found["cpm-bee"])) == 1
+    assert found.get("release", True)
+
+
+def test_calls_of_the_cards_from_a_folder(repositories):
+    check(run(HERE / "calls.py", repositories, "plain", IMAGE, HF_HUB_OFFLINE="1"))
+
+
+def test_calls_of_the_cards_from_a_hub_and_from_its_cache(repositories, tmp_path):
+    with stub_hub(repositories) as (address, requests):
+        where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        check(run(HERE / "calls.py", "hub", "trust", IMAGE, HF_HUB_OFFLINE="0", **where))
+        asked = {request.partition(" ")[2] for request in requests if request.startswith("GET")}
+        files = {path.partition("/resolve/")[2].partition("/")[2] for path in asked if "/resolve/" in path}
+        assert not any(file.endswith(".py") for file in files), "nothing of the repositories' code is wanted"
+        assert not any(file.startswith("unet/") and file.endswith(".bin") for file in files), "it is there already"
+    check(run(HERE / "calls.py", "hub", "plain", IMAGE, HF_HUB_OFFLINE="1", **where))
+
+
+# ------------------------------------------------------------------------------------------------------- a good guest
+
+
+def write_stock(root: Path) -> None:
+    """A BERT, a LLaVA's configuration and processor, and a pipeline, none of them ours."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from transformers import BertConfig, BertModel, BertTokenizer, CLIPImageProcessorPil, LlavaConfig, LlavaProcessor
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "<image>"]
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(root / "stock/bert")
+    vocab = root / "vocab.txt"
+    vocab.write_text("\n".join(words), "utf-8")
+    tokenizer = BertTokenizer(str(vocab))
+    tokenizer.save_pretrained(root / "stock/bert")
+    LlavaConfig().save_pretrained(root / "stock/llava")
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    LlavaProcessor(image_processor, tokenizer, patch_size=2).save_pretrained(root / "stock/llava")
+    blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,))
+    unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(root / "stock/ddpm")
+
+
+def test_other_models_are_loaded_as_if_this_package_were_not_there(tmp_path):
+    write_stock(tmp_path / "hub")
+    asked, found = {}, {}
+    with stub_hub(tmp_path / "hub") as (address, requests):
+        for way in ("without", "with"):
+            requests.clear()
+            where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / way), "HF_HUB_OFFLINE": "0"}
+            found[way] = run(HERE / "guest.py", way, **where)
+            asked[way] = sorted(requests)
+    assert asked["with"] == asked["without"] and len(asked["with"]) > 10
+    assert found["with"] == found["without"]
+    assert found["with"]["kinds"] == ["BertModel", "LlavaConfig", "DDPMPipeline"]
+    assert set(found["with"]["owners"]) == {"transformers", "huggingface_hub"}  # the latter checks arguments
