@@ -176,6 +176,14 @@ def test_what_does_not_fit_leaves_nothing_behind(pipe, kind, tmp_path):
     assert torch.equal(pipe(**embeds, generator=generator, **QUICK).images, before)
 
 
+def test_a_file_without_layers_changes_nothing(pipe, caplog):
+    """As in diffusers, whose own suite wants it: a warning."""
+    before = draw(pipe)
+    pipe.load_lora_weights({"lora_foo": torch.tensor(2.0), "lora_bar": torch.tensor(3.0)})
+    assert "2 tensors are of no layer" in caplog.text
+    assert torch.equal(draw(pipe), before)
+
+
 def test_an_error_in_the_second_half_takes_back_the_first(pipe, monkeypatch):
     before, lora = draw(pipe), {**kohya(factors(pipe.unet)), **clip()}
     pipe.load_lora_weights(lora, adapter_name="first")

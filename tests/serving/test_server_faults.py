@@ -307,7 +307,8 @@ def test_slow_images_cost_their_own_requests_alone(server):
     for future in slow:
         response = future.result()
         assert response.status_code in (400, 429)
-        assert "more than the 2 s" in response.text or "take more than 1 s" in response.text
+        reasons = ("more than the 2 s", "take more than 1 s", "bytes of memory")  # Pillow 13 keeps the comments
+        assert any(reason in response.text for reason in reasons)
 
 
 def test_large_images_wait_for_each_other():

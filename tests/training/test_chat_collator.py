@@ -1,5 +1,6 @@
 """Samples to batches: what the reference trained on, and what costs nothing to leave out."""
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import ImageChops
 from viscpm_hf.training.augmentation import augment
 from viscpm_hf.training.chat_dataset import Draws, SampleLimits
 from viscpm_hf.training.collator import ChatCollator
+from viscpm_hf.training.paint_data import load_square
 from viscpm_hf.training.records import BadRowError, ChatRecord
 
 
@@ -135,3 +137,21 @@ def test_augmentation_follows_the_draw(golden, processor):
     assert not torch.equal(first["pixel_values"], later["pixel_values"])
     alone = ChatCollator(processor, LIMITS)([draws[1]])  # whatever stands beside it
     assert torch.equal(alone["pixel_values"][0], first["pixel_values"][1])
+
+
+def test_photographs_are_learned_upright_and_at_their_contrast(processor, tmp_path):
+    """As they are asked about, by path, bytes and in memory; also by Paint, which takes squares of them."""
+    grey = np.random.default_rng(0).integers(0, 256, (20, 30), dtype=np.uint8)
+    shown = PIL.Image.fromarray(grey).transpose(PIL.Image.Transpose.ROTATE_270)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "lying.png"
+    PIL.Image.fromarray(grey.astype(np.uint16) * 257).save(path, exif=exif)
+    expected = collate(processor, [ChatRecord([("q", "a")], [shown])])
+    for image in (path, path.read_bytes(), PIL.Image.open(path)):
+        for augmented in (False, True):
+            found = collate(processor, [ChatRecord([("q", "a")], [image])], do_augment=augmented)
+            wanted = collate(processor, [ChatRecord([("q", "a")], [shown])], do_augment=augmented)
+            assert torch.equal(found["pixel_values"], wanted["pixel_values"])
+        assert load_square(image, 16).tobytes() == load_square(shown, 16).tobytes()
+    assert not torch.equal(wanted["pixel_values"], expected["pixel_values"])

@@ -77,8 +77,8 @@ def get_model_and_tokenizer_and_processor(
     if path is None:
         path = lora_model
         options |= {"text_model": text_model, "vision_model": vision_model}
-    processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, **options)
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=False, **options)
     if not isinstance(model.config, VisualCLAConfig):
         raise ValueError(f"{path} holds a {type(model.config).__name__}, not VisualCLA.")
     if "device_map" not in options:

@@ -27,7 +27,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..conversion.inspect import as_dict, inspect
+    from ..conversion.inspect import inspect
+    from ..conversion.inspection import as_dict
 
     inspection = inspect(
         arguments.path,

@@ -74,7 +74,7 @@ def auto_map(config: Any, auto_classes: tuple[type, ...]) -> dict[str, str]:
 
 def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.location.is_sibling:
-        AutoProcessor.from_pretrained(checkpoint.location.path).save_pretrained(folder)
+        AutoProcessor.from_pretrained(checkpoint.location.path, trust_remote_code=False).save_pretrained(folder)
         return
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
     from ..modeling.processing_viscpm_chat import VisCPMChatProcessor

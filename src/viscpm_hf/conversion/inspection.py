@@ -129,7 +129,7 @@ def sizes_of(config: Any) -> dict[str, Any]:
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,
         "attention_heads": text.num_attention_heads,
-        "vocabulary": text.num_words,
+        "vocabulary": getattr(text, "num_words", text.vocab_size),
     }
     vision = getattr(config, "vision_config", None)
     if vision is not None:

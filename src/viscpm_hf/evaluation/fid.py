@@ -77,8 +77,8 @@ def vision_features(folder: str | os.PathLike, device: torch.device) -> Features
     from transformers import AutoImageProcessor, AutoModel
 
     check_folder(folder)
-    model = AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to(device).eval()
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
     @torch.no_grad()
     def features(images: Sequence[PIL.Image.Image]) -> torch.Tensor:
@@ -255,12 +255,12 @@ class ClipScorer:
         from transformers import AutoModel, AutoProcessor
 
         check_folder(folder)
-        model = AutoModel.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not hasattr(model, "get_text_features"):
             raise ValueError(f"{folder} holds a {type(model).__name__}; CLIP scores need a CLIP or Chinese-CLIP.")
         self._parts = (
             _ClipModel(model.to(device).eval()),
-            AutoProcessor.from_pretrained(folder, local_files_only=True),
+            AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         )
 
     @torch.no_grad()

@@ -68,6 +68,7 @@ from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_k
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.modeling_cpm_bee import CpmBeeModel
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
@@ -345,6 +346,8 @@ def _processor_from_pretrained(
 ) -> Any:
     original = find_original(pretrained_model_name_or_path, **kwargs)
     if original is None:
+        # Its parts are found by Auto classes, which would ask whether to run the folder's code.
+        kwargs.setdefault("trust_remote_code", False)
         return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
     return load_processor(original, original_config(original, shapes=shapes_of(original)), **kwargs)
 
@@ -409,6 +412,8 @@ def _model_from_pretrained(
         generation = None if original.weights is not None else original.file("generation_config.json")
         if generation is not None and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+            if isinstance(model, CpmBeeGenerationMixin):
+                model.set_default_generation()
     return loaded
 
 
