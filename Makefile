@@ -18,7 +18,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench browser clean
-.PHONY: conformance conformance-newest conformance-main compat compat-oldest compat-newest compat-main
+.PHONY: conformance conformance-newest conformance-main tools compat compat-oldest compat-newest compat-main
 .PHONY: environment-oldest environment-newest environment-main
 
 help: ## List the targets
@@ -114,6 +114,17 @@ environment-oldest environment-newest environment-main: environment-%:
 	@# After our package, not beside it: main is worth a try even when its version has left our range.
 	@$(if $(filter main,$*),.venv-$*/bin/pip $(UPGRADE) $(MAIN))
 	@.venv-$*/bin/pip list 2>/dev/null | grep -iE '^(torch|transformers|diffusers|tokenizers|huggingface.hub) '
+
+tools: ## Run other people's tools on us (TRL, lm-eval, lmms-eval, outlines, DeepSpeed, ONNX) in .venv-tools
+	@echo "Bringing .venv-tools up to date"
+	@$(call MAKE_VENV,.venv-tools)
+	@.venv-tools/bin/pip install -q -c constraints.txt torch
+	@.venv-tools/bin/pip install -q -c constraints.txt -e '.[test,tools]'
+	@# DeepSpeed compiles what is used, for the torch that is there.
+	@DS_BUILD_OPS=0 .venv-tools/bin/pip install -q -c constraints.txt --no-build-isolation deepspeed
+	@# Without all that it names for other models: torchvision and, with it, another torch.
+	@.venv-tools/bin/pip install -q -c constraints.txt --no-deps lmms-eval
+	$(call RUN_TESTS,.venv-tools) tests/tools
 
 clean: ## Remove caches and build products; the environments stay (rm -r .venv* removes them)
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .conformance-cache benchmarks/.scratch
