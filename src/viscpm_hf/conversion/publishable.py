@@ -66,7 +66,7 @@ def publishable_files(folder: Path, include: Iterable[str] = ()) -> dict[str, in
     files = {}
     for path in _walk(folder, {*parts, *PICTURE_FOLDERS, *(name.partition("/")[0] for name in extra)}):
         name = path.relative_to(folder).as_posix()
-        _refuse_if_never(path, name)
+        _refuse_if_never(path, name, name in allowed)
         if not (name in allowed or name in extra or _is_picture(name)):
             raise ConversionError(
                 f"{plain(path)} doesn't belong to a converted folder and isn't published: move it away, or add it by "
@@ -126,13 +126,13 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURES and (not parent or parent in PICTURE_FOLDERS)
 
 
-def _refuse_if_never(path: Path, name: str) -> None:
+def _refuse_if_never(path: Path, name: str, is_ours: bool) -> None:
     reason = None
     if any(part.startswith(".") for part in name.split("/")):
         reason = "is hidden"
     elif path.suffix.lower() in NEVER or path.suffix != ".safetensors" and is_pickle(path):
         reason = "is a pickle, or of another kind that may run code or hide something"
-    elif SECRET_NAME.match(path.name):
+    elif not is_ours and SECRET_NAME.match(path.name):
         reason = "may hold a secret, by its name"
     if reason is not None:
         raise ConversionError(f"{plain(path)} {reason}, which is never published: move it away.")
