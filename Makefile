@@ -17,7 +17,9 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style conformance compat compat-oldest compat-newest compat-main bench browser clean
+.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench browser clean
+.PHONY: conformance conformance-newest conformance-main compat compat-oldest compat-newest compat-main
+.PHONY: environment-oldest environment-newest environment-main
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -85,13 +87,25 @@ bench: $(READY) ## Measure speed: benchmarks/chat.py, or BENCH=name for another
 # The ends of the range that setup.cfg allows, each in an environment of its own. Only torch is pinned there;
 # the rest is what pip gives a new user today, so these are brought up to date on every run. Without gradio, which
 # would hold back pillow, and without Ray: their tests leave themselves out.
-compat: compat-oldest compat-newest ## Run the tests with the oldest and the newest transformers and diffusers allowed
+# One end after the other and both to the end: a failure at the first doesn't hide the second.
+compat: ## Run the tests with the oldest and the newest transformers and diffusers allowed (CORE=1: a core of them)
+	@failed=0; for end in oldest newest; do $(MAKE) --no-print-directory compat-$$end || failed=1; done; exit $$failed
+
+# What a release of transformers or diffusers can break, without what is tested with the tested set anyway.
+CORE_TESTS = tests/modeling tests/pipelines tests/siblings tests/conversion/test_export.py tests/test_auto.py \
+	tests/test_chat.py tests/test_parity.py tests/test_version.py tests/test_ways_of_generating.py
 
 UPGRADE = install -q --upgrade --upgrade-strategy eager -c .venv-$*/torch.txt
 OLDEST := $(shell sed -nE 's/^ *(transformers|diffusers)>=([0-9.]+),.*/\1==\2/p' setup.cfg)
 MAIN := git+https://github.com/huggingface/transformers git+https://github.com/huggingface/diffusers
 
-compat-oldest compat-newest compat-main: compat-%:
+compat-oldest compat-newest compat-main: compat-%: environment-%
+	$(call RUN_TESTS,.venv-$*) $(if $(CORE),$(CORE_TESTS))
+
+conformance-newest conformance-main: conformance-%: environment-%
+	.venv-$*/bin/python tests/conformance/run.py $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS)) $(ARGS)
+
+environment-oldest environment-newest environment-main: environment-%:
 	@echo "Bringing .venv-$* up to date"
 	@$(call MAKE_VENV,.venv-$*)
 	@grep '^torch==' constraints.txt >.venv-$*/torch.txt
@@ -100,7 +114,6 @@ compat-oldest compat-newest compat-main: compat-%:
 	@# After our package, not beside it: main is worth a try even when its version has left our range.
 	@$(if $(filter main,$*),.venv-$*/bin/pip $(UPGRADE) $(MAIN))
 	@.venv-$*/bin/pip list 2>/dev/null | grep -iE '^(torch|transformers|diffusers|tokenizers|huggingface.hub) '
-	$(call RUN_TESTS,.venv-$*)
 
 clean: ## Remove caches and build products; the environments stay (rm -r .venv* removes them)
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .conformance-cache benchmarks/.scratch

@@ -3,6 +3,11 @@
     python benchmarks/paint.py            # on a CPU a small model, on a GPU the released sizes in fp16
     python benchmarks/paint.py --quick    # does it run at all: seconds
     python benchmarks/paint.py --compile  # UNet compiled and channels-last too
+    python benchmarks/paint.py --original FILE  # ratios to figures of the original, measured on this machine
+
+Beside our pipeline stands the original's way of going about it, on the same weights: a pass of the text encoder for
+each of prompt and negative prompt, the plain loop, all images decoded at once. FILE is JSON with seconds of the
+original itself (`prompt_encoding_seconds`, `ten_steps_seconds`, `four_images_seconds`), whose code isn't here.
 
 Weights are random and seeded, nothing is downloaded. The last line printed is one JSON object with all figures;
 progress goes to stderr.
@@ -50,6 +55,7 @@ TARGETS = (
     ("loop_overhead_percent", 2.0, True),
     ("passes_per_prompt_pair", 1.0, True),
     ("held_after_free_over_models_percent", 1.0, True),
+    ("four_images_ratio", 1.0, False),
 )
 GPU_TARGETS = (
     ("iterations_per_second_1", 21.7, False),
@@ -156,6 +162,55 @@ class Bench:
             "passes_per_prompt_pair": len(passes),
             "peak_memory_encoding_mib": self.memory(both),
         }
+
+    def originals_way(self, count: int, steps: int) -> list[Any]:
+        """Images as the original goes about it, with this pipeline's models."""
+        pipe = self.pipe
+        with torch.no_grad():
+            embeds = []
+            for text in (PROMPT, ""):
+                _, inputs = pipe.tokenize_prompts([text])
+                embeds.append(pipe.text_encoder(**inputs.to(self.device)).prompt_embeds[0])
+            if not steps:
+                return embeds
+            prompt, negative = embeds[0][:-1], embeds[1]  # whose last row is that of padding
+            negative = torch.cat([negative, negative[-1:].expand(len(prompt) - len(negative), -1)])
+            hidden = torch.stack([negative, prompt]).repeat_interleave(count, dim=0)
+            size = pipe._latent_size(*pipe.default_size())
+            latents = torch.randn(count, *size, device=self.device, dtype=self.dtype)
+            pipe.scheduler.set_timesteps(steps)
+            for timestep in pipe.scheduler.timesteps:
+                noise = pipe.unet(torch.cat([latents] * 2), timestep, encoder_hidden_states=hidden).sample
+                negative, positive = noise.chunk(2)
+                noise = negative + 7.5 * (positive - negative)
+                latents = pipe.scheduler.step(noise, timestep, latents).prev_sample
+            image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+            return pipe.image_processor.postprocess(image, output_type="pil")
+
+    def against_the_original(self, reference: dict[str, float]) -> dict[str, Any]:
+        """Prompts, ten steps of one image and of four, PIL images included: ours and the original's way, in turn."""
+
+        def ours(count: int, steps: int) -> None:
+            generators = [torch.Generator().manual_seed(index) for index in range(count)]
+            self.pipe(PROMPT, num_images_per_prompt=count, num_inference_steps=steps, generator=generators)
+
+        steps = min(10, self.steps) if self.rounds == 1 else 10
+        pairs = {
+            "prompt_encoding": (lambda: self.originals_way(1, 0), lambda: self.pipe.encode_prompt(PROMPT)),
+            "ten_steps": (lambda: self.originals_way(1, steps), lambda: ours(1, steps)),
+            "four_images": (lambda: self.originals_way(4, steps), lambda: ours(4, steps)),
+        }
+        figures: dict[str, Any] = {}
+        for name, (theirs, own) in pairs.items():
+            theirs(), own()
+            theirs_seconds, own_seconds = self.best(theirs, own)
+            figures[f"{name}_seconds"] = round(own_seconds, 4)
+            figures[f"{name}_originals_way_seconds"] = round(theirs_seconds, 4)
+            figures[f"{name}_ratio"] = round(theirs_seconds / own_seconds, 3)
+            if f"{name}_seconds" in reference:
+                figures[f"{name}_ratio_to_the_original"] = round(reference[f"{name}_seconds"] / own_seconds, 3)
+            log(f"{name}: {own_seconds:.3f} s, the original's way {theirs_seconds:.3f} s")
+        return figures
 
     def free(self) -> dict[str, Any]:
         """Drops the text encoder; what is still held against the weights of UNet and VAE."""
@@ -289,6 +344,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps per measurement (CPU: 6, GPU: 50)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the best counts")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="images at once")
+    parser.add_argument("--original", type=Path, metavar="JSON", help="seconds of the original on this machine")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     options = parser.parse_args()
     if options.quick:
@@ -304,6 +360,7 @@ def main() -> None:
     log(f"{machine(bench.device)['device']}, {sizes}")
     figures = {**machine(bench.device), "dtype": str(bench.dtype), **sizes, "steps": options.steps, **bench.prompts()}
     log(f"both prompts {figures['encode_seconds']:.3f} s, one {figures['encode_prompt_alone_seconds']:.3f} s")
+    figures |= bench.against_the_original(json.loads(options.original.read_text("utf-8")) if options.original else {})
     figures |= bench.free()
     figures |= bench.denoising()
     figures |= bench.whole()

@@ -26,7 +26,8 @@ def greedy(model, inputs) -> list[int]:
     for _ in range(LENGTH):
         with torch.no_grad():
             answer.append(int(model(**inputs, use_cache=False).logits[0, -1].argmax()))
-        for name, following in (("input_ids", answer[-1]), ("attention_mask", 1), ("token_type_ids", 1)):
+        more = {"input_ids": answer[-1], "attention_mask": 1, "token_type_ids": 1, "segment_ids": 2}
+        for name, following in more.items():
             if name in inputs:
                 inputs[name] = torch.cat([inputs[name], torch.tensor([[following]])], dim=1)
     return answer
@@ -35,7 +36,7 @@ def greedy(model, inputs) -> list[int]:
 def test_every_way_is_greedy(named_model):
     _, model, inputs = named_model
     expected = greedy(model, inputs)
-    assert len(set(expected)) > 2  # an answer that could go wrong
+    assert len(set(expected)) > 4 and min(expected) > 9  # an answer that could go wrong
     assert answers(model, inputs) == dict.fromkeys(answers(model, inputs), expected)
 
 
@@ -82,7 +83,6 @@ def test_a_cache_goes_by_the_name_of_either_release(named_model, argument, kind)
         token, mask = first.logits[:, -1:].argmax(-1), torch.ones(1, inputs["input_ids"].shape[1] + 1).long()
         second = model(input_ids=token, attention_mask=mask, **following, **given, use_cache=True)
     assert [int(token), int(second.logits[0, -1].argmax())] == expected
-    assert getattr(second, argument, None) is not None or argument not in second
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,9 @@ def test_paint(tmp_path):
     assert found.is_complete and found.quantization == "4 bits (nf4, bitsandbytes)"
 
 
-def test_inspect_tells(folder, original):
-    found, before = inspect(folder), inspect(original)
+def test_inspect_tells(folder, original, tmp_path):
+    convert(original, tmp_path / "full")  # padded to the model's rows, as the quantised one is
+    found, before = inspect(folder), inspect(tmp_path / "full")
     assert found.is_complete and found.quantization == "4 bits (nf4, bitsandbytes)"
     before_parts = {part: count for part, count in before.parameters.items() if part != "other"}
     assert found.parameters["language model"] == before_parts["language model"]

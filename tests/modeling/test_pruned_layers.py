@@ -199,12 +199,12 @@ def test_saved_is_loaded(small_model, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_weights_train(small_model, inputs, checkpointing):
+def test_all_weights_train(small_model, tokenizer, checkpointing):
     model = copy.deepcopy(small_model).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    model(**inputs, labels=labels).loss.backward()
+    documents = [{"input": "红色的圆形 is", "<ans>": "蓝"}, {"input": "月", "<ans>": {"a": "cat", "b": "🙂 图片"}}]
+    model(**tokenizer.prepare_for_finetune(documents)).loss.backward()
     without = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not without
 

@@ -176,11 +176,19 @@ def test_what_does_not_fit_leaves_nothing_behind(pipe, kind, tmp_path):
     assert torch.equal(pipe(**embeds, generator=generator, **QUICK).images, before)
 
 
+def test_a_file_without_layers_changes_nothing(pipe, caplog):
+    """As in diffusers, whose own suite wants it: a warning."""
+    before = draw(pipe)
+    pipe.load_lora_weights({"lora_foo": torch.tensor(2.0), "lora_bar": torch.tensor(3.0)})
+    assert "2 tensors are of no layer" in caplog.text
+    assert torch.equal(draw(pipe), before)
+
+
 def test_an_error_in_the_second_half_takes_back_the_first(pipe, monkeypatch):
     before, lora = draw(pipe), {**kohya(factors(pipe.unet)), **clip()}
     pipe.load_lora_weights(lora, adapter_name="first")
     first = draw(pipe)
-    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "second")
+    paint_support.add_adapter(pipe.text_encoder, LoraConfig(r=2, target_modules=["q_proj"]), "second")
     half = {
         "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
         "unet.conv_in.lora_B.weight": torch.ones(32, 2, 1, 1),
@@ -209,7 +217,7 @@ def test_a_lora_in_a_saved_model(pipe, part, state, tmp_path):
     """Saved with it, the folder couldn't be loaded back; it says what to do, and that works."""
     layers = {"text_encoder": ["q_proj"], "unet": ["to_q"]}[part]
     config = LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
-    getattr(pipe, part).add_adapter(config, "style")
+    paint_support.add_adapter(getattr(pipe, part), config, "style")
     if state == "fused":
         pipe.fuse_lora(components=[part])
     if state == "deleted":

@@ -191,7 +191,7 @@ def lora_on(text_encoder):
     from peft import LoraConfig
 
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    text_encoder.add_adapter(config, "style")
+    paint_support.add_adapter(text_encoder, config, "style")
 
 
 CHANGES = {

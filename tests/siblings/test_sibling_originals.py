@@ -134,6 +134,13 @@ def test_bad_configuration(changes, message):
         FAMILIES["minicpmv"].config_class.from_dict(small_minicpmv(**changes).config)
 
 
+@pytest.mark.parametrize("place", ["timm/", "/models/", "C:\\\\models\\\\", ""])
+def test_vision_tower_of_omnilmm_by_its_name_or_a_path(place):
+    original = {**small_omnilmm().config, "mm_vision_tower": f"{place}eva02_enormous_patch14_clip_224.laion2b_plus"}
+    config = FAMILIES["omnilmm"].config_class.from_dict({**original, "num_query": 256})
+    assert (config.vision_config.hidden_size, config.num_query_tokens) == (1792, 256)
+
+
 def test_omnilmm_without_marks_around_images_is_refused():
     with pytest.raises(ValueError, match="mm_use_im_start_end false"):
         FAMILIES["omnilmm"].config_class.from_dict({**small_omnilmm().config, "mm_use_im_start_end": False})

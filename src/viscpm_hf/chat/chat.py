@@ -121,7 +121,7 @@ class VisCPMChat:
         if adapter is not None:
             model_path = adapter.require_base()
         hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
-        model_path = chosen_file(resolve_model(model_path, "chat"), **hub)
+        model_path = resolve_model(chosen_file(model_path, **hub), "chat")
         original_file = find_original_file(model_path)
         if original_file is not None:
             source: Any = original_of(original_file, config_path, vision_config_path, vocab_path)

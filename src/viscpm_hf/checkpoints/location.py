@@ -236,7 +236,8 @@ def vocab_file(location: Location, given: str | os.PathLike | None) -> Path:
 def chosen_file(source: str | os.PathLike, **hub: Any) -> str | os.PathLike:
     """`source`, or the file on this machine that one of a Hub repository's alternatives is; `hub` as of [`locate`]."""
     match = None if os.path.exists(source) else HUB_ID.fullmatch(os.fspath(source))
-    if match is None or not (match["file"] or match["release"]) or Path(source).parent.is_dir():
+    is_chosen = match is not None and (match["file"] or match["release"])
+    if not is_chosen or Path(source).parts[0] in os.listdir():  # a path, and mistyped
         return source
     return locate(source, **hub).path
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .. import modeling
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.location import MANIFEST_NAME, json_object
 from ..checkpoints.tensor_files import safetensors_header, weight_files
@@ -40,6 +41,8 @@ NEVER = (
 SECRET_NAME = re.compile(
     r"secret|credential|password|api_?key|((access|auth|hf)_?)?tokens?(?![a-z])|id_(rsa|dsa|ecdsa|ed25519)|netrc", re.I
 )
+# What a converted folder carries of this package's code: named as we named it.
+OWN_CODE = frozenset(path.name for path in Path(modeling.__path__[0]).glob("*.py"))
 # Tokens of the Hub, of OpenAI's and Amazon's kind, and private keys.
 SECRET = re.compile(
     rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{32,}|\bAKIA[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY"
@@ -66,7 +69,7 @@ def publishable_files(folder: Path, include: Iterable[str] = ()) -> dict[str, in
     files = {}
     for path in _walk(folder, {*parts, *PICTURE_FOLDERS, *(name.partition("/")[0] for name in extra)}):
         name = path.relative_to(folder).as_posix()
-        _refuse_if_never(path, name, name in allowed)
+        _refuse_if_never(path, name)
         if not (name in allowed or name in extra or _is_picture(name)):
             raise ConversionError(
                 f"{plain(path)} doesn't belong to a converted folder and isn't published: move it away, or add it by "
@@ -126,13 +129,13 @@ def _is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in PICTURES and (not parent or parent in PICTURE_FOLDERS)
 
 
-def _refuse_if_never(path: Path, name: str, is_ours: bool) -> None:
+def _refuse_if_never(path: Path, name: str) -> None:
     reason = None
     if any(part.startswith(".") for part in name.split("/")):
         reason = "is hidden"
     elif path.suffix.lower() in NEVER or path.suffix != ".safetensors" and is_pickle(path):
         reason = "is a pickle, or of another kind that may run code or hide something"
-    elif not is_ours and SECRET_NAME.match(path.name):
+    elif SECRET_NAME.match(path.name) and path.name not in OWN_CODE:
         reason = "may hold a secret, by its name"
     if reason is not None:
         raise ConversionError(f"{plain(path)} {reason}, which is never published: move it away.")

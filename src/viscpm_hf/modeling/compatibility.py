@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -108,6 +109,8 @@ def takes_cache(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
+        if CACHE == "cache" and "past_key_values" in kwargs and not torch.compiler.is_compiling():
+            warnings.warn("`past_key_values` is deprecated. Use `cache` instead.", FutureWarning, stacklevel=3)
         return method(self, *args, **named_cache(kwargs, "cache"))
 
     signature = inspect.signature(method)

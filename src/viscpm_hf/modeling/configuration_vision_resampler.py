@@ -53,7 +53,8 @@ def _specification(text: dict[str, Any], vision: dict[str, Any], resampler: dict
 
 
 def _timm_tower(name: Any, drops_last_layer: bool = True) -> dict[str, Any]:
-    known = _TIMM_TOWERS.get(str(name).partition(".")[0])
+    # Also `timm/NAME`, or a path that ends with it.
+    known = _TIMM_TOWERS.get(str(name).replace("\\", "/").rstrip("/").rpartition("/")[2].partition(".")[0])
     if known is None:
         raise ValueError(f"The configuration names the vision tower {name!r}; known are {' and '.join(_TIMM_TOWERS)}.")
     return known | {"num_hidden_layers": known["num_hidden_layers"] + (not drops_last_layer)}

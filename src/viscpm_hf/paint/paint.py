@@ -224,7 +224,7 @@ class VisCPMPaint:
             scheduler_class(scheduler)  # a wrong name is known before minutes of loading
 
         hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
-        path = Path(find_folder(chosen_file(resolve_model(model_path, "paint"), **hub), hub))
+        path = Path(find_folder(resolve_model(chosen_file(model_path, **hub), "paint"), hub))
         for part in ("unet", "vae"):
             check_weight_files(path / part, "diffusion_pytorch_model")
         stored = stored_text_encoder_dtype(path)  # another model's checkpoint is known as such before parts are sought

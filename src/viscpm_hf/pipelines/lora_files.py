@@ -80,6 +80,11 @@ def scale_by_alphas(state_dict: dict[str, torch.Tensor], alphas: Mapping[str, fl
         state_dict[up] = (state_dict[up].float() * (alpha / len(state_dict[down]))).to(state_dict[up].dtype)
 
 
+def is_empty(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a file is named like a LoRA and yet holds no layer of one; diffusers warns then and goes on."""
+    return all("lora" in key and LORA_SUFFIX.search(key) is None for key in state_dict)
+
+
 def unreadable(error: Exception) -> ValueError:
     """What diffusers says of files that it can't convert, in one sentence."""
     text = str(error)
@@ -155,4 +160,12 @@ def _misfit(model: torch.nn.Module, key: str, tensor: torch.Tensor) -> str | Non
     return f"{key} with {found} {'inputs' if is_input else 'outputs'}, where the layer has {wanted}{hint}"
 
 
-__all__ = ["adapters_of", "check_savable", "fitting_lora", "remove_adapters", "scale_by_alphas", "unreadable"]
+__all__ = [
+    "adapters_of",
+    "check_savable",
+    "fitting_lora",
+    "is_empty",
+    "remove_adapters",
+    "scale_by_alphas",
+    "unreadable",
+]

@@ -31,7 +31,15 @@ from transformers import (
 
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
-from .lora_files import adapters_of, check_savable, fitting_lora, remove_adapters, scale_by_alphas, unreadable
+from .lora_files import (
+    adapters_of,
+    check_savable,
+    fitting_lora,
+    is_empty,
+    remove_adapters,
+    scale_by_alphas,
+    unreadable,
+)
 from .opening import open_pipeline
 from .pipeline_output import VisCPMPaintPipelineOutput
 from .prompt_safety import UNSAFE_SCORE, UnsafePromptError, check_prompts
@@ -210,6 +218,9 @@ class VisCPMPaintPipeline(DiffusionPipeline, StableDiffusionMixin, StableDiffusi
             found, alphas, metadata = self.lora_state_dict(source, **{**kwargs, "return_lora_metadata": True})
         except (ValueError, KeyError) as error:
             raise unreadable(error) from error
+        if is_empty(found):
+            logger.warning("The LoRA's %d tensors are of no layer: nothing was loaded.", len(found))
+            return
         state_dict, num_clip = fitting_lora(found, self.unet, self.text_encoder)
         scale_by_alphas(state_dict, alphas)
         if num_clip:

@@ -19,7 +19,7 @@ KINDS = ("chat", "paint")
 # Of a name that is meant to be that of the embedded model.
 LIKENESS = 0.8
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".json", ".txt", ".zip", ".onnx", ".h5")
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")  # also one of its releases
 
 FOLDER = Path(__file__).parents[1] / "tiny_models"
 
@@ -55,7 +55,8 @@ def resolve_model(name_or_path: str | os.PathLike, kind: str) -> str | os.PathLi
     """
     if name_or_path == EMBEDDED_NAME:
         return tiny(kind)
-    check_model_name(name_or_path)
+    if isinstance(name_or_path, str):  # a Path is one, whatever it is called
+        check_model_name(name_or_path)
     return name_or_path
 
 
