@@ -73,8 +73,8 @@ def check_model_name(name_or_path: str | os.PathLike) -> None:
     if "/" not in bare and difflib.SequenceMatcher(None, bare, EMBEDDED_NAME).ratio() >= LIKENESS:
         raise FileNotFoundError(f"There is no model {plain(name)!r}: the embedded one is called {EMBEDDED_NAME}.")
     if bare.endswith(FILE_SUFFIXES):
-        raise FileNotFoundError(f"There is no file {plain(name)}.")
+        raise FileNotFoundError(f"There is no checkpoint at {plain(name)}: no such file.")
     if HUB_ID.fullmatch(name) is None:
         raise FileNotFoundError(
-            f"There is no file or folder {plain(name)}, and a repository of the Hub is called OWNER/NAME."
+            f"There is no checkpoint at {plain(name)}: no file or folder, and a repository is called OWNER/NAME."
         )
