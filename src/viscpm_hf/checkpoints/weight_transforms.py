@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -154,6 +157,31 @@ class PadTokenRows(KeyMapOperation):
         return self  # what is saved is padded
 
 
+_rows_as_stored: ContextVar[bool] = ContextVar("rows_as_stored", default=False)
+
+
+class Transforms(list):
+    """What `from_pretrained` does to a model's tensors; transformers copies it for every load."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[WeightConverter | WeightRenaming]:
+        return [deepcopy(each, memo) for each in self if not (_rows_as_stored.get() and _pads_rows(each))]
+
+
+def _pads_rows(transform: WeightConverter | WeightRenaming) -> bool:
+    return any(isinstance(operation, PadTokenRows) for operation in getattr(transform, "operations", ()))
+
+
+@contextmanager
+def rows_as_stored() -> Iterator[None]:
+    """Folders are loaded without padding an embedding of version 0.1. transformers writes whatever is converted to an
+    `offload_folder`, also where the conversion would change nothing; without it weights are read in place."""
+    token = _rows_as_stored.set(True)
+    try:
+        yield
+    finally:
+        _rows_as_stored.reset(token)
+
+
 def name_pattern(name: str) -> str:
     return re.escape(name).replace(r"\{n\}", r"(\d+)").replace(r"\{name\}", r"(.+)")
 
@@ -213,7 +241,7 @@ class KeyMatcher:
 
 def register_key_map(model_type: str, *key_maps: KeyMap) -> None:
     """Lets `from_pretrained` load original files of these maps into models of `model_type`."""
-    transforms: list[WeightConverter | WeightRenaming] = []
+    transforms = Transforms()
     for key_map in key_maps:
         for entry in key_map.entries:
             # To the end of the name: of ours, some begin like an original one.

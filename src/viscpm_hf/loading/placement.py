@@ -6,6 +6,7 @@ what was asked for, and the weights of an original file that stay on the disk, w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import ChainMap
@@ -21,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map, compute_module_sizes, offload_weight
 
 from ..checkpoints.original import checkpoint_kind, key_map_of
-from ..checkpoints.weight_transforms import KeyMatcher, apply_operation
+from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, rows_as_stored
 
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -343,7 +344,9 @@ def load_with_device_map(
         if name_or_path is None:
             kwargs["state_dict"] = state_dict
         placement = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-        return load(name_or_path, **placement, **kwargs)
+        is_in_place = isinstance(device_map, Mapping) and "disk" in device_map.values() and offload_folder is None
+        with rows_as_stored() if is_in_place else contextlib.nullcontext():
+            return load(name_or_path, **placement, **kwargs)
     # Nothing is read yet, but everything else is done that belongs to loading.
     loaded = load(None, state_dict=state_dict, device_map={"": "meta"}, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded

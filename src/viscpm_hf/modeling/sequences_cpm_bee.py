@@ -22,8 +22,10 @@ class TokenSequences(torch.Tensor):
     """How many of the tokens are the prompt's."""
 
     @classmethod
-    def of(cls, ids: torch.Tensor, extension_table: torch.Tensor, prompt_length: int) -> TokenSequences:
-        """`ids (n * rows, length)` of the prompts with that table."""
+    def of(cls, ids: torch.Tensor, extension_table: torch.Tensor, prompt_length: int) -> torch.Tensor:
+        """`ids (n * rows, length)` of the prompts with that table. Other kinds of tensors stay what they are."""
+        if type(ids) is not torch.Tensor:
+            return ids
         times = ids.shape[0] // extension_table.shape[0]
         return cls._made(ids, extension_table.repeat_interleave(times, dim=0).cpu(), prompt_length)
 
