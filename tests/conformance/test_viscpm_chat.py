@@ -45,7 +45,7 @@ class VisCPMChatModelTester:
         config = self.get_config()
         pixel_values = floats_tensor([self.batch_size, self.num_channels, self.image_size, self.image_size])
         # Ids above the special ones, so that a placeholder stands nowhere else.
-        input_ids = ids_tensor([self.batch_size, self.seq_length], config.text_config.vocab_size - 10) + 10
+        input_ids = ids_tensor([self.batch_size, self.seq_length], config.text_config.num_words - 10) + 10
         input_ids[:, : self.num_image_tokens] = self.image_token_id
         inputs = {
             "pixel_values": pixel_values,

@@ -77,8 +77,8 @@ def check_model_name(name_or_path: str | os.PathLike) -> None:
     # `folder/model.bin`, and a file that isn't in a folder that is here, are no repository's.
     has_file = match is not None and match["file"] and not os.path.lexists(match["owner"])
     if bare.endswith(FILE_SUFFIXES) and not has_file:
-        raise FileNotFoundError(f"There is no file {plain(name)}.")
+        raise FileNotFoundError(f"There is no checkpoint at {plain(name)}: no such file.")
     if match is None:
         raise FileNotFoundError(
-            f"There is no file or folder {plain(name)}, and a repository of the Hub is called OWNER/NAME."
+            f"There is no checkpoint at {plain(name)}: no file or folder, and a repository is called OWNER/NAME."
         )
