@@ -11,7 +11,9 @@ import pytest
 from replicas import REPLICAS
 from stub_hub import COMMIT, stub_hub
 from support import Golden
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+import viscpm_hf
 from viscpm_hf import SiblingChat
 
 
@@ -68,6 +70,19 @@ def test_calls_of_the_cards_from_a_hub_and_from_its_cache(repositories, tmp_path
         assert not any(file.endswith(".py") for file in files), "nothing of the repositories' code is wanted"
         assert not any(file.startswith("unet/") and file.endswith(".bin") for file in files), "it is there already"
     check(run(HERE / "calls.py", "hub", "plain", IMAGE, HF_HUB_OFFLINE="1", **where))
+
+
+@pytest.mark.parametrize("name", ["viscpm_chat_balance_checkpoint.pt", "viscpm_chat_chplus_checkpoint.pt"])
+def test_a_file_of_2023_beside_its_configuration(tmp_path, name):
+    golden = Golden("chat_a")
+    folder = golden.write_layout(tmp_path / "model", "chat with vision.json")
+    (folder / "pytorch_model.bin").rename(folder / name)
+    expected = golden.load_chat().chat(IMAGE, "颜色", max_new_tokens=8)[0]
+    assert viscpm_hf.VisCPMChat(folder, device="cpu").chat(IMAGE, "颜色", max_new_tokens=8)[0] == expected
+    model = AutoModel.from_pretrained(folder)
+    data = [{"context": "", "question": "颜色", "image": "<image>", "<ans>": ""}]
+    parts = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder), PIL.Image.open(IMAGE)
+    assert model.generate(data, *parts, max_new_tokens=8, num_beams=3)[0]["<ans>"]
 
 
 def check_siblings(found: dict, chats: dict[str, list[str]]) -> None:
