@@ -425,7 +425,7 @@ def test_worker_processes_change_nothing(golden, rows, tmp_path):
     config = run_config(golden, data, tmp_path / "out", workers=2, bad_rows="fail", images=tmp_path)
     with pytest.raises(BadRowError) as error:
         train_chat(config)
-    assert str(error.value).startswith(f"{data} line 1: The image file is truncated")
+    assert str(error.value).startswith(f"{data} row 1 (index 0), line 1: The image file is truncated")
 
 
 def test_unreadable_held_out_pictures_do_not_count(golden, rows, tmp_path):
