@@ -67,6 +67,16 @@ def test_as_a_module_is_saved(tmp_path):
     assert all(torch.equal(read[name], tensor) for name, tensor in module.state_dict().items())
 
 
+def test_tensors_with_attributes(tmp_path):
+    """As OmniLMM-12B's; the attributes are left out."""
+    tensor, parameter = torch.arange(6.0).view(2, 3).T, torch.nn.Parameter(torch.ones(2))
+    tensor.is_parallel = parameter.is_parallel = True
+    torch.save({"a": tensor, "b": parameter}, tmp_path / "model.bin")
+    read = load_state_dict(tmp_path / "model.bin")
+    assert torch.equal(read["a"], tensor) and torch.equal(read["b"], parameter)
+    assert not hasattr(read["a"], "is_parallel")
+
+
 def test_writing_to_a_mapped_tensor_leaves_the_file(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "model.pt")
     before = (tmp_path / "model.pt").read_bytes()
@@ -98,6 +108,12 @@ PICKLES = {
     "bytes by a codec": pickle.dumps(b"x" * 100, protocol=2),
     "getattr": pickle.dumps(Calls(getattr, {}, "clear"), protocol=4),
     "system": pickled(b"cposix\nsystem\nX\x04\0\0\0true\x85R"),
+    "system in place of a tensor": pickled(
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(cposix\nsystem\nctorch\nTensor\nX\x04\0\0\0true\x85}tR"
+    ),
+    "a tensor of another class": pickled(
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\ncevil\nTensor\n)}tR"
+    ),
     "instance": pickled(b"(cos\nsystem\nX\x04\0\0\0trueo"),
     "import in letters": b"cposix\nsystem\n(S'true'\ntR.",
     "place in the memo": pickled(b"}r\xff\xff\xff\x7f"),

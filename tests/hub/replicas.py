@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import reference
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from paint_support import CONFIGS, PAINT
-from support import HUB_SPELLING, Golden
+from sibling_folders import write_folder, write_tokenizer
+from sibling_tokenizers import OMNILMM_VOCAB_SIZE
+from support import HUB_SPELLING, PRUNED_CASE, Golden
 
 from viscpm_hf.loading.paint import load_vae
 
 
 HUB = Path(__file__).parent / "repositories"
-CHAT = Golden("chat_a")
+CHAT, PRUNED = Golden("chat_a"), Golden(PRUNED_CASE)
 REMOTE_CODE = "import os\nos._exit(66)\n"
 
 
@@ -121,6 +125,51 @@ def cpm_bee_saved(folder: Path) -> None:
     _json(folder, "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
+def cpm_bee_pruned(folder: Path, repository: str) -> None:
+    """openbmb/cpm-bee-1b, -2b, -5b: 48 layers with the release's own blocks in them."""
+    folder.mkdir(parents=True)
+    llm = {key: value for key, value in PRUNED.llm_config.items() if key not in ("num_layers", "mask_modules")}
+    config = _sizes(_real(repository), llm)
+    _json(folder, "config.json", config)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        _json(folder, name, _real("openbmb/cpm-bee-2b", name))
+    shutil.copy(PRUNED.vocab, folder)
+    recorded = PRUNED.state_dict()
+    first = "encoder.layers.0."
+    whole = {name.removeprefix(first): tensor for name, tensor in recorded.items() if name.startswith(first)}
+    tensors = {name: tensor for name, tensor in recorded.items() if not name.startswith("encoder.layers.")}
+    for layer, is_pruned in enumerate(config["mask_modules"]):
+        for part, is_missing in zip(("self_att.", "ffn."), is_pruned, strict=True):
+            own = {name: tensor.roll(layer, 0) for name, tensor in whole.items() if name.startswith(part)}
+            tensors |= {} if is_missing else {f"encoder.layers.{layer}.{name}": tensor for name, tensor in own.items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    _code(folder, "configuration_cpmbee", "modeling_cpmbee", "tokenization_cpmbee")
+
+
+def omnilmm(folder: Path) -> None:
+    """openbmb/OmniLMM-12B: 256 queries, one file, whose tensors carry attributes."""
+    folder.mkdir(parents=True)
+    system = reference.omnilmm(OMNILMM_VOCAB_SIZE, num_query=256)
+    write_tokenizer("omnilmm", folder)
+    _sibling_config(folder, "openbmb/OmniLMM-12B", system.config)
+    _json(folder, "generation_config.json", _real("openbmb/OmniLMM-12B", "generation_config.json"))
+    for tensor in system.tensors.values():
+        tensor.tensor_model_parallel = False  # which makes the pickle another one
+    torch.save(system.tensors, folder / "pytorch_model.bin")
+
+
+def minicpmv(folder: Path, repository: str, version: str) -> None:
+    """openbmb/MiniCPM-V and MiniCPM-V-2: two safetensors files with their index."""
+    folder.mkdir(parents=True)
+    write_folder(f"minicpmv-{version}", folder)
+    _sibling_config(folder, repository, json.loads((folder / "config.json").read_text("utf-8")))
+    _code(folder, "configuration_minicpm", "modeling_minicpmv")
+
+
+def _sibling_config(folder: Path, repository: str, small: dict[str, Any]) -> None:
+    _json(folder, "config.json", {key: small.get(key, value) for key, value in _real(repository).items()})
+
+
 def _llm() -> dict[str, torch.Tensor]:
     return {name.removeprefix("llm."): tensor for name, tensor in CHAT.state_dict().items() if name.startswith("llm.")}
 
@@ -138,4 +187,8 @@ REPLICAS: dict[str, Callable[[Path], None]] = {
     "openbmb/VisCPM-Paint": paint,
     "openbmb/cpm-bee-10b": cpm_bee,
     "someone/cpm-bee-10b-shards": cpm_bee_saved,
+    **{name: partial(cpm_bee_pruned, repository=name) for name in (f"openbmb/cpm-bee-{size}b" for size in (1, 2, 5))},
+    "openbmb/OmniLMM-12B": omnilmm,
+    "openbmb/MiniCPM-V": partial(minicpmv, repository="openbmb/MiniCPM-V", version="1.0"),
+    "openbmb/MiniCPM-V-2": partial(minicpmv, repository="openbmb/MiniCPM-V-2", version="2.0"),
 }

@@ -21,6 +21,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.requests.append(f"{self.command} {path}")
+        self.server.tokens.setdefault(self.headers.get("Authorization"), []).append(path)
         parts = path.split("/")
         if parts[:2] == ["api", "models"]:
             self._answer_api(parts[2:])
@@ -76,10 +77,11 @@ def _etag(path: Path) -> str:
 
 
 @contextmanager
-def stub_hub(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serves `root/OWNER/NAME`; gives the address and the growing list of requests."""
+def stub_hub(root: Path, tokens: dict[str | None, list[str]] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Serves `root/OWNER/NAME`; gives the address and the growing list of requests. `tokens` gets what was asked by
+    what it bore."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.root, server.requests = root, []
+    server.root, server.requests, server.tokens = root, [], {} if tokens is None else tokens
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

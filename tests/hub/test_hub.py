@@ -9,8 +9,12 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from replicas import REPLICAS
-from stub_hub import stub_hub
+from stub_hub import COMMIT, stub_hub
 from support import Golden
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+import viscpm_hf
+from viscpm_hf import SiblingChat
 
 
 HERE = Path(__file__).parent
@@ -66,6 +70,66 @@ def test_calls_of_the_cards_from_a_hub_and_from_its_cache(repositories, tmp_path
         assert not any(file.endswith(".py") for file in files), "nothing of the repositories' code is wanted"
         assert not any(file.startswith("unet/") and file.endswith(".bin") for file in files), "it is there already"
     check(run(HERE / "calls.py", "hub", "plain", IMAGE, HF_HUB_OFFLINE="1", **where))
+
+
+@pytest.mark.parametrize("name", ["viscpm_chat_balance_checkpoint.pt", "viscpm_chat_chplus_checkpoint.pt"])
+def test_a_file_of_2023_beside_its_configuration(tmp_path, name):
+    golden = Golden("chat_a")
+    folder = golden.write_layout(tmp_path / "model", "chat with vision.json")
+    (folder / "pytorch_model.bin").rename(folder / name)
+    expected = golden.load_chat().chat(IMAGE, "颜色", max_new_tokens=8)[0]
+    assert viscpm_hf.VisCPMChat(folder, device="cpu").chat(IMAGE, "颜色", max_new_tokens=8)[0] == expected
+    model = AutoModel.from_pretrained(folder)
+    data = [{"context": "", "question": "颜色", "image": "<image>", "<ans>": ""}]
+    parts = AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder), PIL.Image.open(IMAGE)
+    assert model.generate(data, *parts, max_new_tokens=8, num_beams=3)[0]["<ans>"]
+
+
+def check_siblings(found: dict, chats: dict[str, list[str]]) -> None:
+    assert found["queries"] == 256
+    for name, answers in chats.items():
+        assert found[name] and set(found[name]) == set(answers)
+    assert len(found["omnilmm"]) == 3 and len(set(found["omnilmm"])) == 1
+    for size in ("1b", "2b", "5b"):
+        *answers, blocks, has_loss = found[size]
+        assert len(set(answers)) == 1 and answers[0] is not None
+        assert blocks == [29, 24] and has_loss
+
+
+def test_calls_of_the_siblings_and_of_pruned_models(repositories, tmp_path):
+    chats = {}
+    for name in ("openbmb/MiniCPM-V", "openbmb/MiniCPM-V-2"):
+        chat = SiblingChat(repositories / name, device="cpu", dtype="bfloat16")
+        chat.model.float()
+        options = {"mode": "generate", "num_beams": 1, "do_sample": False, "repetition_penalty": 1.2}
+        chats[name] = [chat.ask(IMAGE, "What?", max_new_tokens=6, **options).answer]
+    check_siblings(run(HERE / "sibling_calls.py", repositories, "plain", IMAGE, HF_HUB_OFFLINE="1"), chats)
+    with stub_hub(repositories) as (address, requests):
+        where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        check_siblings(run(HERE / "sibling_calls.py", "hub", "trust", IMAGE, HF_HUB_OFFLINE="0", **where), chats)
+        assert not any(request.endswith(".py") for request in requests if request.startswith("GET"))
+    check_siblings(run(HERE / "sibling_calls.py", "hub", "plain", IMAGE, HF_HUB_OFFLINE="1", **where), chats)
+
+
+def test_commands_take_files_and_releases_of_the_hub(repositories, tmp_path):
+    tokens: dict[str | None, list[str]] = {}
+    folder, cache = tmp_path / "work", tmp_path / "cache"
+    folder.mkdir()
+    options = ["--revision", "v2", "--token", "hf_words", "--cache-dir", cache]
+    with stub_hub(repositories, tokens) as (address, requests):
+        where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        found = run(HERE / "commands.py", IMAGE, folder, *options, HF_HUB_OFFLINE="0", **where)
+    chat = Golden("chat_a").load_chat()
+    chat.model.model.multi_modal_projector.linear_2.weight.data *= 0.5  # what the replica's v1.1 is
+    assert set(found["answers"]) == {chat.chat(IMAGE, "颜色", max_new_tokens=8, num_beams=1)[0]}
+    assert found["paint"] == [0, 0] and found["convert"] == [0, ""]
+    assert "one set of weights" in found["sibling"][1] and "no release 'v7'" in found["unknown"][1]
+    assert "--revision, --token, --cache-dir is of a Hub repository" in found["local"][1]
+    files = [request.partition("/resolve/")[2] for request in requests if "/resolve/" in request]
+    assert files and all(file.startswith(("v2/", COMMIT)) for file in files)
+    assert "Bearer hf_words" in tokens
+    assert not any("openbmb" in path for token, paths in tokens.items() for path in paths if token is None)
+    assert list(cache.glob("models--openbmb--VisCPM-*")) and not list(tmp_path.glob("home/hub/models--*"))
 
 
 # ------------------------------------------------------------------------------------------------------- a good guest

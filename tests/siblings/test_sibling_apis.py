@@ -344,3 +344,8 @@ def test_the_released_adapter_answers_as_the_merged_model(visualcla_model, tmp_p
     )
     expected, _ = visualcla_api.chat(visualcla_model, IMAGE, "What?", generation_config=GREEDY)
     assert visualcla_api.chat(model, IMAGE, "What?", generation_config=GREEDY)[0] == expected
+    model.resize_token_embeddings(len(model.tokenizer))
+    assert visualcla_api.chat(model, IMAGE, "What?", generation_config=GREEDY)[0] == expected
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="adapter is in the weights of this model already"):
+        peft.PeftModel.from_pretrained(model, release.adapter)

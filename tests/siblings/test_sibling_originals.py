@@ -275,6 +275,20 @@ def test_adapter_and_bases_are_the_merged_model(visualcla_release):
     assert model.config.text_config.vocab_size == system.config["vocab_size"]
 
 
+def test_merged_folder_with_its_head_tied(tmp_path):
+    """The original's script saved embedding and head as one storage."""
+    folder = small_visualcla().write(tmp_path / "tied")
+    text = folder / "text_encoder"
+    tensors = {name: tensor for file in text.glob("*.bin") for name, tensor in torch.load(file).items()}
+    for file in text.glob("pytorch_model*"):
+        file.unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors, text / "pytorch_model.bin")
+    model = AutoModelForImageTextToText.from_pretrained(folder).language_model
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+    assert torch.equal(model.model.embed_tokens.weight, tensors["lm_head.weight"])
+
+
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText])
 @pytest.mark.parametrize("given", ["none", "text_model", "vision_model"])
 def test_adapter_without_a_base_says_which(visualcla_release, auto_class, given):

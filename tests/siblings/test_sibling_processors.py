@@ -1,6 +1,7 @@
 """Prompts, to the byte, and model inputs of the siblings' processors."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from viscpm_hf import (
     MiniCPMVImageProcessor,
     MiniCPMVProcessor,
     OmniLMMProcessor,
+    OriginalCheckpointError,
     VisCPMImageProcessor,
     VisualCLAProcessor,
 )
@@ -265,6 +267,21 @@ def test_a_tokenizer_of_another_model_is_told(processors):
     wrong = VisualCLAProcessor(processors["visualcla"].image_processor, processors["minicpmv-1.0"].tokenizer, None, 4)
     with pytest.raises(ValueError, match="0 placeholders after tokenisation, but its 1 views take 4"):
         encode(wrong, conversation("a", image=IMAGE))
+
+
+def test_omnilmms_tokens_are_added_where_the_folder_lacks_them(whole_folders, tmp_path):
+    folder = shutil.copytree(whole_folders["omnilmm"], tmp_path / "omnilmm")
+    content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    content["added_tokens"] = content["added_tokens"][:3]
+    (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+    given, lacking = (AutoProcessor.from_pretrained(path) for path in (whole_folders["omnilmm"], folder))
+    assert lacking.image_token_id == given.image_token_id and len(lacking.tokenizer) == len(given.tokenizer)
+    example = conversation("What?", image=IMAGE)
+    assert torch.equal(encode(lacking, example)["input_ids"], encode(given, example)["input_ids"])
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 1}), "utf-8")
+    with pytest.raises(OriginalCheckpointError, match="it is another model's"):
+        AutoTokenizer.from_pretrained(folder)
 
 
 def test_the_reference_reads_the_prompt(processors, sibling_chats):

@@ -89,15 +89,15 @@ def _with_usual_names(question: str) -> str:
         messages = json.loads(question)
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"The question is no JSON: {error}.") from error
-    speakers = {"human": "user", "gpt": "assistant"}
     if isinstance(messages, list):
-        messages = [
-            {"role": speakers.get(message["from"], message["from"]), "content": message.get("value")}
-            if isinstance(message, dict) and "from" in message
-            else message
-            for message in messages
-        ]
+        messages = [_with_usual_name(message) if isinstance(message, dict) else message for message in messages]
     return json.dumps(messages)
+
+
+def _with_usual_name(message: dict[str, Any]) -> dict[str, Any]:
+    own = {"role": message["from"], "content": message.get("value")} if "from" in message else message
+    speaker = own.get("role")
+    return {**own, "role": {"human": "user", "gpt": "assistant"}[speaker]} if speaker in ("human", "gpt") else own
 
 
 # Its later name.

@@ -17,7 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..checkpoints.adapters import AdapterFolder
-from ..checkpoints.location import find_repository_file, hub_arguments, json_object
+from ..checkpoints.errors import OriginalCheckpointError
+from ..checkpoints.location import find_repository_file, hub_arguments, json_object, repository_of
 from ..families.family import FAMILIES, SIBLINGS
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions
@@ -361,16 +362,28 @@ class SiblingChat:
         )
 
 
-def is_sibling(model_path: str | os.PathLike) -> bool:
-    """Whether a folder or Hub id is one of the siblings', or an adapter on one of them."""
+def is_sibling(model_path: str | os.PathLike, **hub: Any) -> bool:
+    """Whether a folder or Hub id is one of the siblings', or an adapter on one of them.
+
+    Args:
+        hub: `revision`, `token`, `cache_dir` of the Hub.
+
+    Raises:
+        FileNotFoundError: for what isn't here and is no name of a repository either.
+        OriginalCheckpointError: for one of several files, or releases, of a sibling: they have one set of weights.
+    """
     adapter = AdapterFolder.find(model_path)
     if adapter is not None:
-        return adapter.base is not None and is_sibling(adapter.base)
+        return adapter.base is not None and is_sibling(adapter.base, **hub)
     if model_path == EMBEDDED_NAME or os.path.isfile(model_path):
         return False
     check_model_name(model_path)
-    file = find_repository_file(model_path, "config.json")
-    return file is not None and json_object(Path(file)).get("model_type") in SIBLINGS
+    repository = repository_of(model_path)
+    file = find_repository_file(repository, "config.json", **hub)
+    found = file is not None and json_object(Path(file)).get("model_type") in SIBLINGS
+    if found and repository != model_path:
+        raise OriginalCheckpointError(f"{repository} has one set of weights: leave out what follows in {model_path}.")
+    return found
 
 
 class AnswerText:

@@ -48,7 +48,9 @@ def get_model_and_tokenizer_and_processor(
 
     Args:
         visualcla_model: a merged model, in the original's or our layout; it goes before the other three.
-        text_model, vision_model, lora_model: the bases (Chinese-Alpaca-Plus-7B, CLIP-L/14) and the released adapter.
+        text_model, vision_model, lora_model: the bases (Chinese-Alpaca-Plus-7B, CLIP-L/14) and the released adapter,
+            which is applied here: the README's `resize_token_embeddings` then changes nothing, and
+            `PeftModel.from_pretrained` says that it is to be left out.
         torch_dtype: fp16 unless given, or what the device has in its place.
         default_device: CUDA, then MPS, then the CPU unless given.
         device_map: as of `from_pretrained`, in place of a device.
@@ -87,6 +89,7 @@ def get_model_and_tokenizer_and_processor(
     # Where the original put them.
     model.tokenizer, model.image_processor, model.processor = processor.tokenizer, processor.image_processor, processor
     model.num_patch, model.image_at_head = model.config.num_query_tokens, False
+    model.has_released_adapter = visualcla_model is None
     return model, processor.tokenizer, processor.image_processor
 
 

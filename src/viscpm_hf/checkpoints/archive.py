@@ -374,6 +374,12 @@ def _call(name: str, arguments: tuple) -> Any:
         return tensor
     if name in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
         return _of_type(arguments[0], StoredTensor)
+    if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes, as OmniLMM-12B's have: notes too
+        called, kind, own, _ = arguments
+        names = _of_type(called, _Global).name, _of_type(kind, _Global).name
+        if names != ("torch._utils._rebuild_tensor_v2", "torch.Tensor"):
+            raise RefusedError(f"it asks for {plain(names[0])} as {plain(names[1])}")
+        return _call(names[0], _of_type(own, tuple))
     if name == "collections.OrderedDict" and not arguments:
         return {}
     if name == "torch.Size":

@@ -233,6 +233,12 @@ def vocab_file(location: Location, given: str | os.PathLike | None) -> Path:
     return path
 
 
+def repository_of(source: str | os.PathLike) -> str | os.PathLike:
+    """`source`, or the Hub's repository that one of its alternatives (`owner/name:v1.1`) is of."""
+    match = None if os.path.exists(source) else HUB_ID.fullmatch(os.fspath(source))
+    return source if match is None or match["id"] == os.fspath(source) else match["id"]
+
+
 def chosen_file(source: str | os.PathLike, **hub: Any) -> str | os.PathLike:
     """`source`, or the file on this machine that one of a Hub repository's alternatives is; `hub` as of [`locate`]."""
     match = None if os.path.exists(source) else HUB_ID.fullmatch(os.fspath(source))

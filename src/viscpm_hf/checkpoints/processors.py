@@ -53,13 +53,44 @@ def load_tokenizer(original: Original, **kwargs: Any) -> Any:
             raise OSError(f"{original.name} has no {VOCAB_NAME}, the vocabulary of the original checkpoint.")
         return CpmBeeTokenizer(os.fspath(vocab), name_or_path=original.name, **own)
     if original.kind == OmniLMMConfig.model_type and original.file("tokenizer.json") is not None:
-        return TokenizersBackend.from_pretrained(original.name, **original.hub, **{"padding_side": "left", **own})
+        options = {**original.hub, "padding_side": "left", **own}
+        return _with_omnilmm_tokens(TokenizersBackend.from_pretrained(original.name, **options), original)
     vocab = original.file("tokenizer.model")
     if vocab is None:
         raise OSError(f"{original.name} has no tokenizer.model, the vocabulary of the original checkpoint.")
     if original.kind == VisualCLAConfig.model_type:
         return _visualcla_tokenizer(original, own)
+    if original.kind == OmniLMMConfig.model_type:
+        return _with_omnilmm_tokens(_stock_tokenizer(original, own), original)
     return _stock_tokenizer(original, own)
+
+
+# In the order of their ids, which are the vocabulary's last ones.
+_OMNILMM_TOKENS = (
+    "<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>"
+)  # fmt: skip
+
+
+def _with_omnilmm_tokens(tokenizer: Any, original: Original) -> Any:
+    """Adds the tokens that the folder's own files lack, as OmniLMM's code did after loading.
+
+    Raises:
+        OriginalCheckpointError: if they don't get the ids that the model has for them.
+    """
+    known = tokenizer.get_vocab()
+    lacking = [token for token in _OMNILMM_TOKENS if token not in known]
+    if not lacking:
+        return tokenizer
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in lacking], special_tokens=True)
+    size = original.config.get("vocab_size")
+    first = None if size is None else size - len(_OMNILMM_TOKENS)
+    ids = tokenizer.convert_tokens_to_ids(list(_OMNILMM_TOKENS))
+    if first is not None and ids != list(range(first, size)):
+        raise OriginalCheckpointError(
+            f"The tokenizer of {original.name} lacks {', '.join(lacking)}, and with them it has {len(tokenizer):,} "
+            f"tokens where the model has {size:,}: it is another model's."
+        )
+    return tokenizer
 
 
 def _stock_tokenizer(original: Original, own: Mapping[str, Any]) -> LegacySentencePieceTokenizer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
-from .model_options import add_model_options, load_chat, load_paint
+from .model_options import add_model_options, hub_options, load_chat, load_paint
 
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def process_rows(arguments: argparse.Namespace, kind: str, results: Results, sha
 def with_absolute_paths(arguments: argparse.Namespace) -> argparse.Namespace:
     """For processes that start elsewhere."""
     names = ("model", "input", "images", "config", "vision_config", "vocab", "vae", "diffusion_config")
-    names += ("offload_folder", "ranker", "prompt_checker", "image_checker")
+    names += ("offload_folder", "cache_dir", "ranker", "prompt_checker", "image_checker")
     paths = {name: getattr(arguments, name) for name in names}
     found = {name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)}
     if arguments.images_out:
@@ -217,11 +217,12 @@ def model_kind(arguments: argparse.Namespace) -> str:
     from ..conversion.inspect import inspect
     from ..tiny.embedded import EMBEDDED_NAME
 
-    kind = None
+    kind, hub = None, hub_options(arguments)
     if arguments.model != EMBEDDED_NAME:
-        if is_sibling(arguments.model):
+        if is_sibling(arguments.model, **hub):
             return "chat"
-        kind = inspect(arguments.model, llm_config=arguments.config, vision_config=arguments.vision_config).kind
+        configs = {"llm_config": arguments.config, "vision_config": arguments.vision_config}
+        kind = inspect(arguments.model, **configs, **hub).kind
     if kind is None:
         row = next((row for row in read_rows(arguments.input) if row.error is None), None)
         kind = "paint" if row is not None and "prompt" in row.values else "chat"
@@ -251,6 +252,8 @@ def settings_of(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         "quantization": arguments.quantization,
         "seed": arguments.seed,
     }
+    if arguments.revision is not None:
+        settings["revision"] = arguments.revision
     if kind == "chat":
         mode = chat_mode(arguments)
         return {**settings, "mode": mode, **generation_options(arguments, mode)}

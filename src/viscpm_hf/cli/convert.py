@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.tensor_files import full_dtype_name
 from ..loading.quantization import QUANTIZATIONS
+from .model_options import add_hub_options, hub_options
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--resume", action="store_true", help="go on after an interruption / 断点续转")
     parser.add_argument("--verify", action="store_true", help="read all again and compare / 转换后逐一核对")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT / 覆盖已有检查点")
-    parser.add_argument("--revision", help="of the Hub repository / Hub 版本")
+    add_hub_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.convert import convert
 
     options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
+    options |= hub_options(arguments, arguments.source)
     result = convert(arguments.source, arguments.output, **options, show_progress=sys.stderr.isatty())
     print(describe(result))
     broken = result.verification.nonfinite if result.verification is not None else {}
@@ -79,6 +81,7 @@ def run_quantized(arguments: argparse.Namespace) -> int:
 
     names = set(OPTIONS) - {*NOT_QUANTIZED, "to"}
     options = {name: value for name, value in vars(arguments).items() if name in names}
+    options |= hub_options(arguments, arguments.source)
     print(describe(convert_quantized(arguments.source, arguments.output, arguments.quantize, **options)))
     return 0
 
@@ -87,7 +90,7 @@ def run_quantized(arguments: argparse.Namespace) -> int:
 NOT_QUANTIZED = ("dry_run", "resume", "verify")
 OPTIONS = (
     "to", "llm_config", "vision_config", "diffusion_config", "vae", "vocab", "dtype", "max_shard_size", "dry_run",
-    "resume", "verify", "overwrite", "revision",
+    "resume", "verify", "overwrite",
 )  # fmt: skip
 
 

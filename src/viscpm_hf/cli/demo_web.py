@@ -47,11 +47,11 @@ def has_web() -> bool:
     return find_spec("gradio") is not None
 
 
-def load_demo_painter(arguments: argparse.Namespace) -> VisCPMPaint:
-    """The paint model, one candidate a picture."""
+def load_demo_painter(arguments: argparse.Namespace, is_alone: bool = False) -> VisCPMPaint:
+    """The paint model, one candidate a picture; `is_alone` as of [`load_painter`]."""
     if arguments.paint_checks is None:
         arguments.paint_checks = arguments.paint != EMBEDDED_NAME
-    painter = load_painter(arguments)
+    painter = load_painter(arguments, is_alone)
     painter.candidates = 1
     return painter
 
@@ -71,7 +71,7 @@ def run_web(arguments: argparse.Namespace) -> int:
     from ..serving.sibling_engine import open_engine
 
     bind(arguments.host, arguments.port).close()  # before minutes go into loading models
-    painter = None if kind == "chat" else load_demo_painter(arguments)
+    painter = None if kind == "chat" else load_demo_painter(arguments, is_alone=kind == "paint")
     chat = None if kind == "paint" else open_engine(load_chat(arguments))
     paint = None if painter is None else PaintEngine(painter)
     demo = create_demo(chat, paint, model_name(arguments.model), model_name(arguments.paint))

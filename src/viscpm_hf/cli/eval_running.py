@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
-from .model_options import load_paint
+from .model_options import hub_options, load_paint
 
 
 if TYPE_CHECKING:
@@ -132,7 +132,11 @@ class ModelRun:
 
         check_place(results.output)
         self.arguments, self.name, self.kind, self.results = arguments, name, kind, results
-        self.settings = json.loads(json.dumps({"model": known_by(arguments.model, kind), **settings}))
+        hub_options(arguments)  # what belongs to no model is told before anything is read
+        model = known_by(arguments.model, kind)
+        self.settings = json.loads(json.dumps({"model": model, **settings}))
+        if arguments.revision is not None:
+            self.settings["revision"] = arguments.revision
         self.report = Path(arguments.report) if arguments.report else report_path(results.output)
 
     def run(self, rows: Sequence[InputRow], load: Callable[[], RowProcessor]) -> bool:
@@ -169,7 +173,13 @@ class ModelRun:
 
         report = make_report(
             self.name,
-            model=model_identity(self.arguments.model, self.kind),  # the commit is known only now
+            # The commit is known only now.
+            model=model_identity(
+                self.arguments.model,
+                self.kind,
+                revision=self.arguments.revision,
+                cache_dir=self.arguments.cache_dir,
+            ),
             settings=self.settings,
             seeds={"first_row": self.arguments.seed, **seeds},
             counts=counts,

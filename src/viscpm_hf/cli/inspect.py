@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from .model_options import add_hub_options, hub_options
+
 
 if TYPE_CHECKING:
     from ..conversion.inspect import Inspection
@@ -21,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("path", metavar="PATH", help="file, folder or Hub id / 文件、文件夹或 Hub 名称")
     parser.add_argument("--llm-config", metavar="JSON", help="the language model's configuration / 语言模型配置")
     parser.add_argument("--vision-config", metavar="JSON", help="the vision tower's sizes / 视觉编码器配置")
-    parser.add_argument("--revision", help="of the Hub repository / Hub 版本")
+    add_hub_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object / 输出 JSON")
     parser.set_defaults(run=run)
 
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.path,
         llm_config=arguments.llm_config,
         vision_config=arguments.vision_config,
-        revision=arguments.revision,
+        **hub_options(arguments, arguments.path),
     )
     if arguments.json:
         print(json.dumps(as_dict(inspection), ensure_ascii=False))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.tensor_files import full_dtype_name
 from ..loading.quantization import QUANTIZATIONS
+from ..tiny.embedded import EMBEDDED_NAME
 
 
 if TYPE_CHECKING:
@@ -64,12 +66,51 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
         "--config", metavar="JSON", help="original file: the language model's configuration / 语言模型配置"
     )
     group.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
+    add_hub_options(group)
     if paint:
         _add_paint_options(group)
     else:
         group.add_argument(
             "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
         )
+
+
+def add_hub_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """The options that [`hub_options`] reads."""
+    parser.add_argument("--revision", help="branch, tag or commit of MODEL's Hub repository / Hub 版本")
+    parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
+    parser.add_argument("--cache-dir", metavar="FOLDER", help="for what the Hub sends / Hub 缓存目录")
+
+
+HUB_OPTIONS = ("revision", "token", "cache_dir")
+
+
+def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Those of `HUB_OPTIONS` that were given, for `arguments.model` unless another one is.
+
+    Raises:
+        ValueError: if there are some, and the model is here.
+    """
+    model = arguments.model if model is None else model
+    given = {name: getattr(arguments, name) for name in HUB_OPTIONS if getattr(arguments, name) is not None}
+    if is_of_the_hub(model):
+        return given
+    other = getattr(arguments, "paint", None)  # the second model of commands that load two, see `load_painter`
+    has_other = other is not None and is_of_the_hub(other)
+    wrong = [name for name in given if name == "revision" or not has_other]
+    if wrong:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise ValueError(f"{options} is of a Hub repository, which {model} is not: leave it out.")
+    return {}
+
+
+def is_of_the_hub(model: str | os.PathLike) -> bool:
+    """Whether a model, or the one that an adapter is of, is no path here and not the embedded one."""
+    from ..checkpoints.adapters import AdapterFolder
+
+    adapter = AdapterFolder.find(model)
+    model = model if adapter is None or adapter.base is None else adapter.base
+    return model != EMBEDDED_NAME and not os.path.exists(model)
 
 
 def _add_paint_options(group: argparse._ArgumentGroup) -> None:
@@ -103,13 +144,14 @@ def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | Sib
     from ..chat.chat import VisCPMChat
     from ..chat.sibling_chat import SiblingChat, is_sibling
 
-    if is_sibling(arguments.model):
+    hub = hub_options(arguments)
+    if is_sibling(arguments.model, **hub):
         others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
         given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]
         if given:
             raise ValueError(f"{', '.join(given)} is for VisCPM-Chat, which {arguments.model} is not.")
         common = {name: value for name, value in _common(arguments).items() if name != "fast"}
-        return SiblingChat(arguments.model, quantize_vision=arguments.quantize_vision, **common, **options)
+        return SiblingChat(arguments.model, quantize_vision=arguments.quantize_vision, **common, **hub, **options)
     return VisCPMChat(
         arguments.model,
         arguments.config,
@@ -117,6 +159,7 @@ def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | Sib
         vocab_path=arguments.vocab,
         quantize_vision=arguments.quantize_vision,
         **_common(arguments),
+        **hub,
         **options,
     )
 
@@ -137,5 +180,6 @@ def load_paint(arguments: argparse.Namespace, **options: Any) -> VisCPMPaint:
         quantize_unet=arguments.quantize_unet,
         offload=arguments.offload,
         **_common(arguments),
+        **hub_options(arguments),
         **options,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..serving.settings import ServerSettings, read_api_key
 from .chat import positive
-from .model_options import add_model_options, load_chat
+from .model_options import add_model_options, hub_options, is_of_the_hub, load_chat
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -136,9 +136,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load_painter(arguments: argparse.Namespace):
+def load_painter(arguments: argparse.Namespace, is_alone: bool = False):
+    """The paint model; beside a chat model, which a revision is of, with the token and the cache folder alone."""
     from ..paint.paint import VisCPMPaint
 
+    if is_alone:
+        hub = hub_options(arguments, arguments.paint)
+    elif is_of_the_hub(arguments.paint):
+        hub = {"token": arguments.token, "cache_dir": arguments.cache_dir}
+    else:
+        hub = {}
     return VisCPMPaint(
         arguments.paint,
         image_safety_checker=arguments.paint_checks,
@@ -147,6 +154,7 @@ def load_painter(arguments: argparse.Namespace):
         device=arguments.device,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        **hub,
     )
 
 

@@ -105,6 +105,7 @@ def convert(
     overwrite: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
     show_progress: bool = False,
 ) -> ConversionResult:
     """Converts a checkpoint.
@@ -123,7 +124,7 @@ def convert(
         resume: go on with a conversion that was interrupted. Finished files are used again if their checksums agree.
         verify: read everything again and compare it with the source, then load both and compare them.
         overwrite: replace a checkpoint that is there.
-        revision, token: of the Hub.
+        revision, token, cache_dir: of the Hub.
         show_progress: a progress bar on stderr.
 
     Raises:
@@ -135,7 +136,7 @@ def convert(
         raise ValueError(f"to is {TO_HUGGINGFACE!r} or {TO_ORIGINAL!r}, got {to!r}.")
     wanted = parse_dtype(dtype)
     shard_bytes = parse_size(max_shard_size)
-    location = locate(source, revision, token)
+    location = locate(source, revision, token, cache_dir=cache_dir)
     if location.is_converted == (to == TO_HUGGINGFACE):
         if to == TO_ORIGINAL:
             raise ConversionError(f"{location.name} is in the original's format already.")

@@ -53,19 +53,20 @@ def inspect(
     vision_config: str | os.PathLike | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Inspection:
     """Says what a checkpoint is, without reading its weights.
 
     Args:
         source: a file, a folder, or a Hub id. Of a Hub repository only the small files are fetched.
         llm_config, vision_config: the original's JSON files, if they aren't beside the weights.
-        revision, token: of the Hub.
+        revision, token, cache_dir: of the Hub.
 
     Raises:
         OriginalCheckpointError: if it is no checkpoint of VisCPM or CPM-Bee, or a damaged one.
         OSError: if it isn't there or can't be read.
     """
-    location = locate(source, revision, token, with_weights=False)
+    location = locate(source, revision, token, with_weights=False, cache_dir=cache_dir)
     if location.is_converted:
         return _inspect_converted(location)
     if location.is_sibling:

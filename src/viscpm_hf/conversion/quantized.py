@@ -46,6 +46,7 @@ def convert_quantized(
     overwrite: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> ConversionResult:
     """Writes a folder whose language model is quantised; see [`convert`] for the other arguments.
 
@@ -64,7 +65,7 @@ def convert_quantized(
     device = torch.device("cuda" if quantization == "int4wo" and torch.cuda.is_available() else "cpu")
     check_quantization(quantization, device)
     wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size)
-    location = locate(source, revision, token)
+    location = locate(source, revision, token, cache_dir=cache_dir)
     stored = stored_quantization(location.path)
     if stored is not None:
         raise ConversionError(f"{location.name} is quantised already ({stored}): start from full precision.")

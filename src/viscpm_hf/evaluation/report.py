@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batch.results import replace_text
+from ..checkpoints.location import repository_of
 from ..tiny.embedded import resolve_model
 from ..version import __version__
 from .statistics import CONFIDENCE
@@ -23,19 +24,20 @@ LIBRARIES = ("torch", "transformers", "diffusers", "bitsandbytes", "torchmetrics
 SAMPLE_BYTES = 1 << 20
 
 
-def model_identity(name_or_path: str | os.PathLike, kind: str) -> dict[str, Any]:
+def model_identity(name_or_path: str | os.PathLike, kind: str, **hub: Any) -> dict[str, Any]:
     """Which model it is: a Hub id's commit, or a fingerprint of local files (names, sizes, and the first and last
     MiB of each).
 
     Args:
         kind: `"chat"` or `"paint"`.
+        hub: `revision` and `cache_dir` of the Hub.
     """
     path = Path(resolve_model(name_or_path, kind))
     identity: dict[str, Any] = {"name": os.fspath(name_or_path), "revision": None, "fingerprint": None}
     if path.exists():
         identity["fingerprint"] = fingerprint(path)
     else:
-        identity["revision"] = cached_revision(os.fspath(name_or_path))
+        identity["revision"] = cached_revision(os.fspath(name_or_path), **hub)
     return identity
 
 
@@ -62,12 +64,13 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cached_revision(repo_id: str) -> str | None:
-    """The commit of a Hub repository in the local cache; None if it isn't there."""
+def cached_revision(name: str, revision: str | None = None, cache_dir: str | os.PathLike | None = None) -> str | None:
+    """The commit of a Hub repository, or of one of its files, in the local cache; None if it isn't there."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in ("config.json", "model_index.json"):
-        found = try_to_load_from_cache(repo_id, name)
+    repo_id = os.fspath(repository_of(name))
+    for file in ("config.json", "model_index.json"):
+        found = try_to_load_from_cache(repo_id, file, cache_dir=cache_dir, revision=revision)
         if isinstance(found, str):
             return Path(found).parent.name
     return None

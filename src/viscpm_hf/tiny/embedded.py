@@ -19,7 +19,8 @@ KINDS = ("chat", "paint")
 # Of a name that is meant to be that of the embedded model.
 LIKENESS = 0.8
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".gguf", ".json", ".txt", ".zip", ".onnx", ".h5")
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")  # also one of its releases
+# Also one of its releases, or one of its files of weights.
+HUB_ID = re.compile(r"(?P<owner>[\w][\w.-]*)/[\w][\w.-]*((?P<file>/[^/]+\.(bin|pt|pth))|:[\w.-]+)?")
 
 FOLDER = Path(__file__).parents[1] / "tiny_models"
 
@@ -72,9 +73,12 @@ def check_model_name(name_or_path: str | os.PathLike) -> None:
     bare = name.strip().rstrip("/").lower()
     if "/" not in bare and difflib.SequenceMatcher(None, bare, EMBEDDED_NAME).ratio() >= LIKENESS:
         raise FileNotFoundError(f"There is no model {plain(name)!r}: the embedded one is called {EMBEDDED_NAME}.")
-    if bare.endswith(FILE_SUFFIXES):
+    match = HUB_ID.fullmatch(name)
+    # `folder/model.bin`, and a file that isn't in a folder that is here, are no repository's.
+    has_file = match is not None and match["file"] and not os.path.lexists(match["owner"])
+    if bare.endswith(FILE_SUFFIXES) and not has_file:
         raise FileNotFoundError(f"There is no checkpoint at {plain(name)}: no such file.")
-    if HUB_ID.fullmatch(name) is None:
+    if match is None:
         raise FileNotFoundError(
             f"There is no checkpoint at {plain(name)}: no file or folder, and a repository is called OWNER/NAME."
         )
