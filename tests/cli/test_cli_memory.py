@@ -66,3 +66,16 @@ def test_bad_input(capsys, arguments, message):
     except SystemExit as exit:
         assert exit.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["openbmb/VisCPM-Chat:v1.1", "openbmb/VisCPM-Chat/pytorch_model.zhplus.bin"])
+def test_alternatives_of_a_released_repository(capsys, name):
+    sizes = []
+    for model in (name, "openbmb/VisCPM-Chat"):
+        assert main(["memory", model, "--gpu", "24GB", "--ram", "32GB", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["model"] == model
+        sizes.append(found["parameters"])
+    assert sizes[0] == sizes[1]
+    assert main(["memory", "openbmb/VisCPM-Chat:v7"]) == 1
+    assert "has no release 'v7'" in capsys.readouterr().err

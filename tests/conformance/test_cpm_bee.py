@@ -12,6 +12,7 @@ from transformers.testing_utils import torch_device
 
 from viscpm_hf import CpmBeeConfig, CpmBeeForCausalLM, CpmBeeModel
 from viscpm_hf.modeling.modeling_cpm_bee import CpmBeePreTrainedModel
+from viscpm_hf.modeling.token_space_cpm_bee import padded_vocab_size
 
 
 class CpmBeeModelTester:
@@ -19,7 +20,8 @@ class CpmBeeModelTester:
         self.parent = parent
         self.batch_size = 13
         self.seq_length = 7
-        self.vocab_size = 99
+        self.num_words = 99
+        self.num_added_tokens = 0
         self.hidden_size = 32
         self.intermediate_size = 37
         self.num_hidden_layers = 2
@@ -29,7 +31,8 @@ class CpmBeeModelTester:
 
     def get_config(self) -> CpmBeeConfig:
         return CpmBeeConfig(
-            vocab_size=self.vocab_size,
+            num_words=self.num_words,
+            vocab_size=padded_vocab_size(self.num_words) + self.num_added_tokens,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.num_hidden_layers,
@@ -43,7 +46,7 @@ class CpmBeeModelTester:
     def prepare_config_and_inputs_for_common(self):
         shape = [self.batch_size, self.seq_length]
         inputs = {
-            "input_ids": ids_tensor(shape, self.vocab_size).to(torch_device),
+            "input_ids": ids_tensor(shape, self.num_words).to(torch_device),
             "attention_mask": random_attention_mask(shape).to(torch_device),
         }
         return self.get_config(), inputs
@@ -60,13 +63,18 @@ class CpmBeeModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_resize_tokens_embeddings(self):
+        """With added tokens for the suite to take away: the ids below them are slots, which need a table."""
+        self.model_tester.num_added_tokens = 16
+        super().test_resize_tokens_embeddings()
+
     def test_reverse_loading_mapping(self, **kwargs):
-        """Our models are saved with today's names; asked for the original's, they must write those. There are two:
-        with a prefix, which is what is written, and without."""
+        """Our models are saved with today's names; asked for the original's, they must write those. There are
+        three: a checkpoint keeps its own, and a new model is given those of the Hub's class."""
 
         def written_conversions(*args, **kwargs):
             conversions = get_model_conversion_mapping(*args, **kwargs)
-            return [entry for entry in conversions if entry.source_patterns[0].startswith(r"^llm\.")]
+            return [entry for entry in conversions if entry.source_patterns[0].startswith(r"^cpmbee\.")]
 
         save = partialmethod(CpmBeePreTrainedModel.save_pretrained, save_original_format=True)
         with (

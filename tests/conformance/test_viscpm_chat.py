@@ -1,5 +1,6 @@
 """transformers' own suite on VisCPM-Chat."""
 
+import tempfile
 import unittest
 from functools import partialmethod
 from unittest.mock import patch
@@ -9,6 +10,7 @@ from test_cpm_bee import CpmBeeModelTester
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.testing_utils import torch_device
 
 from viscpm_hf import VisCPMChatConfig, VisCPMChatForConditionalGeneration, VisCPMChatModel
@@ -22,7 +24,7 @@ class VisCPMChatModelTester:
         self.parent = parent
         self.text = CpmBeeModelTester(parent)
         self.vision = Beit3ModelTester(parent)
-        self.batch_size = 3
+        self.batch_size = 7  # what the suite compares; rows that it adds have an image and no placeholders
         self.num_channels = self.vision.num_channels
         self.image_size = self.vision.image_size
         self.num_image_tokens = self.vision.num_query_tokens
@@ -55,21 +57,46 @@ class VisCPMChatModelTester:
         return config, {name: value.to(torch_device) for name, value in inputs.items()}
 
 
+class VisCPMChatConfigTester(ConfigTester):
+    def create_and_test_config_from_pretrained_custom_kwargs(self):
+        """With more tokens than were saved, where the suite asks for 20: words and their slots take more."""
+        config = self.parent.model_tester.get_config()
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            reloaded = VisCPMChatConfig.from_pretrained(folder, text_config={"vocab_size": 1024})
+        expected = {**config.text_config.to_dict(), "vocab_size": 1024}
+        self.parent.assertDictEqual(reloaded.text_config.to_dict(), expected)
+
+
 class VisCPMChatModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (VisCPMChatModel, VisCPMChatForConditionalGeneration)
     test_can_init_all_missing_weights_before_2023 = True
+    additional_model_inputs = ["pixel_values"]
     test_all_params_have_gradient = False  # the last image expert of the tower feeds keys and values only
     _is_composite = True
 
     def setUp(self):
         self.model_tester = VisCPMChatModelTester(self)
-        self.config_tester = ConfigTester(self, config_class=VisCPMChatConfig, has_text_modality=False)
+        self.config_tester = VisCPMChatConfigTester(self, config_class=VisCPMChatConfig, has_text_modality=False)
 
     def test_config(self):
         self.config_tester.run_common_tests()
 
+    def test_resize_tokens_embeddings(self):
+        """With added tokens for the suite to take away: the ids below them are slots, which need a table."""
+        self.model_tester.text.num_added_tokens = 16
+        super().test_resize_tokens_embeddings()
+
     def test_reverse_loading_mapping(self, **kwargs):
         """Our models are saved with today's names; asked for the original's, they must write those."""
+
+        def written_conversions(*args, **kwargs):
+            conversions = get_model_conversion_mapping(*args, **kwargs)
+            return [entry for entry in conversions if "embed_tokens" not in entry.source_patterns[0]]
+
         save = partialmethod(CpmBeePreTrainedModel.save_pretrained, save_original_format=True)
-        with patch.object(CpmBeePreTrainedModel, "save_pretrained", save):
+        with (
+            patch.object(CpmBeePreTrainedModel, "save_pretrained", save),
+            patch("tests.test_modeling_common.get_model_conversion_mapping", written_conversions),
+        ):
             super().test_reverse_loading_mapping(skip_base_model=True)

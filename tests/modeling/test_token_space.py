@@ -140,6 +140,19 @@ def test_folders_of_version_0_1(model, processor, tmp_path):
     assert torch.equal(saved, model.get_input_embeddings().weight)
 
 
+def test_original_names(model, tmp_path):
+    """The original's file has the words alone; there is no place for added tokens, which must not vanish."""
+    fresh = type(model)(copy.deepcopy(model.config))
+    fresh.save_pretrained(tmp_path, save_original_format=True)
+    words = load_file(tmp_path / "model.safetensors")["llm.input_embedding.weight"]
+    assert len(words) == model.config.text_config.num_words
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype="float32")
+    assert_close(again.get_input_embeddings().weight, fresh.get_input_embeddings().weight)
+    fresh.resize_token_embeddings(len(fresh.get_input_embeddings().weight) + 2)
+    with pytest.raises(ValueError, match="2 rows more .* tokens were added"):
+        fresh.save_pretrained(tmp_path / "more", save_original_format=True)
+
+
 # ------------------------------------------------------------------------------------------------------- generating
 
 

@@ -88,6 +88,13 @@ def revert_operation(operation: str, tensor: torch.Tensor, num_words: int | None
     if operation == TOKEN_ROWS:
         if num_words is None:
             raise ValueError("an embedding can't be trimmed without the number of words")
+        num_added = len(tensor) - padded_vocab_size(num_words)
+        if num_added > 0:
+            raise ValueError(
+                f"The embedding has {num_added:,} rows more than those of {num_words:,} words and their slots: tokens "
+                "were added, which the original's format can't hold. Save with today's names "
+                "(save_original_format=False)."
+            )
         return revert_operation(FOLD_WIDTH, tensor[:num_words])
     raise ValueError(f"unknown operation {operation!r}")
 
@@ -142,7 +149,7 @@ class KeyMapOperation(ConversionOps):
 
 
 class PadTokenRows(KeyMapOperation):
-    """The rows that folders of version 0.1 lack: their embedding has those of the words alone."""
+    """Adds the rows that folders of version 0.1 lack: their embedding has those of the words alone."""
 
     def __init__(self):
         super().__init__(TOKEN_ROWS)
@@ -152,9 +159,14 @@ class PadTokenRows(KeyMapOperation):
     def change(self, tensor: torch.Tensor, num_words: int | None) -> torch.Tensor:
         return pad_token_rows(tensor, factor_of(TOKEN_ROWS, tensor.shape)) if len(tensor) == num_words else tensor
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self  # what is saved is padded
+
+class PaddingConverter(WeightConverter):
+    """Pads an embedding of today's name, and has no way back: for saving, the key map's own entries are to find it."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming("^$", "^$")  # no name
 
 
 _rows_as_stored: ContextVar[bool] = ContextVar("rows_as_stored", default=False)
@@ -250,5 +262,5 @@ def register_key_map(model_type: str, *key_maps: KeyMap) -> None:
                 transforms.append(WeightRenaming(source, target))
             else:
                 transforms.append(WeightConverter(source, target, operations=[KeyMapOperation(entry.operation)]))
-    transforms.append(WeightConverter(r"^((?:.*\.)?embed_tokens\.weight)$", r"\1", operations=[PadTokenRows()]))
+    transforms.append(PaddingConverter(r"^((?:.*\.)?embed_tokens\.weight)$", r"\1", operations=[PadTokenRows()]))
     register_checkpoint_conversion_mapping(model_type, transforms, overwrite=True)

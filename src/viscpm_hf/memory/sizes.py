@@ -6,7 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..checkpoints.configurations import read_config, without_weights
+from ..checkpoints.errors import OriginalCheckpointError
 from ..checkpoints.location import (
     HUB_ID,
     Location,
@@ -26,12 +27,14 @@ from ..checkpoints.location import (
     locate,
     original_weight_files,
     release_file,
+    repository_of,
     tensors_of,
 )
 from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
 from ..conversion.paint import empty_part, empty_parts
 from ..conversion.verify import empty_model
+from ..families.family import FAMILIES
 from ..families.systems import system_of
 from ..loading.paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
 from ..loading.quantization import kept_modules
@@ -215,7 +218,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
     name = os.fspath(source)
     path = _cached(name) if not os.path.exists(name) else name
     if path is None:
-        sizes = _released(name)
+        sizes = replace(_released(os.fspath(repository_of(name))), name=name)
     else:
         if name == EMBEDDED_NAME:
             path = resolve_model(name, kind or CHAT)
@@ -243,7 +246,10 @@ def _cached(name: str) -> str | None:
             file = release_file(match["id"], json_object(Path(folder) / "config.json"), match["release"])
         return os.path.join(folder, file or "").rstrip(os.sep)
     except LocalEntryNotFoundError:
-        if name in RELEASED:
+        if match["id"] in RELEASED:  # the alternatives of a repository are of one size
+            kinds = [kind for kind, family in FAMILIES.items() if family.config_class is type(RELEASED[match["id"]]())]
+            if match["release"] and match["release"] not in FAMILIES[kinds[0]].releases:
+                raise OriginalCheckpointError(f"{match['id']} has no release {match['release']!r}.") from None
             return None
         raise FileNotFoundError(
             f"{name} is neither a path here nor in the Hub's cache. Download it, or give one of "

@@ -254,7 +254,8 @@ class CpmBeePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if module is getattr(self, "embed_tokens", None) and not is_loaded:
             rows = slot_rows(self.config.num_words, self.config.hidden_size) * self.config.hidden_size**-0.5
-            module.weight[self.config.num_words :][: len(rows)].copy_(rows)
+            slots = module.weight[self.config.num_words :][: len(rows)]
+            slots.copy_(rows[: len(slots)])  # fewer if vocab_size was set after the configuration was checked
 
     @property
     def device(self) -> torch.device:
