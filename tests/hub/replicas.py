@@ -16,7 +16,7 @@ import reference
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from paint_support import CONFIGS, PAINT
-from sibling_folders import write_folder, write_tokenizer
+from sibling_folders import make_system, write_folder, write_tokenizer
 from sibling_tokenizers import OMNILMM_VOCAB_SIZE
 from support import HUB_SPELLING, PRUNED_CASE, Golden
 
@@ -166,6 +166,17 @@ def minicpmv(folder: Path, repository: str, version: str) -> None:
     _code(folder, "configuration_minicpm", "modeling_minicpmv")
 
 
+def visualcla(folder: Path) -> None:
+    """ziqingyang/visualcla-7b-v0.1, and beside it, as repositories of their own, the two bases that users bring."""
+    release = reference.write_visualcla_release(make_system("visualcla"), folder.parent / "parts")
+    release.adapter.rename(folder)
+    release.text_model.rename(folder.parent / "chinese-alpaca-plus-7b")
+    release.vision_model.rename(folder.parent / "clip-vit-large-patch14")
+    write_tokenizer("visualcla", folder)
+    small = {"r": reference.LORA_RANK, "lora_alpha": reference.LORA_ALPHA}
+    _json(folder, "adapter_config.json", _real("ziqingyang/visualcla-7b-v0.1", "adapter_config.json") | small)
+
+
 def _sibling_config(folder: Path, repository: str, small: dict[str, Any]) -> None:
     _json(folder, "config.json", {key: small.get(key, value) for key, value in _real(repository).items()})
 
@@ -189,6 +200,7 @@ REPLICAS: dict[str, Callable[[Path], None]] = {
     "someone/cpm-bee-10b-shards": cpm_bee_saved,
     **{name: partial(cpm_bee_pruned, repository=name) for name in (f"openbmb/cpm-bee-{size}b" for size in (1, 2, 5))},
     "openbmb/OmniLMM-12B": omnilmm,
+    "ziqingyang/visualcla-7b-v0.1": visualcla,
     "openbmb/MiniCPM-V": partial(minicpmv, repository="openbmb/MiniCPM-V", version="1.0"),
     "openbmb/MiniCPM-V-2": partial(minicpmv, repository="openbmb/MiniCPM-V-2", version="2.0"),
 }

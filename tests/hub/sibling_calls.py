@@ -48,6 +48,22 @@ for name in ("openbmb/MiniCPM-V", "openbmb/MiniCPM-V-2"):
         assert context[-1] == {"role": "assistant", "content": answer}
         found.setdefault(name, []).append(answer)
 
+from viscpm_hf.siblings import visualcla  # noqa: E402
+
+
+parts = {"text_model": "chinese-alpaca-plus-7b", "vision_model": "clip-vit-large-patch14",
+         "lora_model": "visualcla-7b-v0.1"}  # fmt: skip
+# All three as folders of the user's.
+place_of_bases = os.environ["BASES"]
+base_model, tokenizer, _ = visualcla.get_model_and_tokenizer_and_processor(
+    **{part: os.path.join(place_of_bases, "ziqingyang", name) for part, name in parts.items()},
+    torch_dtype=torch.float32,
+    default_device="cpu",
+)
+base_model.resize_token_embeddings(len(tokenizer))
+greedy = {"do_sample": False, "max_new_tokens": 6}
+found["visualcla"] = visualcla.chat(base_model, image_file, "What?", generation_config=greedy)[0]
+
 for size in ("1b", "2b", "5b"):
     name = at(f"openbmb/cpm-bee-{size}")
     tokenizer = AutoTokenizer.from_pretrained(name, **options)

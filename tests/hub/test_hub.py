@@ -9,12 +9,14 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from replicas import REPLICAS
+from sibling_folders import write_folder
 from stub_hub import COMMIT, stub_hub
 from support import Golden
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 import viscpm_hf
 from viscpm_hf import SiblingChat
+from viscpm_hf.siblings import visualcla
 
 
 HERE = Path(__file__).parent
@@ -85,10 +87,12 @@ def test_a_file_of_2023_beside_its_configuration(tmp_path, name):
     assert model.generate(data, *parts, max_new_tokens=8, num_beams=3)[0]["<ans>"]
 
 
-def check_siblings(found: dict, chats: dict[str, list[str]]) -> None:
+def check_siblings(found: dict, chats: dict) -> None:
     assert found["queries"] == 256
-    for name, answers in chats.items():
+    for name in ("openbmb/MiniCPM-V", "openbmb/MiniCPM-V-2"):
+        answers = chats[name]
         assert found[name] and set(found[name]) == set(answers)
+    assert found["visualcla"] == chats["visualcla"]
     assert len(found["omnilmm"]) == 3 and len(set(found["omnilmm"])) == 1
     for size in ("1b", "2b", "5b"):
         *answers, blocks, has_loss = found[size]
@@ -103,9 +107,16 @@ def test_calls_of_the_siblings_and_of_pruned_models(repositories, tmp_path):
         chat.model.float()
         options = {"mode": "generate", "num_beams": 1, "do_sample": False, "repetition_penalty": 1.2}
         chats[name] = [chat.ask(IMAGE, "What?", max_new_tokens=6, **options).answer]
-    check_siblings(run(HERE / "sibling_calls.py", repositories, "plain", IMAGE, HF_HUB_OFFLINE="1"), chats)
+    merged, *_ = visualcla.get_model_and_tokenizer_and_processor(
+        write_folder("visualcla", tmp_path / "merged"), torch_dtype="float32", default_device="cpu"
+    )
+    greedy = {"do_sample": False, "max_new_tokens": 6}
+    bases = {"BASES": str(repositories)}
+    chats["visualcla"] = visualcla.chat(merged, str(IMAGE), "What?", generation_config=greedy)[0]
+    check_siblings(run(HERE / "sibling_calls.py", repositories, "plain", IMAGE, HF_HUB_OFFLINE="1", **bases), chats)
     with stub_hub(repositories) as (address, requests):
         where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
+        where |= bases
         check_siblings(run(HERE / "sibling_calls.py", "hub", "trust", IMAGE, HF_HUB_OFFLINE="0", **where), chats)
         assert not any(request.endswith(".py") for request in requests if request.startswith("GET"))
     check_siblings(run(HERE / "sibling_calls.py", "hub", "plain", IMAGE, HF_HUB_OFFLINE="1", **where), chats)
