@@ -96,7 +96,8 @@ def test_the_cache_is_that_of_an_answer(beams, length, monkeypatch):
     assert turn.num_tokens == (length if beams == 1 else ReferenceDecodingConfig(max_new_tokens=length).last_step + 1)
     (cache,) = caches
     found = sum(buffer.nbytes for layer in cache.layers for buffer in layer._buffers)
-    prompt = chat.processor.encode_prompt(chat.processor.parse_prompt("<image>颜色")).prompt()
+    document = {"image": "<image>", "context": "", "question": "颜色", "<ans>": ""}
+    prompt = chat.processor.encode_prompt(chat.processor.parse_prompt(document)).prompt()
     work = Work(prompt_length=len(prompt), length=length, beams=beams)
     assert kv_bytes(model_sizes(GOLDEN_A.weights), work, torch.float32) == found
 

@@ -278,7 +278,7 @@ def test_sizes_and_dtypes():
         with pytest.raises(ValueError, match="shard size"):
             parse_size(wrong)
     assert parse_dtype("keep") is None and parse_dtype(torch.bfloat16) is torch.bfloat16
-    with pytest.raises(ValueError, match="float16, bfloat16, float32, keep"):
+    with pytest.raises(ValueError, match="float32, float16, bfloat16, keep"):
         parse_dtype("int8")
 
 

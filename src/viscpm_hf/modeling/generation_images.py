@@ -13,7 +13,11 @@ from .compatibility import CACHE
 
 class ImageGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, is_first_iteration: bool | None = False, **kwargs
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
     ) -> dict[str, Any]:
         """As in transformers, but with the images in an assistant's first pass too.
 
@@ -22,7 +26,9 @@ class ImageGenerationMixin(GenerationMixin):
         if not is_first_iteration and kwargs.get(CACHE) is not None:
             length = kwargs[CACHE].get_seq_length()
             is_first_iteration = isinstance(length, int) and length == 0  # static caches' are on the device
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
 
 
 def with_drawing_last(
