@@ -163,7 +163,7 @@ def test_a_users_own_list_of_modules_counts(original):
 def test_parts_of_a_chat_file(original, quantized, model_class):
     config = quantization_config("nf4", DTYPE)
     model = model_class.from_pretrained(original.parent, quantization_config=config, dtype=DTYPE)
-    language_model = model.language_model if model_class is AutoModel else model.model
+    language_model = model.model.language_model if model_class is AutoModel else model.model
     assert same_weights(language_model, quantized["nf4"].model.model.language_model)
 
 

@@ -164,7 +164,7 @@ class PaintPage:
         begin = time.perf_counter()
         try:
             await self.places.run(check_paint_request, self.engine.painter, request)
-            drawing = self.engine.submit(Drawing(request, settings, on_step))
+            drawing = self.engine.submit(Drawing(request, settings, on_step=on_step))
             try:
                 result = await asyncio.wrap_future(drawing.result)
             finally:
