@@ -2,11 +2,13 @@
 
 import copy
 import json
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import message
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChat, tiny
+from viscpm_hf.modeling.compatibility import CACHE
 from viscpm_hf.modeling.token_space_cpm_bee import MASKED_LOGIT
 
 
@@ -423,6 +426,8 @@ def test_virtual_tokens_in_front(model, processor, kind):
     """They are context that no segment has, and move nothing: tokens that say nothing change little."""
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
+    if kind == "prefix" and CACHE == "cache" and Version(version("peft")) < Version("0.22"):
+        pytest.skip("peft before 0.22 gives the cache by its old name, and transformers 5.24 by the new one too")
     config_class = {"prompt": PromptTuningConfig, "p": PromptEncoderConfig, "prefix": PrefixTuningConfig}[kind]
     sizes = {"num_layers": 4, "num_attention_heads": 4, "token_dim": 128, "num_transformer_submodules": 1}
     hidden = {"encoder_hidden_size": 16} if kind != "prompt" else {}
