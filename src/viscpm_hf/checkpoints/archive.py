@@ -400,6 +400,7 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
     if len(tensors) > MAX_TENSORS:
         raise OriginalCheckpointError(_too_many(path, len(tensors), "tensors"))
     spans = []
+    size_of_file = path.stat().st_size
     for name, tensor in tensors.items():
         storage = tensor.storage
         record = records.get(storage.record)
@@ -412,6 +413,11 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
             raise OriginalCheckpointError(
                 f"{path} was refused: {plain(name)} claims {storage.nbytes:,} bytes, and the file has no record of "
                 "that size for it."
+            )
+        if record is not None and record.begin + record.nbytes > size_of_file:
+            raise OriginalCheckpointError(
+                f"{path} was refused: {plain(name)} ends at byte {record.begin + record.nbytes:,} of a file of "
+                f"{size_of_file:,}. It is incomplete or damaged: download it again."
             )
         if tensor.numel and tensor.end > storage.numel:
             raise OriginalCheckpointError(
