@@ -288,7 +288,8 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         ```
         """
         structure = Structure(token_type_ids, segment_ids, segment_relations)
-        structure = structure.completed(self.language_model(), input_ids, inputs_embeds, attention_mask, cache)
+        if labels is not None:  # what is learned depends on it; otherwise the model without its head reads it off
+            structure = structure.completed(self.language_model(), input_ids, inputs_embeds, attention_mask, cache)
         outputs: VisCPMChatModelOutputWithPast = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
