@@ -459,7 +459,7 @@ def test_bad_input_leaves_nothing_behind(golden, rows, tmp_path):
         ({"data": ["missing.json"]}, "no training data at missing.json"),
         ({"data": [str(tmp_path / "empty.json")]}, "has no rows"),
         ({"images": "no/such/folder"}, "no images folder no/such/folder"),
-        ({"model": "no/such/model.bin"}, "no checkpoint at"),
+        ({"model": "./no/such/model.bin"}, "no checkpoint at"),  # as a path: not a repository's name
         ({"model": None}, "which model"),
         ({"eval_data": ["missing.json"]}, "missing.json"),
     ]
