@@ -7,8 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.tensor_files import full_dtype_name
-from ..loading.quantization import QUANTIZATIONS
+from ..names import QUANTIZATIONS, full_dtype_name
 from ..tiny.embedded import EMBEDDED_NAME
 
 
