@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from .compatibility import CACHE
+from .continuous_rows import ContinuousRowsMixin
 
 
-class ImageGenerationMixin(GenerationMixin):
+class ImageGenerationMixin(ContinuousRowsMixin, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
