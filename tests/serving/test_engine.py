@@ -15,7 +15,6 @@ from starlette.testclient import TestClient
 from test_image_processing_minicpmv import picture
 
 from viscpm_hf import VisCPMChat
-from viscpm_hf.plain_text import unescape
 from viscpm_hf.serving.app import create_app
 from viscpm_hf.serving.engine import ChatEngine, _Share
 from viscpm_hf.serving.preparing import PromptPreparer
@@ -151,18 +150,17 @@ def test_golden_answers_of_the_original(golden):
     chat = golden.load_chat()
     engine = ChatEngine(chat)
     for case in golden.expected["answers"]:
-        context, given = "", case["generate"]
+        given = case["generate"]
         decoding = engine.reference(
             max_new_tokens=given["max_length"],
             num_beams=given["beam_size"],
             **{name: given[name] for name in ("temperature", "repetition_penalty", "length_penalty")},
         )
         for turn in case["turns"]:
-            assert context == turn["context"]
-            prompt = engine.prepare.turn(PIL.Image.open(golden.image(case["image"])), turn["question"], context)
+            image = PIL.Image.open(golden.image(case["image"]))
+            prompt = engine.prepare.turn(image, turn["question"], turn["context"])
             (answer,) = engine.answer(prompt, decoding, timeout=60)
-            assert answer.text == unescape(turn["answer"])
-            context = chat.processor.next_context(context, turn["question"], answer.text)
+            assert answer.text == chat.processor.tokenizer.unescape(turn["answer"])
     engine.close()
 
 
@@ -370,9 +368,17 @@ def test_only_the_guilty_request_fails(own_family_chat):
     chat = own_family_chat
     expected = [chat.ask(IMAGE, text, mode="generate", max_new_tokens=10).answer for text in ("a?", "c?")]
     engine = ChatEngine(chat)
-    prompts = [engine.prepare.turn(IMAGE, text) for text in ("a?", "什么?", "c?")]
+    prompts = [engine.prepare.turn(IMAGE, text) for text in ("a?", "什么颜色 9876543?", "c?")]
     ids = [set(chat.processor.pad_prompts([prompt.prompt])["input_ids"].flatten().tolist()) for prompt in prompts]
-    poison = ids[1] - ids[0] - ids[2]
+    answers = chat.model.answers(
+        chat.processor.pad_prompts(
+            [prompts[0].prompt, prompts[2].prompt], engine._encode_images(prompts[::2]), chat.model
+        ),
+        chat.model.chat_decoding("generate", {"max_new_tokens": 10}),
+        chat.processor.tokenizer,
+    )
+    poison = ids[1].difference(ids[0], ids[2], *(answer.ids for answer in answers))
+    assert poison
 
     def fail_on_poison(module, arguments):
         if poison & set(arguments[0].flatten().tolist()):

@@ -45,6 +45,17 @@ from .tickets import (
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class _Untold:
+    """The score of a token whose text isn't told yet."""
+
+    score: TextScore
+    num_left: int
+    """Characters."""
+    is_begun: bool = False
+    """Whether those before them were told."""
+
+
 @dataclass(eq=False)
 class _Choice:
     """One of a request's answers."""
@@ -54,22 +65,21 @@ class _Choice:
     row: Row
     pending: str = ""
     """Text that may turn out to begin a stop string."""
-    scores: deque[tuple[TextScore, int]] = field(default_factory=deque)
-    """Of tokens whose text isn't told yet, with the number of characters that are left of it."""
+    scores: deque[_Untold] = field(default_factory=deque)
 
     def told(self, num_characters: int, is_over: bool) -> tuple[TextScore, ...]:
         """The scores of the tokens whose text that was; in the end also of the one whose text was cut."""
         scores = []
-        while self.scores and self.scores[0][1] <= num_characters:
-            score, length = self.scores.popleft()
-            num_characters -= length
-            scores.append(score)
-        if self.scores and num_characters:
-            score, length = self.scores.popleft()
-            if is_over:
-                scores.append(score)
-            else:
-                self.scores.appendleft((score, length - num_characters))
+        while self.scores and self.scores[0].num_left <= num_characters:
+            entry = self.scores.popleft()
+            num_characters -= entry.num_left
+            scores.append(entry.score)
+        if self.scores:
+            entry = self.scores[0]
+            entry.num_left -= num_characters
+            entry.is_begun |= num_characters > 0
+            if is_over and entry.is_begun:
+                scores.append(entry.score)
         return tuple(scores)
 
 
@@ -447,7 +457,7 @@ class ChatEngine:
         new_text = row.text.new_text(row.answer, is_last=is_end or is_full)
         choice.pending += new_text
         if row.sampler.score is not None and not is_end:
-            choice.scores.append((self._text_score(row, row.sampler.score), len(new_text)))
+            choice.scores.append(_Untold(self._text_score(row, row.sampler.score), len(new_text)))
         place = min((at for at in map(choice.pending.find, settings.stop) if at >= 0), default=-1)
         reason = "stop" if is_end else "length" if is_full else None
         if place >= 0:
