@@ -196,10 +196,10 @@ def _inputs(model: Any, image: Any, text: str, history: Sequence[Mapping[str, An
         {"role": "user", "content": text},
     ]
     if image is None:
-        return model_inputs(model, processor, [processor.encode_conversation(conversation)], [None])
+        return model_inputs(model, processor, [processor.encode_chat(conversation)], [None])
     first = {"type": "text", "text": conversation[0]["content"]}
     conversation[0] = {**conversation[0], "content": [{"type": "image"}, first]}
-    prompt = processor.encode_conversation(conversation, [(0, 0)], 1)  # before the picture, which takes longer
+    prompt = processor.encode_chat(conversation, [(0, 0)])  # before the picture, which takes longer
     return model_inputs(model, processor, [prompt], [_encode(model, image).features])
 
 

@@ -63,7 +63,7 @@ def run_web(arguments: argparse.Namespace) -> int:
         from ..serving.demo import create_demo, start
     except ModuleNotFoundError as error:
         raise ImportError(
-            f'The page needs {error.name}, which is not installed: pip install "viscpm-hf[demo]"; '
+            f'The page needs {error.name}, which is not installed: pip install -c constraints.txt ".[demo]"; '
             "`viscpm-hf demo --terminal` does without."
         ) from error
     from ..serving.paint_engine import PaintEngine

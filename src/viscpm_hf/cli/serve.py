@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ..serving.server import bind, serve
     except ModuleNotFoundError as error:
         raise ImportError(
-            f'Serving needs {error.name}, which is not installed: pip install "viscpm-hf[serve]".'
+            f'Serving needs {error.name}, which is not installed: pip install -c constraints.txt ".[serve]".'
         ) from error
     from ..serving.paint_engine import PaintEngine
     from ..serving.sibling_engine import open_engine

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from .answering import AnsweringMixin
 from .compatibility import CACHE
 
 
-class ImageGenerationMixin(GenerationMixin):
+class ImageGenerationMixin(AnsweringMixin, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,

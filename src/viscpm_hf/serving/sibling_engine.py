@@ -82,17 +82,15 @@ class SiblingPreparer:
         count = text.count(processor.image_token)
         if count != len(images):
             raise ValueError(f"The messages have {count} pictures, but {len(images)} were given.")
-        grids, num_views, prepared = [], 0, []
+        grids, prepared = [], []
         for image in images:
             image = processor.image_processor.fetch_images(opened(image))  # the checker sees what the model does
             if checker is not None and checker(image):
                 raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
             picture = processor.image_processor.process_image(image, do_convert_rgb=True)
-            rows, columns = processor.grid_of((picture.height, picture.width))
-            grids.append((rows, columns))
-            num_views += 1 + rows * columns
+            grids.append(processor.grid_of((picture.height, picture.width)))
             prepared.append(SiblingImage(picture, image_key(picture.size, picture.tobytes())))
-        return SiblingPrompt(processor.encode_conversation(conversation, grids, num_views), tuple(prepared))
+        return SiblingPrompt(processor.encode_chat(conversation, grids), tuple(prepared))
 
     def turn(self, image: PIL.Image.Image | None, question: str, context: str = "") -> SiblingPrompt:
         """A question as [`SiblingChat.chat`] takes it; raises as [`messages`]."""
