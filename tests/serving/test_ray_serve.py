@@ -19,7 +19,7 @@ from support import Golden
 from viscpm_hf import VisCPMPaint
 
 
-pytest.importorskip("ray", reason='the tests on Ray need it: pip install "viscpm-hf[ray]"')
+pytest.importorskip("ray", reason='the tests on Ray need it: pip install -c constraints.txt ".[ray]"')
 
 GOLDEN = Golden("chat_a")
 KEY = "a-key"

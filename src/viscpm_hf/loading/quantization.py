@@ -57,8 +57,7 @@ def check_quantization(name: str, device: torch.device) -> None:
         raise ValueError(f"quantization is one of {', '.join(QUANTIZATIONS)}, got {name!r}.")
     library = QUANTIZATIONS[name]
     if importlib.util.find_spec(library) is None:
-        extra = "viscpm-hf" if library == "bitsandbytes" else f'"viscpm-hf[{library}]"'
-        raise ImportError(f"quantization={name!r} needs {library}: pip install {extra}")
+        raise ImportError(f"quantization={name!r} needs {library}: pip install {library}")
     if name == "int4wo" and device.type != "cuda":
         raise ValueError(
             f"quantization='int4wo' runs on CUDA only, not on {device.type}: torchao packs 4-bit weights for its GPU "

@@ -277,7 +277,7 @@ def check_libraries(config: ChatTrainingConfig) -> None:
     needed += ["tensorboard"] if config.tensorboard else []
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        raise ImportError(f'Training so needs {" and ".join(missing)}: pip install "viscpm-hf[train]".')
+        raise ImportError(f'Training so needs {" and ".join(missing)}: pip install -c constraints.txt ".[train]".')
     if config.mode != "full":
         require(peft=OLDEST["peft"])
     if config.optimizer == MUON:
