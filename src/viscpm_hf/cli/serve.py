@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..checkpoints.location import is_of_the_hub
 from ..serving.settings import ServerSettings, read_api_key
 from .chat import positive
-from .model_options import add_model_options, hub_options, is_of_the_hub, load_chat
+from .model_options import add_model_options, hub_options, load_chat
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
