@@ -7,9 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.location import hub_arguments, is_of_the_hub
-from ..checkpoints.tensor_files import full_dtype_name
-from ..loading.quantization import QUANTIZATIONS
+from ..names import QUANTIZATIONS, full_dtype_name
 
 
 if TYPE_CHECKING:
@@ -67,11 +65,17 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
     )
     group.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
     add_hub_options(group)
+    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     if paint:
         _add_paint_options(group)
     else:
         group.add_argument(
             "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
+        )
+        group.add_argument(
+            "--check-image",
+            action="store_true",
+            help="don't answer about unsafe images / 检查输入图片，不安全则不回答",
         )
 
 
@@ -99,6 +103,8 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
     Raises:
         ValueError: if there are some, and the model is here.
     """
+    from ..checkpoints.location import hub_arguments, is_of_the_hub
+
     model = arguments.model if model is None else model
     given = hub_arguments(**{name: getattr(arguments, name, None) for name in HUB_OPTIONS})
     if is_of_the_hub(model):
@@ -127,7 +133,6 @@ def _add_paint_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what)
     group.add_argument("--ranker", metavar="FOLDER", help="Chinese-CLIP: folder or Hub id / 排序模型")
     group.add_argument("--prompt-checker", metavar="FOLDER", help="text classifier: folder or Hub id / 文本检查模型")
-    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     group.add_argument(
         "--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory / 显存卸载"
     )
@@ -139,11 +144,18 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
-    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments."""
+    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments.
+
+    Raises:
+        ValueError: for options of another kind of model, or of a check that isn't made.
+    """
     from ..chat.chat import VisCPMChat
     from ..chat.sibling_chat import SiblingChat, is_sibling
 
     hub = hub_options(arguments)
+    if arguments.image_checker and not arguments.check_image:
+        raise ValueError(f"--image-checker {arguments.image_checker} checks nothing without --check-image.")
+    options = {"image_safety_checker": arguments.check_image and (arguments.image_checker or True), **options}
     if is_sibling(arguments.model, **hub):
         others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
         given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]

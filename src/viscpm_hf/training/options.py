@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoints.location import hub_arguments_for
-
 
 Config = TypeVar("Config")
 
@@ -40,6 +38,8 @@ class HubOptions:
         Raises:
             ValueError: if there are some, and the model is here.
         """
+        from ..checkpoints.location import hub_arguments_for
+
         return hub_arguments_for(self.model, revision=self.revision, token=self.token, cache_dir=self.cache_dir)
 
     def recorded(self) -> dict[str, Any]:
