@@ -109,6 +109,27 @@ def test_questions(tmp_path):
     assert second.line == 3
 
 
+def test_questions_of_other_files(tmp_path):
+    """OwlEval's lines, and the JSON lists that VisualCLA has of LLaVA's and OwlEval's questions and of its answers."""
+    owl = {"image": "1.jpg", "question_id": 1, "question": "What is funny?"}
+    (row,) = read_questions(write(tmp_path / "owl.jsonl", owl))
+    assert row.values == {"image": "1.jpg", "text": "What is funny?", "category": "other", "language": "en"}
+    lists = [{**owl, "question": "有趣吗？", "type": "reasoning"}]
+    lists.append({"id": "7", "image": "7.jpg", "instruction": "描述图像。", "type": "detail", "question_id": 2})
+    path = write(tmp_path / "zh.json", json.dumps(lists, indent=2, ensure_ascii=False))
+    assert [(row.id, row.values["text"], row.values["category"]) for row in read_questions(path)] == [
+        (1, "有趣吗？", "reasoning"),
+        (2, "描述图像。", "detail"),
+    ]
+    answers = read_answers(write(tmp_path / "a.json", json.dumps([{**lists[1], "output": "一只猫。"}])))
+    assert answers['"2"']["text"] == "一只猫。"
+    with pytest.raises(ValueError, match='entry 2: "question" is a text, got None; entry 3: is a JSON int'):
+        bad = [lists[0], {**owl, "question_id": 3, "question": None}, 3]
+        read_questions(write(tmp_path / "bad.json", json.dumps(bad)))
+    with pytest.raises(ValueError, match="is no JSON list"):
+        read_questions(write(tmp_path / "cut.json", "[{"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -117,7 +138,7 @@ def test_questions(tmp_path):
         ({**QUESTION, "question_id": None}, 'line 2: "question_id"'),
         ({**QUESTION, "question_id": 1}, "line 2: question_id 1 is that of line 1 too"),
         ({**QUESTION, "question_id": 2, "text": " "}, 'line 2: "text" is a text'),
-        ({**QUESTION, "question_id": 2, "category": "poem"}, "line 2: .*conv, detail, complex, got 'poem'"),
+        ({**QUESTION, "question_id": 2, "category": 3}, 'line 2: "category" is a text'),
         ({**QUESTION, "question_id": 2, "image": 3}, 'line 2: "image" is a text'),
         ({**QUESTION, "question_id": 2, "language": "fr"}, "line 2: .*en, zh, got 'fr'"),
     ],

@@ -92,7 +92,7 @@ def check_siblings(found: dict, chats: dict) -> None:
     for name in ("openbmb/MiniCPM-V", "openbmb/MiniCPM-V-2"):
         answers = chats[name]
         assert found[name] and set(found[name]) == set(answers)
-    assert found["visualcla"] == chats["visualcla"]
+    assert found["visualcla"] == 2 * [chats["visualcla"]] and found["visualcla bare"] != chats["visualcla"]
     assert len(found["omnilmm"]) == 3 and len(set(found["omnilmm"])) == 1
     for size in ("1b", "2b", "5b"):
         *answers, blocks, has_loss = found[size]
@@ -111,12 +111,10 @@ def test_calls_of_the_siblings_and_of_pruned_models(repositories, tmp_path):
         write_folder("visualcla", tmp_path / "merged"), torch_dtype="float32", default_device="cpu"
     )
     greedy = {"do_sample": False, "max_new_tokens": 6}
-    bases = {"BASES": str(repositories)}
     chats["visualcla"] = visualcla.chat(merged, str(IMAGE), "What?", generation_config=greedy)[0]
-    check_siblings(run(HERE / "sibling_calls.py", repositories, "plain", IMAGE, HF_HUB_OFFLINE="1", **bases), chats)
+    check_siblings(run(HERE / "sibling_calls.py", repositories, "plain", IMAGE, HF_HUB_OFFLINE="1"), chats)
     with stub_hub(repositories) as (address, requests):
         where = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
-        where |= bases
         check_siblings(run(HERE / "sibling_calls.py", "hub", "trust", IMAGE, HF_HUB_OFFLINE="0", **where), chats)
         assert not any(request.endswith(".py") for request in requests if request.startswith("GET"))
     check_siblings(run(HERE / "sibling_calls.py", "hub", "plain", IMAGE, HF_HUB_OFFLINE="1", **where), chats)
@@ -134,12 +132,18 @@ def test_commands_take_files_and_releases_of_the_hub(repositories, tmp_path):
     chat.model.model.multi_modal_projector.linear_2.weight.data *= 0.5  # what the replica's v1.1 is
     assert set(found["answers"]) == {chat.chat(IMAGE, "颜色", max_new_tokens=8, num_beams=1)[0]}
     assert found["paint"] == [0, 0] and found["convert"] == [0, ""]
+    assert found["train"] == 3 * [[0, ""]] and found["recorded"] and "hf_words" not in found["recorded"]
+    assert found["merge"] == [0, "", 0, ""] and found["memory"][0] == 0, found["memory"][2]
     assert "one set of weights" in found["sibling"][1] and "no release 'v7'" in found["unknown"][1]
     assert "--revision, --token, --cache-dir is of a Hub repository" in found["local"][1]
     files = [request.partition("/resolve/")[2] for request in requests if "/resolve/" in request]
-    assert files and all(file.startswith(("v2/", COMMIT)) for file in files)
-    assert "Bearer hf_words" in tokens
-    assert not any("openbmb" in path for token, paths in tokens.items() for path in paths if token is None)
+    # A revision is one of the model; what comes with it, such as a base or a checker, is as it is now.
+    assert files and all(file.startswith(("v2/", COMMIT)) or "/resolve/main/" in file for file in files)
+    asked = {request.partition("/resolve/")[0] for request in requests if "/resolve/main/" in request}
+    beside = ("someone/ranker", "someone/prompts", "someone/images", "clip-vit-large-patch14", "alpaca-plus-7b")
+    assert all(name.endswith(beside) for name in asked)
+    # The libraries list the files of a tokenizer's repository without it.
+    assert "Bearer hf_words" in tokens and not any("/resolve/" in path for path in tokens.get(None, ()))
     assert list(cache.glob("models--openbmb--VisCPM-*")) and not list(tmp_path.glob("home/hub/models--*"))
 
 

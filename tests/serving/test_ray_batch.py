@@ -8,7 +8,7 @@ from support import Golden
 from viscpm_hf.cli import main
 
 
-pytest.importorskip("ray", reason='the tests on Ray need it: pip install "viscpm-hf[ray]"')
+pytest.importorskip("ray", reason='the tests on Ray need it: pip install -c constraints.txt ".[ray]"')
 
 GOLDEN = Golden("chat_a")
 QUESTIONS = ["what is this?", "图片里有什么？", "why?", "Describe the picture in one sentence, please."]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from viscpm_hf.chat.sibling_chat import AnswerText
 from viscpm_hf.checkpoints.errors import OriginalCheckpointError
 from viscpm_hf.checkpoints.original import load_state_dict
+from viscpm_hf.modeling.chat_processing import AnswerText
 from viscpm_hf.training.encoding import ConversationEncoding
 from viscpm_hf.training.records import ChatSample
 
@@ -33,7 +33,7 @@ def test_prompts_and_answers(processors, name, case):
         rows, columns = processor.grid_of(tuple(case["image"]))
         grids, views = [(rows, columns)], 1 + rows * columns
         messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": messages[0]["content"]}]
-    ids = processor.encode_conversation(messages, grids, views)
+    ids = processor.encode_chat(messages, grids)
     assert [token for token in ids if token != processor.image_token_id] == case["prompt_ids"]
     assert ids.count(processor.image_token_id) == views * processor.num_query_tokens
     assert processor.answer_text(case["answer_ids"]) == case["answer"]
@@ -61,10 +61,10 @@ class TestGroundingTokens:
         ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in ("<ref>", "</ref>", "<box>")}
         assert list(ids.values()) == [103, 104, 105]
         turns = [("user", self.ANSWER), ("assistant", self.ANSWER), ("user", "?")]
-        found = processor.encode_conversation([{"role": role, "content": text} for role, text in turns])
+        found = processor.encode_chat([{"role": role, "content": text} for role, text in turns])
         assert [found.count(token) for token in ids.values()] == [1, 1, 1]
         parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        assert processor.encode_conversation(parts) == found
+        assert processor.encode_chat(parts) == found
         answer = processor.tokenizer(self.ANSWER, add_special_tokens=False)["input_ids"]
         assert any(found[place : place + len(answer)] == answer for place in range(len(found)))
         said = processor.tokenizer(self.ANSWER.replace("> ", ">"), add_special_tokens=False)["input_ids"]
@@ -75,7 +75,7 @@ class TestGroundingTokens:
         processor = processors[name]
         token_id = processor.tokenizer.convert_tokens_to_ids(token)
         turns = [("user", "?"), ("assistant", f"a{token}b"), ("user", f"a{token}b")]
-        found = processor.encode_conversation([{"role": role, "content": text} for role, text in turns])
+        found = processor.encode_chat([{"role": role, "content": text} for role, text in turns])
         assert token_id not in found
 
     def test_they_are_learned_as_tokens(self, processors, name):

@@ -79,7 +79,9 @@ def run_with_ray(
         import ray
         import ray.data
     except ImportError as error:
-        raise ImportError('The Ray engine needs Ray, which is not installed: pip install "viscpm-hf[ray]".') from error
+        raise ImportError(
+            'The Ray engine needs Ray, which is not installed: pip install -c constraints.txt ".[ray]".'
+        ) from error
 
     if not ray.is_initialized():
         # Or Ray tells its makers of every cluster that is started.

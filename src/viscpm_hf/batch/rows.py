@@ -72,7 +72,7 @@ def check_rows(path: str | os.PathLike) -> int:
     for row in read_rows(path):
         count += 1
         if row.error is not None:
-            if count == 1 and row.error.startswith("Line 1 is") and _begins_list(path):
+            if count == 1 and row.error.startswith("Line 1 is") and begins_list(path):
                 raise ValueError(
                     f"{path} begins with '[': it is one JSON list, but rows stand one JSON object a line (JSONL)."
                 )
@@ -92,7 +92,8 @@ def check_rows(path: str | os.PathLike) -> int:
     return count
 
 
-def _begins_list(path: str | os.PathLike) -> bool:
+def begins_list(path: str | os.PathLike) -> bool:
+    """Whether a file looks like one JSON list, not like one object a line."""
     with open(path, "rb") as file:
         return file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 

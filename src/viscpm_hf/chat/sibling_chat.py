@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..checkpoints.location import find_repository_file, hub_arguments, json_obj
 from ..families.family import FAMILIES, SIBLINGS
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions
+from ..modeling.chat_processing import AnswerText, EncodedImage
 from ..modeling.decoding_presets import default_preset
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from ..pipelines.safety import UnsafeImageError
@@ -40,19 +40,6 @@ from .chat import (
 
 if TYPE_CHECKING:
     from .answering import ChatRequest
-
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """A picture as the language model sees it."""
-
-    features: torch.Tensor
-    """`(views, queries, hidden)`"""
-    grid: tuple[int, int] = (0, 0)
-    """Rows and columns of its tiles, without the overview."""
 
 
 @dataclass
@@ -118,7 +105,8 @@ class SiblingChat:
         )
         self.device = self.options.device
         self.image_safety_policy = image_safety_policy
-        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
+        others = hub_arguments(token=token, cache_dir=cache_dir)
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device, **others)
 
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
@@ -208,8 +196,7 @@ class SiblingChat:
         image = request.vision_hidden_states
         has_picture = request.image is not None or image is not None
         grids = [image.grid if image is not None else (0, 0)] if has_picture else []
-        views = sum(1 + rows * columns for rows, columns in grids)
-        return len(self.processor.encode_conversation(self.conversation(request), grids, views))
+        return len(self.processor.encode_chat(self.conversation(request), grids))
 
     def context_of(self, turns: Iterable[tuple[str, str]]) -> str:
         """The context of questions and their answers."""
@@ -321,8 +308,7 @@ class SiblingChat:
                 row.is_refused = True
                 return
         grids = [] if row.image is None else [row.image.grid]
-        views = 0 if row.image is None else len(row.image.features)
-        row.ids = self.processor.encode_conversation(conversation, grids, views)
+        row.ids = self.processor.encode_chat(conversation, grids)
 
     def _generate(self, rows: list[_Row], decoding: Mapping[str, Any], on_text: Callable[[str], None] | None) -> None:
         features = [None if row.image is None else row.image.features for row in rows]
@@ -384,28 +370,6 @@ def is_sibling(model_path: str | os.PathLike, **hub: Any) -> bool:
     if found and repository != model_path:
         raise OriginalCheckpointError(f"{repository} has one set of weights: leave out what follows in {model_path}.")
     return found
-
-
-class AnswerText:
-    """The text of an answer as its tokens come. What single bytes stand for is told when the last of them is there,
-    since one more may change it."""
-
-    def __init__(self, processor: VisionResamplerProcessor):
-        self.processor = processor
-        self._told = ""
-
-    def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
-        """What is to be told beyond what was; `ids` are all tokens so far."""
-        if not is_last:
-            is_byte = _BYTE.fullmatch(self.processor.tokenizer.convert_ids_to_tokens(ids[-1])) is not None
-            if is_byte or not self.processor.answer_text(ids[-1:]):  # bytes with a special token between are one run
-                return ""
-            ids = ids[: self.processor.num_settled(ids)]
-        text = self.processor.answer_text(ids)
-        if not text.startswith(self._told):
-            return ""
-        told, self._told = self._told, text
-        return text[len(told) :]
 
 
 class AnswerStreamer(BaseStreamer):

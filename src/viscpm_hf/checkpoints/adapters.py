@@ -64,7 +64,9 @@ class AdapterFolder:
             OriginalCheckpointError: if the adapter is another model's.
         """
         if find_spec("peft") is None:
-            raise ImportError(f'{self.path} is an adapter, which needs peft: pip install "viscpm-hf[train]".')
+            raise ImportError(
+                f'{self.path} is an adapter, which needs peft: pip install -c constraints.txt ".[train]".'
+            )
         require(peft=OLDEST["peft"])
         if not (self.path / ADAPTER_WEIGHTS).is_file():
             raise OriginalCheckpointError(f"{self.path} has no {ADAPTER_WEIGHTS}: the adapter is not complete.")

@@ -34,8 +34,8 @@ def add_llava_bench(evaluations: argparse._SubParsersAction) -> None:
     parser = evaluations.add_parser(
         "llava-bench",
         help="answer LLaVA-bench's questions / 回答 LLaVA-bench 问题",
-        description='Answers question files of LLaVA-bench (JSONL: "question_id", "image", "text", "category"), in '
-        "English or Chinese. / 回答 LLaVA-bench 的中英文问题文件。",
+        description="Answers the question files of LLaVA-bench, of OwlEval and of VisualCLA's translations of both. / "
+        "回答 LLaVA-bench、OwlEval 及 VisualCLA 中文译本的问题文件。",
     )
     parser.add_argument("model", metavar="MODEL", help="Chat: folder, Hub id, or original file / 模型")
     parser.add_argument("--questions", metavar="JSONL", required=True, help="the questions / 问题文件")

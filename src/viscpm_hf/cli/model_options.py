@@ -7,9 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.tensor_files import full_dtype_name
-from ..loading.quantization import QUANTIZATIONS
-from ..tiny.embedded import EMBEDDED_NAME
+from ..names import QUANTIZATIONS, full_dtype_name
 
 
 if TYPE_CHECKING:
@@ -67,18 +65,32 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
     )
     group.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
     add_hub_options(group)
+    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     if paint:
         _add_paint_options(group)
     else:
         group.add_argument(
             "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
         )
+        group.add_argument(
+            "--check-image",
+            action="store_true",
+            help="don't answer about unsafe images / 检查输入图片，不安全则不回答",
+        )
 
 
-def add_hub_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The options that [`hub_options`] reads."""
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL's Hub repository / Hub 版本")
-    parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
+def add_hub_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str = "MODEL", asks: bool = True
+) -> None:
+    """The options that [`hub_options`] reads.
+
+    Args:
+        what: whose repository a revision is of.
+        asks: whether the Hub is asked; if not, only its cache is looked at, which takes no token.
+    """
+    parser.add_argument("--revision", help=f"branch, tag or commit of {what}'s Hub repository / Hub 版本")
+    if asks:
+        parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="for what the Hub sends / Hub 缓存目录")
 
 
@@ -91,8 +103,10 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
     Raises:
         ValueError: if there are some, and the model is here.
     """
+    from ..checkpoints.location import hub_arguments, is_of_the_hub
+
     model = arguments.model if model is None else model
-    given = {name: getattr(arguments, name) for name in HUB_OPTIONS if getattr(arguments, name) is not None}
+    given = hub_arguments(**{name: getattr(arguments, name, None) for name in HUB_OPTIONS})
     if is_of_the_hub(model):
         return given
     other = getattr(arguments, "paint", None)  # the second model of commands that load two, see `load_painter`
@@ -102,15 +116,6 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
         options = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(f"{options} is of a Hub repository, which {model} is not: leave it out.")
     return {}
-
-
-def is_of_the_hub(model: str | os.PathLike) -> bool:
-    """Whether a model, or the one that an adapter is of, is no path here and not the embedded one."""
-    from ..checkpoints.adapters import AdapterFolder
-
-    adapter = AdapterFolder.find(model)
-    model = model if adapter is None or adapter.base is None else adapter.base
-    return model != EMBEDDED_NAME and not os.path.exists(model)
 
 
 def _add_paint_options(group: argparse._ArgumentGroup) -> None:
@@ -128,7 +133,6 @@ def _add_paint_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what)
     group.add_argument("--ranker", metavar="FOLDER", help="Chinese-CLIP: folder or Hub id / 排序模型")
     group.add_argument("--prompt-checker", metavar="FOLDER", help="text classifier: folder or Hub id / 文本检查模型")
-    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     group.add_argument(
         "--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory / 显存卸载"
     )
@@ -140,11 +144,18 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
-    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments."""
+    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments.
+
+    Raises:
+        ValueError: for options of another kind of model, or of a check that isn't made.
+    """
     from ..chat.chat import VisCPMChat
     from ..chat.sibling_chat import SiblingChat, is_sibling
 
     hub = hub_options(arguments)
+    if arguments.image_checker and not arguments.check_image:
+        raise ValueError(f"--image-checker {arguments.image_checker} checks nothing without --check-image.")
+    options = {"image_safety_checker": arguments.check_image and (arguments.image_checker or True), **options}
     if is_sibling(arguments.model, **hub):
         others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
         given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]

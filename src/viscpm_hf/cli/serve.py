@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..serving.settings import ServerSettings, read_api_key
 from .chat import positive
-from .model_options import add_model_options, hub_options, is_of_the_hub, load_chat
+from .model_options import add_model_options, hub_options, load_chat
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -95,10 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
         from ..serving.server import bind, serve
     except ModuleNotFoundError as error:
         raise ImportError(
-            f'Serving needs {error.name}, which is not installed: pip install "viscpm-hf[serve]".'
+            f'Serving needs {error.name}, which is not installed: pip install -c constraints.txt ".[serve]".'
         ) from error
+    from ..serving.engine import ChatEngine
     from ..serving.paint_engine import PaintEngine
-    from ..serving.sibling_engine import open_engine
     from ..serving.tickets import EngineLimits
 
     settings = ServerSettings(
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     with bind(arguments.host, arguments.port) as listener:  # before minutes go into loading a model
         painter = load_painter(arguments) if arguments.paint else None
         app = create_app(
-            open_engine(load_chat(arguments), limits),
+            ChatEngine(load_chat(arguments), limits),
             None if painter is None else PaintEngine(painter),
             chat_name=chat_names[0],
             chat_aliases=chat_names[1:],
@@ -138,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def load_painter(arguments: argparse.Namespace, is_alone: bool = False):
     """The paint model; beside a chat model, which a revision is of, with the token and the cache folder alone."""
+    from ..checkpoints.location import is_of_the_hub
     from ..paint.paint import VisCPMPaint
 
     if is_alone:

@@ -62,7 +62,7 @@ def import_torchmetrics() -> None:
     try:
         import torchmetrics  # noqa: F401
     except ImportError as error:
-        raise ImportError('FID and CLIP score need torchmetrics: pip install "viscpm-hf[eval]".') from error
+        raise ImportError('FID and CLIP score need torchmetrics: pip install -c constraints.txt ".[eval]".') from error
 
 
 # ------------------------------------------------------------------------------------------------------------ features

@@ -111,8 +111,8 @@ class Judge:
             import openai
         except ImportError as error:
             raise ImportError(
-                'Judging needs the openai client: pip install "viscpm-hf[eval]" (it works with any endpoint of that '
-                "protocol)."
+                'Judging needs the openai client: pip install -c constraints.txt ".[eval]" (it works with any '
+                "endpoint of that protocol)."
             ) from error
         from .endpoint import Endpoint
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..batch.processing import ChatRows
 from ..batch.rows import InputRow
 from ..batch.runner import PreparedRow
-from .questions import CATEGORIES, LANGUAGES, language_of
+from .questions import LANGUAGES, in_order, language_of
 from .statistics import mean, proportion
 
 
@@ -79,7 +79,7 @@ def summarize(answers: Iterable[dict[str, Any]], seed: int = 0) -> dict[str, Any
                     len(found),
                 ).as_dict(),
             }
-            for category in (*CATEGORIES, "all")
+            for category in (*in_order(name for name in groups[language] if name != "all"), "all")
             if (found := groups[language][category])
         }
         for language in LANGUAGES

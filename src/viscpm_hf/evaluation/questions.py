@@ -1,11 +1,14 @@
-"""Question files of LLaVA-bench, in English or Chinese.
+"""Question files of LLaVA-bench and of those made after it, in English or Chinese.
 
-One JSON object a line: `question_id`, `image` (a file name), `text`, and `category` (`conv`, `detail` or `complex`).
+`question_id`, `image` (a file name), the question and its category, under the names that the files of each have
+(`QUESTION_NAMES`, `CATEGORY_NAMES`): one JSON object a line (LLaVA, OwlEval) or one JSON list (VisualCLA's
+translations).
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,11 @@ from ..pipelines.ranking import has_chinese
 from .running import Faults, read_identified, text_fault
 
 
+# LLaVA's, in the order of its table; files may have others.
 CATEGORIES = ("conv", "detail", "complex")
+# LLaVA, OwlEval, VisualCLA's LLaVA; and OwlEval as mPLUG-Owl has it says nothing of a category.
+QUESTION_NAMES = ("text", "question", "instruction")
+CATEGORY_NAMES = ("category", "type")
 LANGUAGES = ("en", "zh")
 
 
@@ -23,17 +30,23 @@ def language_of(text: str) -> str:
     return "zh" if has_chinese(text) else "en"
 
 
+def _present(values: dict[str, Any], names: tuple[str, ...]) -> str:
+    """The name that a file uses, or the first of `names`."""
+    return next((name for name in names if name in values), names[0])
+
+
 def _question_fault(values: dict[str, Any]) -> str | None:
-    fault = text_fault(values, "text")
-    if fault is None and values.get("category") not in CATEGORIES:
-        fault = f'"category" is one of {", ".join(CATEGORIES)}, got {values.get("category")!r:.40}'
+    fault = text_fault(values, _present(values, QUESTION_NAMES))
+    category = _present(values, CATEGORY_NAMES)
+    if fault is None and category in values:
+        fault = text_fault(values, category)
     if fault is None and values.get("language") not in (None, *LANGUAGES):
         fault = f'"language" is one of {", ".join(LANGUAGES)}, got {values["language"]!r:.40}'
     return fault or text_fault(values, "image")
 
 
 def read_questions(path: str | os.PathLike, images: str | os.PathLike | None = None) -> list[InputRow]:
-    """The questions of a file, each with its `language`.
+    """The questions of a file, each as `image`, `text`, `category` (`other` where the file has none) and `language`.
 
     Args:
         images: folder of their pictures, to see that they are there.
@@ -51,7 +64,24 @@ def read_questions(path: str | os.PathLike, images: str | os.PathLike | None = N
             if not (Path(images) / row.values["image"]).is_file():
                 faults.add(row.line, f"there is no image {Path(images) / row.values['image']}")
         faults.check()
-    return [replace(row, values={"language": language_of(row.values["text"]), **row.values}) for row in rows]
+    return [replace(row, values=_as_llava(row.values)) for row in rows]
 
 
-__all__ = ["CATEGORIES", "LANGUAGES", "language_of", "read_questions"]
+def _as_llava(values: dict[str, Any]) -> dict[str, Any]:
+    text = values[_present(values, QUESTION_NAMES)]
+    category = values.get(_present(values, CATEGORY_NAMES), "other")
+    return {
+        "image": values["image"],
+        "text": text,
+        "category": category,
+        "language": values.get("language") or language_of(text),
+    }
+
+
+def in_order(categories: Iterable[str]) -> list[str]:
+    """LLaVA's categories first, in the order of its table, then others as they come."""
+    found = list(dict.fromkeys(categories))
+    return [*(name for name in CATEGORIES if name in found), *(name for name in found if name not in CATEGORIES)]
+
+
+__all__ = ["CATEGORIES", "LANGUAGES", "in_order", "language_of", "read_questions"]

@@ -84,7 +84,7 @@ def context_of(values: Mapping[str, Any]) -> str:
 
 
 def read_answers(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Answers by the keys of their questions.
+    """Answers by the keys of their questions, each with its `text` (in VisualCLA's published answers `output`).
 
     Raises:
         ValueError: for lines that are no answers, naming file and line.
@@ -94,9 +94,13 @@ def read_answers(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
         if "error" in values:
             return "the question wasn't answered, run its evaluation again"
         # An empty answer is one too: a poor one.
-        return None if isinstance(values.get("text"), str) else f'"text" is a text, got {values.get("text")!r:.40}'
+        text = values.get("text", values.get("output"))
+        return None if isinstance(text, str) else f'"text" is a text, got {text!r:.40}'
 
-    return {row.key: row.values for row in read_identified(path, "question_id", fault)}
+    return {
+        row.key: {"text": row.values.get("output"), **row.values}
+        for row in read_identified(path, "question_id", fault)
+    }
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,20 @@ from tqdm import tqdm
 
 from ..batch.launching import Share
 from ..batch.results import Results
-from ..batch.rows import NAMED_FAULTS, InputRow, read_rows, row_key
+from ..batch.rows import NAMED_FAULTS, InputRow, begins_list, read_rows, row_key
 from ..batch.runner import BatchRunner, RowProcessor
 
 
 class Faults:
-    """Collects what is wrong with the lines of a file, to name it all in one error."""
+    """Collects what is wrong with the lines, or the entries of the list, of a file, to name it all in one error."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = path
+        self.unit = "entry" if Path(path).is_file() and begins_list(path) else "line"
         self.found: list[str] = []
 
-    def add(self, line: int, what: str) -> None:
-        self.found.append(f"line {line}: {what}")
+    def add(self, number: int, what: str) -> None:
+        self.found.append(f"{self.unit} {number}: {what}")
 
     def check(self) -> None:
         """Raises `ValueError` if there is any fault."""
@@ -35,7 +36,7 @@ class Faults:
 
 
 def read_identified(path: str | os.PathLike, id_name: str, check: Callable[[dict[str, Any]], str | None]) -> list:
-    """The rows of a file whose ids stand under `id_name`.
+    """The rows of a file whose ids stand under `id_name`: one a line, or one JSON list.
 
     Args:
         check: says what is wrong with a row's values; None if nothing is.
@@ -45,7 +46,7 @@ def read_identified(path: str | os.PathLike, id_name: str, check: Callable[[dict
         OSError: if the file can't be read.
     """
     faults, rows, lines = Faults(path), [], {}
-    for row in read_rows(path):
+    for row in _read_list(path) if begins_list(path) else read_rows(path):
         if row.error is not None:
             faults.add(row.line, row.error.removeprefix(f"Line {row.line} ").rstrip("."))
             continue
@@ -56,7 +57,7 @@ def read_identified(path: str | os.PathLike, id_name: str, check: Callable[[dict
         key = row_key(identifier, row.line)
         wrong = check(row.values)
         if key in lines:
-            wrong = f"{id_name} {identifier!r} is that of line {lines[key]} too"
+            wrong = f"{id_name} {identifier!r} is that of {faults.unit} {lines[key]} too"
         if wrong is not None:
             faults.add(row.line, wrong)
         lines.setdefault(key, row.line)
@@ -65,6 +66,18 @@ def read_identified(path: str | os.PathLike, id_name: str, check: Callable[[dict
     if not rows:
         raise ValueError(f"{path} holds no row.")
     return rows
+
+
+def _read_list(path: str | os.PathLike) -> Iterator[InputRow]:
+    """The entries of a file that is one JSON list; an entry's number is in place of a line's."""
+    try:
+        entries = json.loads(Path(path).read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON list: {error}") from error
+    for index, values in enumerate(entries):
+        is_row = isinstance(values, dict)
+        error = None if is_row else f"is a JSON {type(values).__name__}, not an object"
+        yield InputRow(index, index + 1, row_key(None, index + 1), None, values if is_row else {}, error)
 
 
 def text_fault(values: dict[str, Any], name: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..batch.results import Results
 from .judging import JUDGEMENT_FIELDS, read_places
-from .questions import CATEGORIES, LANGUAGES
+from .questions import CATEGORIES, LANGUAGES, in_order
 from .statistics import RESAMPLES, Estimate, ratio_of_means
 
 
@@ -56,14 +56,18 @@ def score(
         model: {
             language: {
                 category: _relative(by_language[language][category], seed, resamples)
-                for category in HEADINGS
-                if category in by_language[language]
+                for category in _columns(by_language[language])
             }
             for language in LANGUAGES
             if language in by_language
         }
         for model, by_language in pairs.items()
     }
+
+
+def _columns(categories: Iterable[str]) -> list[str]:
+    """LLaVA's categories, others, and the average last."""
+    return [*in_order(name for name in categories if name != "average"), "average"]
 
 
 def _relative(pairs: list[list[float]], seed: int, resamples: int) -> Estimate:
@@ -74,13 +78,15 @@ def _relative(pairs: list[list[float]], seed: int, resamples: int) -> Estimate:
 
 def table(scores: dict[str, dict[str, dict[str, Estimate]]]) -> str:
     """The scores as a Markdown table, a row for each model and language."""
+    found = [name for by_language in scores.values() for by_category in by_language.values() for name in by_category]
+    columns = _columns([*CATEGORIES, *found])
     lines = [
-        f"| model | language | {' | '.join(HEADINGS.values())} | questions |",
-        f"|---|---|{'---|' * len(HEADINGS)}---|",
+        f"| model | language | {' | '.join(HEADINGS.get(name, name) for name in columns)} | questions |",
+        f"|---|---|{'---|' * len(columns)}---|",
     ]
     for model, by_language in scores.items():
         for language, by_category in by_language.items():
-            cells = [by_category[category].text() if category in by_category else "–" for category in HEADINGS]
+            cells = [by_category[category].text() if category in by_category else "–" for category in columns]
             lines.append(f"| {model} | {language} | {' | '.join(cells)} | {by_category['average'].count} |")
     return "\n".join(lines)
 

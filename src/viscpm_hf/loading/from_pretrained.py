@@ -1,6 +1,7 @@
 """One hook for each of our own classes: `from_pretrained` of an original's folder or repository.
 
-`register()` runs when `viscpm_hf` is imported, since transformers has no plugins. It fills that library's registries
+`register()` runs when transformers is first used after `viscpm_hf` was imported (`registration`), since that library
+has no plugins. It fills that library's registries
 and replaces none of its functions: other models load as if this package weren't there. What the registries can't say
 is said by our classes: `AutoModel` and its kin call `from_pretrained` of a class of ours, which looks whether the
 checkpoint is an original one ([`find_original`]) and otherwise does what it always did. The repositories' own names
@@ -41,6 +42,7 @@ from ..checkpoints.location import (
     download_repository,
     find_original,
     kind_of,
+    model_folder,
 )
 from ..checkpoints.original import (
     ORIGINAL_WEIGHTS_NAME,
@@ -63,7 +65,7 @@ from ..checkpoints.sibling_original import (
     with_stored_sizes,
 )
 from ..checkpoints.tensor_files import check_weight_files
-from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases
+from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases, without_revision
 from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_key_map
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
@@ -452,7 +454,7 @@ def _read_sibling(
     """As [`_read`], by our names; of VisualCLA's adapter together with its bases."""
     if original.layout == ADAPTER:
         check_bases(original.folder, **bases)
-        folders = [download_repository(path, kwargs) for path in bases.values()]
+        folders = [model_folder(path, without_revision(original.hub)) for path in bases.values()]
         tensors = adapted_tensors(*folders, [download_repository(original.name, original.hub)])
     elif any(base is not None for base in bases.values()):
         raise ValueError(

@@ -26,21 +26,13 @@ from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, factor_
 from ..families.key_maps import Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
+from ..names import QUANTIZATIONS
 
 
 if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
-# Name -> library that quantises and runs it.
-QUANTIZATIONS = {
-    "8bit": "bitsandbytes",
-    "4bit": "bitsandbytes",
-    "nf4": "bitsandbytes",
-    "fp4": "bitsandbytes",
-    "int8wo": "torchao",
-    "int4wo": "torchao",
-}
 # Modules that keep their precision, within models with a head and without.
 KEPT_MODULES = ("lm_head", "multi_modal_projector", "model.multi_modal_projector", "projection", "resampler")
 VISION_MODULES = ("vision_tower", "model.vision_tower")
@@ -65,8 +57,7 @@ def check_quantization(name: str, device: torch.device) -> None:
         raise ValueError(f"quantization is one of {', '.join(QUANTIZATIONS)}, got {name!r}.")
     library = QUANTIZATIONS[name]
     if importlib.util.find_spec(library) is None:
-        extra = "viscpm-hf" if library == "bitsandbytes" else f'"viscpm-hf[{library}]"'
-        raise ImportError(f"quantization={name!r} needs {library}: pip install {extra}")
+        raise ImportError(f"quantization={name!r} needs {library}: pip install {library}")
     if name == "int4wo" and device.type != "cuda":
         raise ValueError(
             f"quantization='int4wo' runs on CUDA only, not on {device.type}: torchao packs 4-bit weights for its GPU "

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import ClassVar
 
 import torch
 
@@ -44,6 +45,9 @@ class ReferenceDecodingConfig:
     length_penalty: float = 3.0
     min_new_tokens: int = 0
     """No answer ends before it has so many tokens, those of the slots before included."""
+    can_stream: ClassVar[bool] = False
+    """The best hypothesis is known at the end."""
+    streaming_condition: ClassVar[str] = 'mode="generate"'
 
     def __post_init__(self):
         for name, least in (("num_beams", 1), ("max_new_tokens", 1), ("min_new_tokens", 0)):

@@ -101,6 +101,10 @@ class EncodedDocument:
         """Base id and number of the extension tokens that have ids of their own."""
         return [pair for pair in self.extension_strings if pair[1]]
 
+    def strings(self, num_words: int) -> dict[int, str]:
+        """Of a prompt, what its ids stand for that are no tokens of the vocabulary: `id -> string`."""
+        return own_strings(extension_table([self], [self.slots], num_words=num_words))[0]
+
     def prompt(self, open_slot: int | None = None) -> EncodedDocument:
         """The document as a prompt: all context first, then what is answered already.
 

@@ -13,9 +13,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from .answering import Answer, Decoding, GenerateDecoding
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE, named_cache
+from .continuous_rows import RowState
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
@@ -70,6 +72,9 @@ class RowSampling(LogitsProcessor):
 class CpmBeeGenerationMixin(ImageGenerationMixin):
     """`generate` for models that hold a CPM-Bee."""
 
+    row_places = ("attention_mask", "segment_ids")
+    row_tables = ("segment_relations", "extension_table")
+
     def language_model(self):
         """The `CpmBeeModel` within."""
         return self.model
@@ -93,6 +98,14 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         with contextlib.suppress(OSError, TypeError):
             super().adjust_generation_fn(*args, **kwargs)
         self.set_default_generation()
+
+    def row_positions(self, state: RowState, count: int) -> dict[str, torch.Tensor]:
+        """Nothing: only differences of places within a segment count."""
+        return {}
+
+    def row_logits(self, state: RowState, logits: torch.Tensor) -> torch.Tensor:
+        allowed = AllowedTokens(self.config.get_text_config(decoder=True), state.tables["extension_table"])
+        return allowed.forbid(logits[:, None], -torch.inf)[:, 0]
 
     @property
     def fast_decoder(self) -> FastDecoder:
@@ -231,6 +244,34 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         ]
         fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
         return fill_in_batches(documents, encoded, fill)
+
+    def chat_decoding(self, mode: str, options: Mapping[str, Any]) -> Decoding:
+        """See [`AnsweringMixin.chat_decoding`]; the original's is [`ReferenceDecodingConfig`]'s search."""
+        if mode == "reference":
+            return reference_decoding(options)
+        return GenerateDecoding(answer_generation(self.generation_config, options))
+
+    def answers(
+        self,
+        inputs: Mapping[str, Any],
+        decoding: Decoding,
+        tokenizer: Any,
+        *,
+        progress: Callable[[int], None] | None = None,
+        fast: bool | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """See [`AnsweringMixin.answers`]."""
+        if not isinstance(decoding, ReferenceDecodingConfig):
+            return super().answers(inputs, decoding, tokenizer, progress=progress, fast=fast, **options)
+        # The search reads the answer's `<s>`, the last token, itself.
+        of_places = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
+        prompts = {name: value[:, :-1] if name in of_places else value for name, value in inputs.items()}
+        segments = inputs["segment_ids"][:, -1:].tolist()
+        return [
+            Answer(found.token_ids[0], found.num_tokens > decoding.last_step)
+            for found in self.reference_search(prompts, segments, decoding, progress, fast)
+        ]
 
     def reference_search(
         self,

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
+from .answering import AnsweringMixin
 from .compatibility import CACHE
+from .continuous_rows import ContinuousRowsMixin
 
 
-class ImageGenerationMixin(GenerationMixin):
+class ImageGenerationMixin(AnsweringMixin, ContinuousRowsMixin, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,

@@ -4,7 +4,9 @@ A vision tower and a language model of transformers with a resampler between the
 every view becomes the same number of tokens, however large it is.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 
+from .answering import Answer, GenerateDecoding
 from .chat_minicpmv import MiniCPMVChatMixin
 from .compatibility import CACHE, CACHE_NAMES, WithImageOutputs, only_known_arguments, takes_cache
 from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisionResamplerConfig, VisualCLAConfig
+from .decoding_presets import default_preset
 from .generation_images import ImageGenerationMixin, with_drawing_last
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
 from .sibling_towers import VISION_TOWERS
@@ -254,6 +258,20 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Im
         )
         return VisionResamplerCausalLMOutputWithPast(**outputs, image_outputs=image_outputs)
 
+    def chat_decoding(self, mode: str, options: Mapping[str, Any]) -> GenerateDecoding:
+        """See [`AnsweringMixin.chat_decoding`]; the original's is the first of its presets."""
+        preset = default_preset(self.config)
+        usual = preset if mode == "reference" else {"max_new_tokens": preset["max_new_tokens"]}
+        return GenerateDecoding({**usual, **options})
+
+    def answers(
+        self, inputs: Mapping[str, Any], decoding: GenerateDecoding, tokenizer: Any, **options
+    ) -> list[Answer]:
+        """See [`AnsweringMixin.answers`]. What ends an answer the tokenizer knows: original folders may have no
+        `generation_config.json` that says so."""
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        return super().answers(inputs, GenerateDecoding({**ends, **decoding.options}), tokenizer, **options)
+
     def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args, **kwargs):
         """The originals generate from embeddings, so that no penalty of theirs knows the prompt."""
         processors = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
@@ -286,23 +304,6 @@ class VisualCLAForConditionalGeneration(VisionResamplerForConditionalGeneration)
     """VisualCLA-7B."""
 
     config: VisualCLAConfig
-    has_released_adapter = False
-    """Whether it was made of its bases, whose user is used to putting the adapter on himself."""
-
-    @property
-    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
-        """What PEFT asks a model before it puts an adapter on it.
-
-        Raises:
-            ValueError: if the release's is in the weights already.
-        """
-        if self.has_released_adapter:
-            raise ValueError(
-                "VisualCLA's adapter is in the weights of this model already: leave PeftModel.from_pretrained out and "
-                "use the model as it is, which is VisualCLAForConditionalGeneration.from_pretrained(lora_model, "
-                "text_model=..., vision_model=...)."
-            )
-        return {}
 
 
 __all__ = [

@@ -96,9 +96,10 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
 
     def num_settled(self, ids: Sequence[int]) -> int:
         """A text behind a special token gets a space before it if another one follows."""
+        count = super().num_settled(ids)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         special -= {self.tokenizer.bos_token_id, self.tokenizer.unk_token_id}
-        return next((place + 1 for place in reversed(range(len(ids))) if ids[place] in special), len(ids))
+        return next((place + 1 for place in reversed(range(count)) if ids[place] in special), count)
 
     def _answer_text(self, ids: list[int]) -> str:
         """Boxes and references (`<box>`, `<ref>`) are part of an answer."""

@@ -13,16 +13,18 @@ rendered template.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from .chat_processing import ChatProcessing, EncodedImage, Grid, TokenTexts, check_messages, check_turn
 from .continued_messages import CONTINUED_BRACKET, with_brackets, with_continued_brackets
-from .document_cpm_bee import IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
+from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 from .sequences_cpm_bee import TokenSequences
 from .tokenization_cpm_bee import IMAGE_TOKEN, CpmBeeTokenizer
@@ -111,7 +113,7 @@ class ChatPrompt:
     """In place of a document: text of one segment, in document syntax."""
 
 
-class VisCPMChatProcessor(ProcessorMixin):
+class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
     r"""
     Makes model inputs of conversations (`apply_chat_template`), CPM-Bee documents or texts, and images.
 
@@ -342,6 +344,88 @@ class VisCPMChatProcessor(ProcessorMixin):
                 f"Prompt {index} has {len(document):,} tokens, more than the limit of {limit:,}. Shorten the question "
                 "or the conversation before it, or raise the limit (max_length); nothing is cut off silently."
             )
+
+    # ---------------------------------------------------------------------------------------------------------- chats
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], grids: Sequence[Grid] = ()) -> EncodedDocument:
+        """See [`ChatProcessing.encode_chat`]."""
+        check_messages(messages, len(grids))
+        try:
+            text = self.apply_chat_template(list(messages), tokenize=False)
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        return self._open_prompt(self.parse_prompt(text))
+
+    def encode_turn(
+        self, question: str, context: str = "", grids: Sequence[Grid] = (), num_own: int = 0
+    ) -> EncodedDocument:
+        """See [`ChatProcessing.encode_turn`]; a document has its images in one place, whichever turn's they are."""
+        check_turn(question, context)
+        document = {"context": context, "question": self.tokenizer.escape(question), ANSWER_KEY: ""}
+        return self._open_prompt(ChatPrompt(document, len(grids)))
+
+    def _open_prompt(self, prompt: ChatPrompt) -> EncodedDocument:
+        encoded = self.encode_prompt(prompt)
+        self.check_length(encoded)
+        return encoded.prompt(open_slot=0)
+
+    def next_context(
+        self,
+        context: str,
+        question: str,
+        answer: str | Sequence[int],
+        prompt: EncodedDocument | None = None,
+        num_own: int = 0,
+    ) -> str:
+        """See [`ChatProcessing.next_context`]; a context is document syntax."""
+        escape = self.tokenizer.escape
+        written = escape(answer) if isinstance(answer, str) else self._written(answer, prompt)
+        return f"{context}User: {escape(question)}\nAI: {written}\n"
+
+    def with_answer(self, prompt: EncodedDocument, ids: Sequence[int]) -> EncodedDocument:
+        pairs = [prompt.pair(token, self.tokenizer.num_words) for token in ids]
+        return replace(
+            prompt,
+            input_ids=[*prompt.input_ids, *(base for base, _ in pairs)],
+            sub_ids=[*prompt.sub_ids, *(number for _, number in pairs)],
+            token_type_ids=[*prompt.token_type_ids, *[1] * len(pairs)],
+            segment_ids=[*prompt.segment_ids, *prompt.segment_ids[-1:] * len(pairs)],
+        )
+
+    def _pad_prompts(self, prompts: Sequence[EncodedDocument]) -> dict[str, torch.Tensor]:
+        return dict(self.tokenizer.collate(prompts, padding_side="left", return_tensors="pt"))
+
+    def answer_text(self, ids: Sequence[int], prompt: EncodedDocument | None = None) -> str:
+        """See [`ChatProcessing.answer_text`]: special tokens by name, every `<` once."""
+        return self.tokenizer.unescape(self._written(ids, prompt))
+
+    def _written(self, ids: Sequence[int], prompt: EncodedDocument | None) -> str:
+        """An answer in document syntax."""
+        ids, end = list(ids), self.tokenizer.eos_token_id
+        ids = ids[: ids.index(end)] if end in ids else ids
+        strings = None if prompt is None else prompt.strings(self.tokenizer.num_words)
+        return self.tokenizer.decode(ids, extension_table=strings)
+
+    def answer_stream(self, prompt: EncodedDocument | None = None) -> TokenTexts:
+        return TokenTexts(self, prompt)
+
+    def token_bytes(self, token: int, prompt: EncodedDocument | None = None) -> bytes:
+        strings = None if prompt is None else prompt.strings(self.tokenizer.num_words)
+        return self.tokenizer.unescape(self.tokenizer.decode([token], extension_table=strings)).encode()
+
+    def vocabulary_bytes(self) -> list[bytes]:
+        special = self.tokenizer.special_ids
+        return [b"" if token in special else self.token_bytes(token) for token in range(len(self.tokenizer.vocab))]
+
+    def hand_on(self, images: Sequence[EncodedImage]) -> torch.Tensor | None:
+        """`(images, queries, hidden)`"""
+        return torch.cat([image.features for image in images]) if images else None
+
+    def handed_on(self, value: Any, hidden_size: int) -> list[EncodedImage]:
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"vision_hidden_states is a tensor, got {type(value).__name__}.")
+        self._check_encoded(value, "images", hidden_size)
+        return [EncodedImage(own) for own in value.split(1)]
 
     # ------------------------------------------------------------------------------------------------------- decoding
 

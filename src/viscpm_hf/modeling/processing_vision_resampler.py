@@ -7,19 +7,25 @@ so that a special token in a message, `<image>` or `</s>`, stays the text that s
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from jinja2 import TemplateError
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
+from .chat_processing import ChatProcessing, EncodedImage, Grid, check_messages, check_turn
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 
 
 ESCAPE = "\ufdd0"
+# Of SentencePiece: a single byte, and what stands for the blank before a word.
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+_WORD_BEGIN = "\u2581"
 # In a final message that is continued, `<` has this form until the prompt is written: transformers looks for that
 # message in the prompt letter by letter, and the template would have changed it.
 _CONTINUED = "\ufdd1"
@@ -78,7 +84,7 @@ class VisionResamplerProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
 
 
-class VisionResamplerProcessor(ProcessorMixin):
+class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
     r"""
     Makes model inputs of prompts, as the chat template writes them, and images.
 
@@ -247,24 +253,59 @@ class VisionResamplerProcessor(ProcessorMixin):
             ids += self.tokenizer(part, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return ids
 
-    def encode_conversation(
-        self, conversation: Sequence[dict[str, Any]], grids: Sequence[tuple[int, int]] = (), num_views: int = 0
-    ) -> list[int]:
-        """Token ids of a conversation whose images are at hand already encoded.
+    # ---------------------------------------------------------------------------------------------------------- chats
 
-        Args:
-            grids: of each image, rows and columns of its tiles.
-            num_views: of all images together.
-
-        Raises:
-            ValueError: for a conversation out of turn, or a prompt that is too long.
-        """
-        text = self.apply_chat_template(list(conversation), add_generation_prompt=True)
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], grids: Sequence[Grid] = ()) -> list[int]:
+        """See [`ChatProcessing.encode_chat`]."""
+        check_messages(messages, len(grids))
+        text = self.apply_chat_template(list(messages), add_generation_prompt=True)
         ids = self.encode(self.expand(text, [self.image_text(grid) for grid in grids]))
-        self._check(ids, 0, num_views, None)
+        self._check(ids, 0, sum(1 + rows * columns for rows, columns in grids), None)
         return ids
 
-    def answer_text(self, ids: Sequence[int]) -> str:
+    def encode_turn(self, question: str, context: str = "", grids: Sequence[Grid] = (), num_own: int = 0) -> list[int]:
+        """See [`ChatProcessing.encode_turn`]; a context is JSON of the messages so far."""
+        return self.encode_chat(self.messages_of_turn(question, context, len(grids), num_own), grids)
+
+    def messages_of_turn(
+        self, question: str, context: str = "", num_images: int = 0, num_own: int = 0
+    ) -> list[dict[str, Any]]:
+        """A question with those before it, as the chat template takes them; see [`encode_turn`]."""
+        check_turn(question, context)
+        earlier = _read_context(context)
+        messages = [*earlier, _message("user", question, num_own if earlier else 0)]
+        num_others = num_images - sum(map(_count_images, messages))
+        if num_others < 0:
+            raise ValueError(
+                f"The conversation has {num_images - num_others} images, but {num_images} were given: hand on what "
+                "the earlier turn returned, encoded images too."
+            )
+        if num_others:
+            messages[0] = _message("user", messages[0]["content"], num_others)
+        return messages
+
+    def next_context(
+        self,
+        context: str,
+        question: str,
+        answer: str | Sequence[int],
+        prompt: Sequence[int] | None = None,
+        num_own: int = 0,
+    ) -> str:
+        """See [`ChatProcessing.next_context`]."""
+        earlier = _read_context(context)
+        text = answer if isinstance(answer, str) else self.answer_text(answer)
+        messages = [*earlier, _message("user", question, num_own if earlier else 0), _message("assistant", text)]
+        return json.dumps(messages, ensure_ascii=False)
+
+    def with_answer(self, prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
+        return [*prompt, *ids]
+
+    def _pad_prompts(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        rows = {"input_ids": list(map(list, prompts)), "attention_mask": [[1] * len(ids) for ids in prompts]}
+        return dict(self.tokenizer.pad(rows, padding_side="left", return_tensors="pt"))
+
+    def answer_text(self, ids: Sequence[int], prompt: Sequence[int] | None = None) -> str:
         """The text of an answer's tokens, to its end."""
         ids = list(ids)
         end = self.tokenizer.eos_token_id
@@ -273,11 +314,43 @@ class VisionResamplerProcessor(ProcessorMixin):
         return text.strip() if self.strips_answers else text
 
     def num_settled(self, ids: Sequence[int]) -> int:
-        """How many of an answer's first tokens have a text that nothing after them changes."""
-        return len(ids)
+        """One more byte may change what those at the end stand for; so may one behind tokens without a text."""
+        count = len(ids)
+        while count and (self._is_byte(ids[count - 1]) or not self.answer_text(ids[count - 1 : count])):
+            count -= 1
+        return count
+
+    def _is_byte(self, token: int) -> bool:
+        return _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token)) is not None
 
     def _answer_text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self, token: int, prompt: Sequence[int] | None = None) -> bytes:
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        byte = _BYTE.fullmatch(name)
+        return bytes([int(byte[1], 16)]) if byte else name.replace(_WORD_BEGIN, " ").encode()
+
+    def vocabulary_bytes(self) -> list[bytes]:
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return [b"" if token in special else self.token_bytes(token) for token in range(len(self.tokenizer))]
+
+    def hand_on(self, images: Sequence[EncodedImage]) -> EncodedImage | tuple[EncodedImage, ...] | None:
+        """An image as it is, several as a tuple."""
+        return (images[0] if len(images) == 1 else tuple(images)) if images else None
+
+    def handed_on(self, value: Any, hidden_size: int) -> list[EncodedImage]:
+        images = list(value) if isinstance(value, (list, tuple)) else [value]
+        for image in images:
+            if not isinstance(image, EncodedImage):
+                raise ValueError(
+                    "vision_hidden_states is an EncodedImage, or several, as an earlier turn returned it, got "
+                    f"{type(image).__name__}."
+                )
+            self._check_encoded(image.features, "views", hidden_size)
+        return images
+
+    # ------------------------------------------------------------------------------------------------------ templates
 
     def apply_chat_template(self, conversation: Any, *args, **kwargs):
         """As in transformers; a conversation that the template refuses is a `ValueError`, and so is
@@ -336,15 +409,42 @@ class VisionResamplerProcessor(ProcessorMixin):
             num_image_patches=[1 + rows * columns for rows, columns in grids],
         )
 
-    def grid_of(self, size: tuple[int, int], **kwargs) -> tuple[int, int]:
-        """Rows and columns of the tiles of an image of (height, width), (0, 0) without tiles."""
-        return (0, 0)
-
     def save_pretrained(self, *args, **kwargs) -> list[str]:
         """As in transformers, but the saved folder's `auto_map` is not left on this object (loading drops it too)."""
         files = super().save_pretrained(*args, **kwargs)
         self.__dict__.pop("auto_map", None)
         return files
+
+
+def _read_context(context: str) -> list[dict[str, Any]]:
+    """The messages of a context.
+
+    Raises:
+        ValueError: for one that is none.
+    """
+    try:
+        messages = json.loads(context) if context else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The context is not what an earlier turn returned: {error}.") from error
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and "role" in message and isinstance(message.get("content"), (str, list))
+        for message in messages
+    ):
+        raise ValueError("The context is not what an earlier turn returned: a JSON list of messages.")
+    return messages
+
+
+def _message(role: str, content: str | list[dict[str, Any]], num_images: int = 0) -> dict[str, Any]:
+    """A message with so many more images before what it has."""
+    if num_images:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        content = [*({"type": "image"} for _ in range(num_images)), *parts]
+    return {"role": role, "content": content}
+
+
+def _count_images(message: Mapping[str, Any]) -> int:
+    content = message["content"]
+    return 0 if isinstance(content, str) else sum(part.get("type") == "image" for part in content)
 
 
 def _with_final_text(conversation: Any, change: Callable[[str], str]) -> Any:

@@ -28,9 +28,7 @@ class LegacySentencePieceTokenizer(SentencePieceBackend):
 
     def __init__(self, vocab_file: str | os.PathLike, pad_token: str = "<unk>", **kwargs: Any):
         if not is_sentencepiece_available():
-            raise ImportError(
-                'This tokenizer needs sentencepiece, which is not installed: pip install "viscpm-hf[siblings]".'
-            )
+            raise ImportError("This tokenizer needs sentencepiece, which is not installed: pip install sentencepiece.")
         vocab_file = os.fspath(vocab_file)
         if not os.path.isfile(vocab_file):
             raise ValueError(f"There is no SentencePiece vocabulary at {vocab_file}.")

@@ -118,7 +118,7 @@ class Constraints:
         except ModuleNotFoundError as error:
             raise ValueError(
                 "response_format other than text isn't supported by this server: it needs llguidance, which is not "
-                'installed (pip install "viscpm-hf[serve]").'
+                'installed (pip install -c constraints.txt ".[serve]").'
             ) from error
         text = json.dumps(schema)
         if len(text) > MAX_SCHEMA:

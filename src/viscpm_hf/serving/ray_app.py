@@ -71,11 +71,10 @@ class ChatDeployment(_Replica):
     ):
         from ..chat.chat import VisCPMChat
         from ..chat.sibling_chat import SiblingChat, is_sibling
-        from .sibling_engine import open_engine
 
         self.configure(model, name, aliases, settings, api_key_file)
         chat_class = SiblingChat if is_sibling(model) else VisCPMChat
-        self.engine = open_engine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
+        self.engine = ChatEngine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
         self.other_names = other_names
 
     def __serve_build_asgi_app__(self):

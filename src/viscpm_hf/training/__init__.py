@@ -1,4 +1,4 @@
-"""Fine-tuning: Chat and Paint, on transformers' and diffusers' own machinery (`pip install "viscpm-hf[train]"`)."""
+"""Fine-tuning: Chat and Paint, on transformers' and diffusers' own machinery (the extra `train`)."""
 
 # Public names and where they live; loaded when first used.
 _EXPORTS = {

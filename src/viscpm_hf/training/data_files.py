@@ -239,7 +239,7 @@ class TableSource:
             import datasets
         except ImportError as error:
             raise ImportError(
-                f'Reading {name} needs the library `datasets`: pip install "viscpm-hf[train]".'
+                f'Reading {name} needs the library `datasets`: pip install -c constraints.txt ".[train]".'
             ) from error
         if files:
             self.table = datasets.load_dataset(

@@ -1,0 +1,257 @@
+"""What the processors of all models that chat have in common: all that a chat and a server need of them.
+
+A *prompt* is a conversation up to where its answer begins, as the family's tokens: of VisCPM-Chat a document whose
+last token is the answer's `<s>`, of the others a list of ids. Whoever has one knows no more of it than `len`, its
+number of tokens. A *grid* is the rows and columns of an image's tiles, (0, 0) for an image of one view.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn.functional import pad
+from transformers import BatchFeature
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+Prompt: TypeAlias = Sized
+Grid: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageViews:
+    """An image as the vision tower takes it."""
+
+    pixel_values: torch.Tensor
+    """`(views, 3, height, width)`, fp32"""
+    image_sizes: torch.Tensor | None = None
+    """`(views, 2)`: height and width of each view without padding, where views differ."""
+    grid: Grid = (0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image as the language model sees it."""
+
+    features: torch.Tensor
+    """`(views, queries, hidden)`"""
+    grid: Grid = (0, 0)
+
+
+class ChatProcessing:
+    """A base of processors: conversations to prompts, tokens to answers, images to views.
+
+    A subclass has `tokenizer`, `image_processor`, `num_query_tokens` and what raises `NotImplementedError` here.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    num_query_tokens: int
+    """Placeholders of one view."""
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], grids: Sequence[Grid] = ()) -> Prompt:
+        """The prompt of a conversation as the chat template takes it, the user's message last.
+
+        Args:
+            grids: of all images, in order.
+
+        Raises:
+            ValueError: for a conversation out of turn, another number of images, or a prompt that is too long.
+        """
+        raise NotImplementedError
+
+    def encode_turn(self, question: str, context: str = "", grids: Sequence[Grid] = (), num_own: int = 0) -> Prompt:
+        """The prompt of one more question.
+
+        Args:
+            context: what [`next_context`] returned for the turn before; "" begins a conversation.
+            grids: of all images of the conversation, in order.
+            num_own: how many of them, the last ones, come with this question. The others stand where the context
+                says, or else in the first question.
+
+        Raises:
+            ValueError: for values of the wrong type, a context that is none, or a prompt that is too long.
+        """
+        raise NotImplementedError
+
+    def next_context(
+        self,
+        context: str,
+        question: str,
+        answer: str | Sequence[int],
+        prompt: Prompt | None = None,
+        num_own: int = 0,
+    ) -> str:
+        """The context with one more turn.
+
+        Args:
+            answer: its text, or its tokens, which came of `prompt`; they may have special tokens, which a text hasn't.
+            num_own: see [`encode_turn`].
+        """
+        raise NotImplementedError
+
+    def with_answer(self, prompt: Prompt, ids: Sequence[int]) -> Prompt:
+        """The prompt with the beginning of its answer."""
+        raise NotImplementedError
+
+    def pad_prompts(
+        self, prompts: Sequence[Prompt], images: Sequence[torch.Tensor | None] = (), model: Any = None
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs of prompts, padded on the left, for `generate` and `model.answers`.
+
+        Args:
+            images: encoded views of all prompts' images in order, each `(views, queries, hidden)`; None for a prompt
+                without.
+            model: on whose device they are to be, and of whose dtype.
+        """
+        inputs = self._pad_prompts(prompts)
+        if model is not None:
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        features = [entry for entry in images if entry is not None]
+        if features:
+            if model is not None:
+                features = [entry.to(model.device, model.dtype) for entry in features]
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(features))}
+        return inputs
+
+    def _pad_prompts(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    def answer_text(self, ids: Sequence[int], prompt: Prompt | None = None) -> str:
+        """The text of an answer's tokens to its end, for people.
+
+        Args:
+            prompt: what they were generated for; where a token's meaning depends on it, it is unknown without.
+        """
+        raise NotImplementedError
+
+    def answer_stream(self, prompt: Prompt | None = None) -> AnswerText:
+        """What tells the text of an answer to this prompt as its tokens come."""
+        return AnswerText(self, prompt)
+
+    def num_settled(self, ids: Sequence[int]) -> int:
+        """How many of an answer's first tokens have a text that nothing after them changes."""
+        return len(ids)
+
+    def token_bytes(self, token: int, prompt: Prompt | None = None) -> bytes:
+        """What a token adds to an answer, in UTF-8, or its name if that is nothing."""
+        raise NotImplementedError
+
+    def vocabulary_bytes(self) -> list[bytes]:
+        """Likewise of all tokens by their ids: nothing for special ones. What a prompt brings along isn't there."""
+        raise NotImplementedError
+
+    # -------------------------------------------------------------------------------------------------------- images
+
+    def views_of(self, image: Any) -> ImageViews:
+        """An image, opened or as the image processor opens it, as views. Needs no model and may run in any thread.
+
+        Raises:
+            ValueError: for what is no image, or one outside the limits.
+        """
+        inputs: BatchFeature = self.image_processor(image, return_tensors="pt")
+        (grid,) = inputs["grids"].tolist() if "grids" in inputs else [(0, 0)]
+        return ImageViews(inputs["pixel_values"], inputs.get("image_sizes"), tuple(grid))
+
+    def grid_of(self, size: tuple[int, int], **kwargs) -> Grid:
+        """Rows and columns of the tiles of an image of (height, width), (0, 0) without tiles."""
+        return (0, 0)
+
+    @torch.no_grad()
+    def encode_images(self, model: Any, images: Sequence[ImageViews]) -> list[EncodedImage]:
+        """Images through a model's tower, all views together."""
+        height, width = (max(image.pixel_values.shape[axis] for image in images) for axis in (-2, -1))
+        views = [image.pixel_values for image in images]
+        padded = [pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])) for own in views]
+        sizes = [image.image_sizes for image in images if image.image_sizes is not None]
+        options = {"image_sizes": torch.cat(sizes).to(model.device)} if sizes else {}
+        features = model.get_image_features(torch.cat(padded).to(model.device), **options).pooler_output
+        split = features.split([len(own) for own in views])
+        return [EncodedImage(own, image.grid) for own, image in zip(split, images, strict=True)]
+
+    def hand_on(self, images: Sequence[EncodedImage]) -> Any:
+        """Encoded images as a chat gives them back for the next turn; None if there are none."""
+        raise NotImplementedError
+
+    def handed_on(self, value: Any, hidden_size: int) -> list[EncodedImage]:
+        """The other way round.
+
+        Args:
+            hidden_size: the language model's.
+
+        Raises:
+            ValueError: for what isn't of [`hand_on`]'s type, or another model's.
+        """
+        raise NotImplementedError
+
+    def _check_encoded(self, features: torch.Tensor, what: str, hidden_size: int) -> None:
+        expected = (self.num_query_tokens, hidden_size)
+        if features.ndim != 3 or tuple(features.shape[1:]) != expected:
+            raise ValueError(
+                f"vision_hidden_states has shape {tuple(features.shape)}, but this model's are "
+                f"({what}, {expected[0]}, {expected[1]}): hand on what an earlier turn of the same model returned."
+            )
+
+
+class AnswerText:
+    """The text of an answer as its tokens come."""
+
+    def __init__(self, processor: ChatProcessing, prompt: Prompt | None = None):
+        self.processor = processor
+        self.prompt = prompt
+        self._told = ""
+
+    def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
+        """What is to be told beyond what was; `ids` are all tokens so far, an end token included."""
+        if not is_last:
+            ids = ids[: self.processor.num_settled(ids)]
+        text = self.processor.answer_text(ids, self.prompt)
+        if not text.startswith(self._told):
+            return ""
+        told, self._told = self._told, text
+        return text[len(told) :]
+
+
+class TokenTexts(AnswerText):
+    """Likewise where every token has a text of its own, whatever is before and after it."""
+
+    def __init__(self, processor: ChatProcessing, prompt: Prompt | None = None):
+        super().__init__(processor, prompt)
+        self._begin = 0
+
+    def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
+        new, self._begin = ids[self._begin :], len(ids)
+        if self.processor.tokenizer.eos_token_id in new:
+            self._begin = sys.maxsize  # the answer has ended
+        return self.processor.answer_text(new, self.prompt)
+
+
+def check_turn(question: Any, context: Any) -> None:
+    """Raises `ValueError` for a question or a context that is no text."""
+    for name, value in (("question", question), ("context", context)):
+        if not isinstance(value, str):
+            raise ValueError(f"A {name} is a str, got {type(value).__name__}.")
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]], num_images: int) -> None:
+    """Raises `ValueError` for a conversation that doesn't end with a question, or has another number of images."""
+    if not messages:
+        raise ValueError("The conversation has no messages.")
+    if messages[-1].get("role") != "user":
+        raise ValueError("The last message is the one to answer, so it has to be the user's.")
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if not isinstance(content, str) for part in content or ()]
+    found = sum(part.get("type") == "image" for part in parts)
+    if found != num_images:
+        raise ValueError(f"The messages have {found} images, but {num_images} were given.")
+
+
+__all__ = ["AnswerText", "ChatProcessing", "EncodedImage", "ImageViews", "TokenTexts", "check_messages", "check_turn"]
