@@ -1,6 +1,6 @@
 """VisCPM-Chat as a model of lmms-eval.
 
-    pip install viscpm-hf lmms-eval
+    pip install . lmms-eval
     python examples/lmms_eval_viscpm.py --model viscpm --model_args pretrained=OUT \
         --tasks mmbench_cn_dev,pope --batch_size 8 --output_path logs/
 

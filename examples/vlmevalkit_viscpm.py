@@ -1,6 +1,6 @@
 """VisCPM-Chat as a model of VLMEvalKit.
 
-    git clone https://github.com/open-compass/VLMEvalKit && pip install viscpm-hf -e VLMEvalKit
+    git clone https://github.com/open-compass/VLMEvalKit && pip install . -e VLMEvalKit
     python examples/vlmevalkit_viscpm.py OUT VLMEvalKit/run.py --model VisCPM-Chat --data MMBench_DEV_CN --mode infer
 
 The first argument is the checkpoint, the second VLMEvalKit's script; all others are its own.

@@ -124,9 +124,8 @@ def test_questions_of_other_files(tmp_path):
     answers = read_answers(write(tmp_path / "a.json", json.dumps([{**lists[1], "output": "一只猫。"}])))
     assert answers['"2"']["text"] == "一只猫。"
     with pytest.raises(ValueError, match='entry 2: "question" is a text, got None; entry 3: is a JSON int'):
-        read_questions(
-            write(tmp_path / "bad.json", json.dumps([lists[0], {**owl, "question_id": 3, "question": None}, 3]))
-        )
+        bad = [lists[0], {**owl, "question_id": 3, "question": None}, 3]
+        read_questions(write(tmp_path / "bad.json", json.dumps(bad)))
     with pytest.raises(ValueError, match="is no JSON list"):
         read_questions(write(tmp_path / "cut.json", "[{"))
 

@@ -9,6 +9,7 @@ import sys
 
 import PIL.Image
 import torch
+from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import viscpm_hf
@@ -53,16 +54,17 @@ from viscpm_hf.siblings import visualcla  # noqa: E402
 
 parts = {"text_model": "chinese-alpaca-plus-7b", "vision_model": "clip-vit-large-patch14",
          "lora_model": "visualcla-7b-v0.1"}  # fmt: skip
-# All three as folders of the user's.
-place_of_bases = os.environ["BASES"]
+parts = {part: at(f"ziqingyang/{name}") for part, name in parts.items()}
 base_model, tokenizer, _ = visualcla.get_model_and_tokenizer_and_processor(
-    **{part: os.path.join(place_of_bases, "ziqingyang", name) for part, name in parts.items()},
-    torch_dtype=torch.float32,
-    default_device="cpu",
+    **parts, torch_dtype=torch.float32, default_device="cpu"
 )
-base_model.resize_token_embeddings(len(tokenizer))
 greedy = {"do_sample": False, "max_new_tokens": 6}
-found["visualcla"] = visualcla.chat(base_model, image_file, "What?", generation_config=greedy)[0]
+found["visualcla"] = [visualcla.chat(base_model, image_file, "What?", generation_config=greedy)[0]]
+base_model.resize_token_embeddings(len(tokenizer))
+model = PeftModel.from_pretrained(base_model, parts["lora_model"])
+found["visualcla"].append(visualcla.chat(model, image_file, "What?", generation_config=greedy)[0])
+with model.disable_adapter():
+    found["visualcla bare"] = visualcla.chat(model, image_file, "What?", generation_config=greedy)[0]
 
 for size in ("1b", "2b", "5b"):
     name = at(f"openbmb/cpm-bee-{size}")

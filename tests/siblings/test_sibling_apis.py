@@ -12,7 +12,7 @@ from sibling_tokenizers import VISUALCLA_VOCAB_SIZE
 from test_image_processing_minicpmv import picture
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
-from viscpm_hf import MiniCPMVChat, OmniLMMChat, img2base64
+from viscpm_hf import MiniCPMVChat, OmniLMMChat, VisualCLAForConditionalGeneration, img2base64
 from viscpm_hf.chat import visualcla as visualcla_api
 from viscpm_hf.modeling import decoding_presets
 
@@ -326,7 +326,7 @@ def test_what_to_load_has_to_be_said(whole_folders):
         load(text_model="a", lora_model="b")
     with pytest.raises(ValueError, match="load_in_8bit takes a merged model"):
         load(text_model="a", vision_model="b", lora_model="c", load_in_8bit=True)
-    with pytest.raises(ValueError, match="not VisualCLA"):
+    with pytest.raises(ValueError, match="type visualcla is needed here"):
         load(whole_folders["omnilmm"], default_device="cpu")
 
 
@@ -346,6 +346,18 @@ def test_the_released_adapter_answers_as_the_merged_model(visualcla_model, tmp_p
     assert visualcla_api.chat(model, IMAGE, "What?", generation_config=GREEDY)[0] == expected
     model.resize_token_embeddings(len(model.tokenizer))
     assert visualcla_api.chat(model, IMAGE, "What?", generation_config=GREEDY)[0] == expected
+    model.save_pretrained(tmp_path / "saved")
+    saved = VisualCLAForConditionalGeneration.from_pretrained(tmp_path / "saved").state_dict()
+    torch.testing.assert_close(saved, visualcla_model.state_dict(), atol=1e-5, rtol=0)
     peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="adapter is in the weights of this model already"):
-        peft.PeftModel.from_pretrained(model, release.adapter)
+    adapted = peft.PeftModel.from_pretrained(model, release.adapter)
+    assert visualcla_api.chat(adapted, IMAGE, "What?", generation_config=GREEDY)[0] == expected
+    inputs = visualcla_api._inputs(visualcla_model, IMAGE, "What?", [])
+    logits = visualcla_model(**inputs).logits
+    torch.testing.assert_close(adapted(**inputs).logits, logits, atol=1e-4, rtol=0)
+    pixels = model.image_processor(IMAGE, return_tensors="pt")["pixel_values"]
+    images = [each.get_image_features(pixels).pooler_output for each in (adapted, visualcla_model)]
+    torch.testing.assert_close(*images, atol=1e-4, rtol=0)
+    with adapted.disable_adapter():
+        assert (adapted(**inputs).logits - logits).abs().max() > 0.1
+    torch.testing.assert_close(adapted.merge_and_unload()(**inputs).logits, logits, atol=1e-4, rtol=0)

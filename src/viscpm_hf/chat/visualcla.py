@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -19,13 +20,17 @@ from typing import Any
 
 import PIL.Image
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 
 from ..checkpoints.tensor_files import named_dtype
+from ..checkpoints.visualcla_adapter import changed_matrices
+from ..loading.from_pretrained import own_config
 from ..loading.options import default_device, default_dtype, usable_device
 from ..loading.quantization import quantization_config
+from ..loading.unmerged_visualcla import UnmergedVisualCLA
 from ..modeling.configuration_vision_resampler import VisualCLAConfig
 from ..modeling.decoding_presets import decoding_presets
+from ..modeling.modeling_vision_resampler import VisualCLAForConditionalGeneration
 from ..modeling.processing_visualcla import VisualCLAProcessor
 from .chat import open_picture
 from .sibling_chat import AnswerStreamer, EncodedImage, encode_images, model_inputs
@@ -50,7 +55,7 @@ def get_model_and_tokenizer_and_processor(
         visualcla_model: a merged model, in the original's or our layout; it goes before the other three.
         text_model, vision_model, lora_model: the bases (Chinese-Alpaca-Plus-7B, CLIP-L/14) and the released adapter,
             which is applied here: the README's `resize_token_embeddings` then changes nothing, and
-            `PeftModel.from_pretrained` says that it is to be left out.
+            `PeftModel.from_pretrained(model, lora_model)` takes it out of the weights and puts it on again.
         torch_dtype: fp16 unless given, or what the device has in its place.
         default_device: CUDA, then MPS, then the CPU unless given.
         device_map: as of `from_pretrained`, in place of a device.
@@ -79,17 +84,18 @@ def get_model_and_tokenizer_and_processor(
     if path is None:
         path = lora_model
         options |= {"text_model": text_model, "vision_model": vision_model}
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=False, **options)
-    if not isinstance(model.config, VisualCLAConfig):
-        raise ValueError(f"{path} holds a {type(model.config).__name__}, not VisualCLA.")
+    own_config(path, VisualCLAConfig.model_type)
+    processor = VisualCLAProcessor.from_pretrained(path)
+    # Not by an Auto class, which takes the adapter's repository for one of changes to a model that it names.
+    model = VisualCLAForConditionalGeneration.from_pretrained(path, **options)
     if "device_map" not in options:
         model.to(device)
     model.eval()
     # Where the original put them.
     model.tokenizer, model.image_processor, model.processor = processor.tokenizer, processor.image_processor, processor
     model.num_patch, model.image_at_head = model.config.num_query_tokens, False
-    model.has_released_adapter = visualcla_model is None
+    if visualcla_model is None:
+        model = UnmergedVisualCLA.of(model, functools.partial(changed_matrices, text_model, vision_model, lora_model))
     return model, processor.tokenizer, processor.image_processor
 
 

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .errors import OriginalCheckpointError
-from .location import ADAPTER_CONFIG_NAME
+from .location import ADAPTER_CONFIG_NAME, download_repository
 from .original import load_state_dict, read_json
 from .sibling_original import TEXT_PREFIX, text_tensors, vision_tensors
 from .tensor_files import mapped_tensors
@@ -105,6 +105,19 @@ def _scale(config: Mapping[str, Any], source: Path) -> float:
     if config.get("fan_in_fan_out"):
         raise OriginalCheckpointError(f"{source} says fan_in_fan_out, which VisualCLA's layers don't have.")
     return alpha / rank
+
+
+def changed_matrices(
+    text_model: str | os.PathLike, vision_model: str | os.PathLike, adapter: str | os.PathLike
+) -> dict[str, torch.Tensor]:
+    """What an adapter changes, without the changes: the bases' own tensors, by the names of the whole VisualCLA.
+
+    Args:
+        text_model, vision_model, adapter: folders or Hub ids.
+    """
+    text, vision, folder = (download_repository(name, {}) for name in (text_model, vision_model, adapter))
+    tensors = {**text_tensors(text), **vision_tensors(vision)}
+    return {name: tensors[name] for name in read_adapter(folder).changes}
 
 
 def check_bases(

@@ -37,7 +37,7 @@ tags:
 
 CHAT_USE = """\
 ```python
-import viscpm_hf  # pip install viscpm-hf; or leave it out and add trust_remote_code=True to both calls below
+import viscpm_hf  # if it is installed; else leave it out and add trust_remote_code=True to both calls below
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("PATH", dtype="auto", device_map="auto")
@@ -54,7 +54,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 CPM_BEE_USE = """\
 ```python
-import viscpm_hf  # pip install viscpm-hf; or leave it out and add trust_remote_code=True to both calls below
+import viscpm_hf  # if it is installed; else leave it out and add trust_remote_code=True to both calls below
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto"), AutoTokenizer.from_pretrained("PATH")
@@ -64,7 +64,7 @@ print(model.fill([{"input": "今天天气真好", "<ans>": ""}], tokenizer))
 
 PAINT_USE = """\
 ```python
-import viscpm_hf  # pip install viscpm-hf; or leave it out and add trust_remote_code=True to the call below
+import viscpm_hf  # if it is installed; else leave it out and add trust_remote_code=True to the call below
 import torch
 from diffusers import DiffusionPipeline
 

@@ -304,23 +304,6 @@ class VisualCLAForConditionalGeneration(VisionResamplerForConditionalGeneration)
     """VisualCLA-7B."""
 
     config: VisualCLAConfig
-    has_released_adapter = False
-    """Whether it was made of its bases, whose user is used to putting the adapter on himself."""
-
-    @property
-    def _checkpoint_conversion_mapping(self) -> dict[str, str]:
-        """What PEFT asks a model before it puts an adapter on it.
-
-        Raises:
-            ValueError: if the release's is in the weights already.
-        """
-        if self.has_released_adapter:
-            raise ValueError(
-                "VisualCLA's adapter is in the weights of this model already: leave PeftModel.from_pretrained out and "
-                "use the model as it is, which is VisualCLAForConditionalGeneration.from_pretrained(lora_model, "
-                "text_model=..., vision_model=...)."
-            )
-        return {}
 
 
 __all__ = [
