@@ -134,7 +134,9 @@ class VisCPMChat:
         """The family that a checkpoint is of, its model and its processor."""
         family, stored, quantization = self._stored(source, hub)
         if vocab_path is not None and family.vocabulary_class is None:
-            raise ValueError(f"vocab_path is a file of VisCPM-Chat's; the tokenizer of {family.title} is in its folder.")
+            raise ValueError(
+                f"vocab_path is a file of VisCPM-Chat's; the tokenizer of {family.title} is in its folder."
+            )
         dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(dtype, quantization)
         model = family.model_class.from_pretrained(source, dtype=dtype, **hub, **arguments)

@@ -70,12 +70,10 @@ class ChatDeployment(_Replica):
         other_names: Sequence[str] = (),
     ):
         from ..chat.chat import VisCPMChat
-        from ..chat.sibling_chat import SiblingChat, is_sibling
         from .sibling_engine import open_engine
 
         self.configure(model, name, aliases, settings, api_key_file)
-        chat_class = SiblingChat if is_sibling(model) else VisCPMChat
-        self.engine = open_engine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
+        self.engine = open_engine(VisCPMChat(model, **load or {}), EngineLimits(**limits or {}))
         self.other_names = other_names
 
     def __serve_build_asgi_app__(self):
@@ -121,8 +119,8 @@ def chat(arguments: dict[str, Any]) -> Application:
     """The Chat application.
 
     Args:
-        arguments: `model`; optionally `name`, `aliases` (further names), `load` (arguments of `VisCPMChat` or
-            `SiblingChat`), `limits` (of `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of
+        arguments: `model`; optionally `name`, `aliases` (further names), `load` (arguments of
+            `VisCPMChat`), `limits` (of `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of
             other applications, for `/v1/models`) and `api_key_file`, on every machine that has a replica.
 
     Raises:

@@ -134,7 +134,6 @@ def merge_adapter(
     from peft import PeftModel
 
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     adapter, output = Path(adapter), Path(output)
     found = AdapterFolder.find(adapter)
@@ -142,14 +141,8 @@ def merge_adapter(
         raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}, or is a whole model.")
     check_new_folder(output)
     dtype = dtype or "auto"  # None would be what suits the CPU, on which fp16 is not kept
-    if is_sibling(model):
-        chat = SiblingChat(model, device="cpu", dtype=dtype)
-        processor = chat.processor
-    else:
-        chat = VisCPMChat(
-            model, llm_config, vision_config_path=vision_config, vocab_path=vocab, device="cpu", dtype=dtype
-        )
-        processor = found.prepare(chat.model, chat.processor)
+    chat = VisCPMChat(model, llm_config, vision_config_path=vision_config, vocab_path=vocab, device="cpu", dtype=dtype)
+    processor = found.prepare(chat.model, chat.processor)
     merged = PeftModel.from_pretrained(chat.model, os.fspath(adapter)).merge_and_unload()
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as folder:
