@@ -158,7 +158,8 @@ class VisCPMChat:
             floating = (tensor.dtype for tensor in source.tensors.values() if tensor.is_floating_point())
             family = FAMILIES[source.kind if source.kind in CHATS else CHAT]
             return family, next(floating, None), source.config.get("quantization_config")
-        config = own_config(getattr(source, "name", source), *CHATS, **hub)
+        name = source.name if isinstance(source, Original) else source
+        config = own_config(name, *CHATS, **hub)
         return family_of(config), config.dtype, getattr(config, "quantization_config", None)
 
     # ------------------------------------------------------------------------------------------------------ answering

@@ -203,8 +203,8 @@ def _inputs(model: Any, image: Any, text: str, history: Sequence[Mapping[str, An
     images = list(image) if is_list else [image, *[None] * (len(questions) - 1)]
     if len(images) != len(questions):
         raise ValueError(
-            f"The list has {len(images)} pictures, but the conversation {len(questions)} questions: give one for each, "
-            "None for those without."
+            f"The list has {len(images)} pictures, but the conversation {len(questions)} questions: give one for "
+            "each, None for those without."
         )
     for question, own in zip(questions, images, strict=True):
         if own is not None:
