@@ -7,8 +7,10 @@ import pickle
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from viscpm_hf import ConversionError, publish
+from viscpm_hf.conversion.quantized import convert_quantized
 
 
 class Hub:
@@ -196,3 +198,17 @@ def test_what_tools_leave_is_no_reason_to_stop(own_converted):
         (own_converted / name).write_text("x")
     files = publish(own_converted, "owner/name", dry_run=True).files
     assert not any(name.startswith(".") for name in files)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "int8wo"])
+def test_quantized(golden, tmp_path, quantization):
+    folder = tmp_path / "model"
+    convert_quantized(golden.weights, folder, quantization)
+    assert "model.safetensors" in publish(folder, "owner/name", dry_run=True).files
+    layer = "model.language_model.layers.0.mlp.down_proj"
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(layer)}, folder / "model.safetensors"
+    )
+    with pytest.raises(ConversionError, match=rf"1 tensors missing \({layer}.weight\), 0 surplus"):
+        publish(folder, "owner/name", dry_run=True)

@@ -1,9 +1,19 @@
 """The demo page's tests need gradio (the extra `demo`), those in a browser selenium too."""
 
+import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from ray_support import ray_cluster, write_models
+from support import CHAT_CASES, Golden
+
+from viscpm_hf import SiblingChat
+
+
+sys.path.append(str(Path(__file__).parents[1] / "siblings"))
+from sibling_folders import NAMES, write_folder
 
 
 collect_ignore = []
@@ -13,6 +23,37 @@ if find_spec("gradio") is None:
     collect_ignore += ["test_demo.py"]
 if find_spec("gradio") is None or find_spec("selenium") is None:
     collect_ignore += ["test_demo_browser.py"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A small model of one of the systems."""
+
+    name: str
+    folder: Path
+    chat: SiblingChat
+
+    @property
+    def is_viscpm(self) -> bool:
+        return self.name in CHAT_CASES
+
+
+def open_family(name, folder):
+    return Golden(name).load_chat() if name in CHAT_CASES else SiblingChat(folder, device="cpu")
+
+
+@pytest.fixture(scope="session", params=(*CHAT_CASES, *NAMES))
+def family(request, tmp_path_factory):
+    name, folder = request.param, tmp_path_factory.mktemp("family") / request.param
+    if name not in CHAT_CASES:
+        write_folder(name, folder)
+    return Family(name, folder, open_family(name, folder))
+
+
+@pytest.fixture
+def own_family_chat(family):
+    """For a test that changes the model."""
+    return open_family(family.name, family.folder)
 
 
 @pytest.fixture(scope="session")

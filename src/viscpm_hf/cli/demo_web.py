@@ -66,13 +66,13 @@ def run_web(arguments: argparse.Namespace) -> int:
             f'The page needs {error.name}, which is not installed: pip install -c constraints.txt ".[demo]"; '
             "`viscpm-hf demo --terminal` does without."
         ) from error
+    from ..serving.engine import ChatEngine
     from ..serving.paint_engine import PaintEngine
     from ..serving.server import bind
-    from ..serving.sibling_engine import open_engine
 
     bind(arguments.host, arguments.port).close()  # before minutes go into loading models
     painter = None if kind == "chat" else load_demo_painter(arguments, is_alone=kind == "paint")
-    chat = None if kind == "paint" else open_engine(load_chat(arguments))
+    chat = None if kind == "paint" else ChatEngine(load_chat(arguments))
     paint = None if painter is None else PaintEngine(painter)
     demo = create_demo(chat, paint, model_name(arguments.model), model_name(arguments.paint))
     try:

@@ -97,8 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ImportError(
             f'Serving needs {error.name}, which is not installed: pip install -c constraints.txt ".[serve]".'
         ) from error
+    from ..serving.engine import ChatEngine
     from ..serving.paint_engine import PaintEngine
-    from ..serving.sibling_engine import open_engine
     from ..serving.tickets import EngineLimits
 
     settings = ServerSettings(
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
     with bind(arguments.host, arguments.port) as listener:  # before minutes go into loading a model
         painter = load_painter(arguments) if arguments.paint else None
         app = create_app(
-            open_engine(load_chat(arguments), limits),
+            ChatEngine(load_chat(arguments), limits),
             None if painter is None else PaintEngine(painter),
             chat_name=chat_names[0],
             chat_aliases=chat_names[1:],

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..checkpoints.configurations import read_config, without_weights
@@ -17,6 +18,7 @@ from ..checkpoints.original import CPM_BEE, load_state_dict
 from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
 from ..families.family import FAMILIES
+from ..loading.quantization import stored_quantization
 from ..plain_text import plain
 
 
@@ -186,12 +188,26 @@ def check_transformers_folder(folder: Path) -> torch.nn.Module:
 
 
 def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> None:
-    """Compares the headers of a folder's weights with a model."""
+    """Compares the headers of a folder's weights with a model.
+
+    Of a quantised layer several tensors are stored, under names and in shapes that are its quantiser's.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", ()))
     expected = {name: shape for name, shape in _shapes(model).items() if name not in tied}
-    stored = {}
+    stored, quantized = {}, set()
     for file in weight_files(folder, weights_name):
-        stored |= {name: spec.shape for name, spec in safetensors_header(folder / file).items()}
+        stored |= safetensors_header(folder / file)
+    if stored_quantization(folder) is not None:
+        layers = {name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))}
+        for name, spec in stored.items():
+            if name not in expected or not spec.dtype.is_floating_point:
+                quantized |= layers & _modules_around(name)
+
+    def of_other_layers(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in names.items() if not quantized & _modules_around(name)}
+
+    expected = of_other_layers(expected)
+    stored = {name: spec.shape for name, spec in of_other_layers(stored).items()}
     missing = [name for name in expected if name not in stored]
     surplus = [name for name in stored if name not in expected]
     # Folders of version 0.1 have the rows of words alone, the others are made when they are loaded.
@@ -209,6 +225,12 @@ def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> No
             f"({_sample(missing)}), {len(surplus)} surplus ({_sample(surplus)}), {len(misshaped)} of another shape "
             f"({_sample(misshaped)})."
         )
+
+
+def _modules_around(tensor: str) -> set[str]:
+    """Names of the modules that a tensor may belong to."""
+    parts = tensor.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from .answering import Answer, Decoding, GenerateDecoding
 from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE, named_cache
+from .continuous_rows import RowState
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
@@ -72,6 +73,9 @@ class RowSampling(LogitsProcessor):
 class CpmBeeGenerationMixin(ImageGenerationMixin):
     """`generate` for models that hold a CPM-Bee."""
 
+    row_places = ("attention_mask", "segment_ids")
+    row_tables = ("segment_relations", "extension_table")
+
     def language_model(self):
         """The `CpmBeeModel` within."""
         return self.model
@@ -95,6 +99,14 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         with contextlib.suppress(OSError, TypeError):
             super().adjust_generation_fn(*args, **kwargs)
         self.set_default_generation()
+
+    def row_positions(self, state: RowState, count: int) -> dict[str, torch.Tensor]:
+        """Nothing: only differences of places within a segment count."""
+        return {}
+
+    def row_logits(self, state: RowState, logits: torch.Tensor) -> torch.Tensor:
+        allowed = AllowedTokens(self.config.get_text_config(decoder=True), state.tables["extension_table"])
+        return allowed.forbid(logits[:, None], -torch.inf)[:, 0]
 
     @property
     def fast_decoder(self) -> FastDecoder:

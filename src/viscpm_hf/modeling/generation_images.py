@@ -10,9 +10,10 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 from .answering import AnsweringMixin
 from .compatibility import CACHE
+from .continuous_rows import ContinuousRowsMixin
 
 
-class ImageGenerationMixin(AnsweringMixin, GenerationMixin):
+class ImageGenerationMixin(AnsweringMixin, ContinuousRowsMixin, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,

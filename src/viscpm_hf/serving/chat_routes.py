@@ -50,8 +50,7 @@ from .waiting import EventStream, ImageInMemory, LargeImages, Places, unless_gon
 
 
 if TYPE_CHECKING:
-    from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
-    from .sibling_engine import SiblingDecoding
+    from ..modeling.answering import Decoding
 
 DEFAULT_MAX_TOKENS = 512
 # All texts of a conversation together.
@@ -160,7 +159,7 @@ def chat_router(
         finally:
             ticket.cancel()
         log_content(settings, question=body.question, context=body.context, answers=[answer])
-        context = engine.chat.continue_context(body.context, body.question, answer.text)
+        context = engine.chat.processor.next_context(body.context, body.question, answer.text)
         return ViscpmAnswer(answer=answer.text, context=context)
 
     return router
@@ -210,14 +209,12 @@ def prepare_messages(
             images.append(functools.partial(opened, part.image_url.url))
             content.append({"type": "image"})
         messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "user":
-        raise ValueError("The last message is the one to answer, so it has to be the user's.")
     return engine.prepare.messages(messages, images)
 
 
 def decoding_of(
     body: ChatCompletionRequest, engine: ChatEngine, prompt: PreparedPrompt
-) -> SamplingSettings | ReferenceDecodingConfig | SiblingDecoding:
+) -> SamplingSettings | Decoding:
     """The decoding that was asked for; an answer is as long as there is room if nothing was said of its length."""
     max_tokens = body.max_completion_tokens or body.max_tokens
     given = {name: getattr(body, name) for name in ("temperature", "repetition_penalty") if getattr(body, name)}

@@ -17,11 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from ..chat.chat import VisCPMChat
-from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from ..modeling.answering import Decoding
 from .constraints import Constraints
 from .continuous_batch import ContinuousBatch, Row
 from .image_cache import ImageCache
@@ -46,6 +45,17 @@ from .tickets import (
 logger = logging.get_logger(__name__)
 
 
+@dataclass
+class _Untold:
+    """The score of a token whose text isn't told yet."""
+
+    score: TextScore
+    num_left: int
+    """Characters."""
+    is_begun: bool = False
+    """Whether those before them were told."""
+
+
 @dataclass(eq=False)
 class _Choice:
     """One of a request's answers."""
@@ -55,22 +65,21 @@ class _Choice:
     row: Row
     pending: str = ""
     """Text that may turn out to begin a stop string."""
-    scores: deque[tuple[TextScore, int]] = field(default_factory=deque)
-    """Of tokens whose text isn't told yet, with the number of characters that are left of it."""
+    scores: deque[_Untold] = field(default_factory=deque)
 
     def told(self, num_characters: int, is_over: bool) -> tuple[TextScore, ...]:
         """The scores of the tokens whose text that was; in the end also of the one whose text was cut."""
         scores = []
-        while self.scores and self.scores[0][1] <= num_characters:
-            score, length = self.scores.popleft()
-            num_characters -= length
-            scores.append(score)
-        if self.scores and num_characters:
-            score, length = self.scores.popleft()
-            if is_over:
-                scores.append(score)
-            else:
-                self.scores.appendleft((score, length - num_characters))
+        while self.scores and self.scores[0].num_left <= num_characters:
+            entry = self.scores.popleft()
+            num_characters -= entry.num_left
+            scores.append(entry.score)
+        if self.scores:
+            entry = self.scores[0]
+            entry.num_left -= num_characters
+            entry.is_begun |= num_characters > 0
+            if is_over and entry.is_begun:
+                scores.append(entry.score)
         return tuple(scores)
 
 
@@ -79,7 +88,7 @@ class Search:
     """A request for the reference decoding."""
 
     ticket: Ticket
-    decoding: ReferenceDecodingConfig
+    decoding: Decoding
 
     @property
     def num_places(self) -> int:
@@ -162,8 +171,10 @@ class ChatEngine:
         self.limits = limits or EngineLimits()
         self.statistics = EngineStatistics()
         self.image_cache = ImageCache(self.limits.image_cache_bytes)
+        self.prepare = PromptPreparer(chat)
+        self._encode_images = ImageEncoder(chat, self.image_cache)
+        self._batch = ContinuousBatch(chat.model, chat.processor)
         self._queue = _Queue()
-        self._make_parts()
         self._running: dict[Row, _Choice] = {}
         self._max_rows = self.limits.max_rows
         self._pace = _Pace()
@@ -171,26 +182,20 @@ class ChatEngine:
         self._num_searching = 0
         self._search_waits = False
         """There is a search for which the batch leaves no room."""
-        self.constraints = Constraints(self._vocabulary, chat.processor.tokenizer.eos_token_id)
+        self.constraints = Constraints(chat.processor.vocabulary_bytes, chat.processor.tokenizer.eos_token_id)
         self._thread = threading.Thread(target=self._run, name="viscpm-hf-engine", daemon=True)
         self._thread.start()
 
-    def _make_parts(self) -> None:
-        """What depends on the model: prompts, pictures, and rows that are decoded together."""
-        self.prepare = PromptPreparer(self.chat)
-        self._encode_images = ImageEncoder(self.chat.model, self.image_cache)
-        self._batch = ContinuousBatch(self.chat.model, self.chat.processor.tokenizer)
-
     # ----------------------------------------------------------------------------------------------------- for callers
 
-    def reference(self, **options) -> ReferenceDecodingConfig:
+    def reference(self, **options) -> Decoding:
         """The original's decoding, with other values where `options` has them."""
-        return ReferenceDecodingConfig(**options)
+        return self.chat.model.chat_decoding("reference", options)
 
     def submit(
         self,
         prompt: PreparedPrompt,
-        decoding: SamplingSettings | ReferenceDecodingConfig,
+        decoding: SamplingSettings | Decoding,
         listener: Callable[[Event], None],
         num_choices: int = 1,
     ) -> Ticket:
@@ -234,7 +239,7 @@ class ChatEngine:
     def answer(
         self,
         prompt: PreparedPrompt,
-        decoding: SamplingSettings | ReferenceDecodingConfig,
+        decoding: SamplingSettings | Decoding,
         num_choices: int = 1,
         timeout: float | None = None,
     ) -> list[Answer]:
@@ -310,10 +315,8 @@ class ChatEngine:
     def _new_choice(self, ticket: Ticket, index: int, settings: SamplingSettings) -> _Choice:
         if settings.seed is not None and index:  # answers of one request shall differ, and yet be repeatable
             settings = dataclasses.replace(settings, seed=(settings.seed + index) % 2**63)
-        return _Choice(ticket, index, self._new_row(ticket.prompt, Sampler(settings)))
-
-    def _new_row(self, prompt: PreparedPrompt, sampler: Sampler) -> Row:
-        return Row(prompt.document.prompt(open_slot=0), sampler)
+        prompt = ticket.prompt.prompt
+        return _Choice(ticket, index, Row(prompt, Sampler(settings), self.chat.processor.answer_stream(prompt)))
 
     # --------------------------------------------------------------------------------------------- the engine's thread
 
@@ -451,10 +454,10 @@ class ChatEngine:
         settings = row.sampler.settings
         is_end = token == self.chat.processor.tokenizer.eos_token_id
         is_full = len(row.answer) >= settings.max_new_tokens
-        new_text = self._new_text(row, token, is_last=is_end or is_full)
+        new_text = row.text.new_text(row.answer, is_last=is_end or is_full)
         choice.pending += new_text
         if row.sampler.score is not None and not is_end:
-            choice.scores.append((self._text_score(row, row.sampler.score), len(new_text)))
+            choice.scores.append(_Untold(self._text_score(row, row.sampler.score), len(new_text)))
         place = min((at for at in map(choice.pending.find, settings.stop) if at >= 0), default=-1)
         reason = "stop" if is_end else "length" if is_full else None
         if place >= 0:
@@ -469,27 +472,12 @@ class ChatEngine:
             self._pace.finished()
         return reason is not None
 
-    def _new_text(self, row: Row, token: int, is_last: bool) -> str:
-        """What the row's newest token adds to its answer's text."""
-        tokenizer = self.chat.processor.tokenizer
-        if token == tokenizer.eos_token_id:
-            return ""
-        return tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings))
-
     def _text_score(self, row: Row, score: TokenScore) -> TextScore:
-        best = tuple((self._token_bytes(token, row), logprob) for token, logprob in score.best)
-        return TextScore(self._token_bytes(score.token, row), score.logprob, best)
+        def written(token: int) -> bytes:
+            return self.chat.processor.token_bytes(token, row.prompt)
 
-    def _token_bytes(self, token: int, row: Row) -> bytes:
-        """What a token adds to a text, or its name if that is nothing."""
-        tokenizer = self.chat.processor.tokenizer
-        return tokenizer.unescape(tokenizer.decode([token], extension_table=row.strings)).encode()
-
-    def _vocabulary(self) -> list[bytes]:
-        """What each token adds to any text: nothing for special ones, and those that a prompt brings are not there."""
-        tokenizer = self.chat.processor.tokenizer
-        words = [tokenizer.unescape(tokenizer.decode([token])).encode() for token in range(len(tokenizer.vocab))]
-        return [b"" if token in tokenizer.special_ids else word for token, word in enumerate(words)]
+        best = tuple((written(token), logprob) for token, logprob in score.best)
+        return TextScore(written(score.token), score.logprob, best)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         self.statistics.failed += 1
@@ -554,17 +542,9 @@ class ChatEngine:
         self._num_searching, self._searching = 0, _Share()
 
     def _search_together(self, group: list[Search]) -> None:
-        tokenizer = self.chat.processor.tokenizer
-        documents = [entry.ticket.prompt.document for entry in group]
-        inputs = tokenizer.collate([document.prompt() for document in documents], return_tensors="pt")
-        strings = inputs.extension_strings
-        inputs = dict(inputs.to(self.chat.model.device))
-        images = [
-            image for image in self._encode_images([entry.ticket.prompt for entry in group]) if image is not None
-        ]
-        if images:
-            encoded = torch.cat(images).to(self.chat.model.device, self.chat.model.dtype)
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded)}
+        model, processor = self.chat.model, self.chat.processor
+        prompts = [entry.ticket.prompt for entry in group]
+        inputs = processor.pad_prompts([prompt.prompt for prompt in prompts], self._encode_images(prompts), model)
 
         def between_steps(step: int) -> None:
             self.statistics.steps += 1
@@ -573,14 +553,11 @@ class ChatEngine:
                 raise SearchAbandonedError
             self._turn()
 
-        segments = [[document.answer_slots[0].segment_id] for document in documents]
-        results = self.chat.model.reference_search(inputs, segments, group[0].decoding, progress=between_steps)
-        for entry, result, own in zip(group, results, strings, strict=True):
-            ids = result.token_ids[0]
-            self.statistics.answer_tokens += len(ids)
-            is_cut = result.num_tokens > entry.decoding.last_step
-            entry.ticket.tell(TextPiece(0, tokenizer.unescape(tokenizer.decode(ids, extension_table=own))))
-            entry.ticket.tell(Finished(0, "length" if is_cut else "stop", len(ids)))
+        answers = model.answers(inputs, group[0].decoding, processor.tokenizer, progress=between_steps)
+        for entry, answer in zip(group, answers, strict=True):
+            self.statistics.answer_tokens += len(answer.ids)
+            entry.ticket.tell(TextPiece(0, processor.answer_text(answer.ids, entry.ticket.prompt.prompt)))
+            entry.ticket.tell(Finished(0, "length" if answer.is_cut else "stop", len(answer.ids)))
             self._pace.finished()
 
 

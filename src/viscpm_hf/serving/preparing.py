@@ -1,4 +1,4 @@
-"""From conversations and pictures to what the engine takes."""
+"""From conversations and images to what the engine takes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from typing import Any
 
 import PIL.Image
 import torch
-from jinja2 import TemplateError
 
 from ..chat.chat import VisCPMChat
-from ..modeling.document_cpm_bee import ANSWER_KEY
-from ..modeling.processing_viscpm_chat import ChatPrompt
+from ..modeling.chat_processing import Prompt
 from ..pipelines.safety import UnsafeImageError
 from .image_cache import ImageCache, image_key
 from .tickets import PreparedImage, PreparedPrompt
 
 
-# A picture, or what opens it: of several large ones only one is in memory at a time then.
+# An image, or what opens it: of several large ones only one is in memory at a time then.
 Picture = PIL.Image.Image | Callable[[], PIL.Image.Image]
-
-
-def opened(picture: Picture) -> PIL.Image.Image:
-    return picture() if callable(picture) else picture
 
 
 class PromptPreparer:
@@ -32,68 +26,54 @@ class PromptPreparer:
         self.chat = chat
 
     def messages(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Picture] = ()) -> PreparedPrompt:
-        """A conversation as the chat template takes it, its pictures in order: one after the other is opened.
+        """A conversation as the chat template takes it, its images in order: one after the other is opened.
 
         Raises:
-            ValueError: for a conversation without a question, an unusable picture, or a prompt that is too long.
-            UnsafeImageError: if the safety checker flags a picture.
+            ValueError: for a conversation out of turn, an unusable image, or a prompt that is too long.
+            UnsafeImageError: if the safety checker flags an image.
         """
-        processor = self.chat.processor
-        try:
-            text = processor.apply_chat_template(list(messages), tokenize=False)
-        except TemplateError as error:
-            raise ValueError(str(error)) from error
-        prompt = processor.parse_prompt(text)
-        if prompt.num_images != len(images):
-            raise ValueError(f"The messages have {prompt.num_images} pictures, but {len(images)} were given.")
-        return self._prepare(prompt, images)
+        return self._prepared(lambda grids: self.chat.processor.encode_chat(messages, grids), images)
 
     def turn(self, image: PIL.Image.Image | None, question: str, context: str = "") -> PreparedPrompt:
         """A question as [`VisCPMChat.chat`] takes it; raises as [`messages`]."""
-        document = {"context": context, "question": self.chat.processor.tokenizer.escape(question), ANSWER_KEY: ""}
         images = [] if image is None else [image]
-        return self._prepare(ChatPrompt(document, len(images)), images)
+        return self._prepared(lambda grids: self.chat.processor.encode_turn(question, context, grids), images)
 
-    def _prepare(self, prompt: ChatPrompt, images: Sequence[Picture]) -> PreparedPrompt:
+    def _prepared(
+        self, encode: Callable[[list[tuple[int, int]]], Prompt], images: Sequence[Picture]
+    ) -> PreparedPrompt:
+        one_view = [(0, 0)] * len(images)
+        prompt = encode(one_view)  # what is wrong with the text is known before any image is opened
+        prepared = [self._image(image) for image in images]
+        grids = [image.views.grid for image in prepared]
+        return PreparedPrompt(prompt if grids == one_view else encode(grids), tuple(prepared))
+
+    def _image(self, image: Picture) -> PreparedImage:
         processor, checker = self.chat.processor, self.chat.image_safety_checker
-        document = processor.encode_prompt(prompt)
-        processor.check_length(document)
-        prepared = []
-        for image in images:
-            image = processor.image_processor.fetch_images(opened(image))  # the checker sees what the model does
-            if checker is not None and checker(image):
-                raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
-            pixel_values = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-            key = image_key(pixel_values.shape, pixel_values.numpy().tobytes())
-            prepared.append(PreparedImage(pixel_values, key))
-        return PreparedPrompt(document, tuple(prepared))
+        # The checker sees what the model does.
+        image = processor.image_processor.fetch_images(image() if callable(image) else image)
+        if checker is not None and checker(image):
+            raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
+        views = processor.views_of(image)
+        return PreparedImage(views, image_key(views.pixel_values.shape, views.pixel_values.numpy().tobytes()))
 
 
 class ImageEncoder:
     """The vision tower behind its cache, for the engine's thread."""
 
-    def __init__(self, model, cache: ImageCache):
-        self.model = model
+    def __init__(self, chat: VisCPMChat, cache: ImageCache):
+        self.chat = chat
         self.cache = cache
 
     def __call__(self, prompts: Sequence[PreparedPrompt]) -> list[torch.Tensor | None]:
-        """The encoded images of every prompt; pictures that aren't cached go through the tower together."""
-        known: dict[str, torch.Tensor] = {}
-        missing: dict[str, torch.Tensor] = {}
-        for image in (image for prompt in prompts for image in prompt.images):
-            if image.key in known or image.key in missing:
-                continue
-            encoded = self.cache.get(image.key)
-            if encoded is None:
-                missing[image.key] = image.pixel_values
-            else:
-                known[image.key] = encoded
+        """The encoded views of every prompt; images that aren't cached go through the tower together."""
+        views = {image.key: image.views for prompt in prompts for image in prompt.images}
+        known = {key: self.cache.get(key) for key in views}
+        missing = [key for key, encoded in known.items() if encoded is None]
         if missing:
-            pixel_values = torch.cat(list(missing.values())).to(self.model.device)
-            with torch.no_grad():
-                encoded_images = self.model.get_image_features(pixel_values).pooler_output
-            for key, encoded in zip(missing, encoded_images, strict=True):
-                known[key] = encoded[None].clone()
+            encoded = self.chat.processor.encode_images(self.chat.model, [views[key] for key in missing])
+            for key, own in zip(missing, encoded, strict=True):
+                known[key] = own.features.clone()  # or one image of several would keep the others in memory
                 self.cache.put(key, known[key])
         return [
             torch.cat([known[image.key] for image in prompt.images]) if prompt.images else None for prompt in prompts

@@ -56,7 +56,7 @@ class _Replica:
 @serve.deployment
 @serve.ingress()
 class ChatDeployment(_Replica):
-    """VisCPM-Chat or a sibling; see [`chat`]."""
+    """A model that chats; see [`chat`]."""
 
     def __init__(
         self,
@@ -70,10 +70,9 @@ class ChatDeployment(_Replica):
         other_names: Sequence[str] = (),
     ):
         from ..chat.chat import VisCPMChat
-        from .sibling_engine import open_engine
 
         self.configure(model, name, aliases, settings, api_key_file)
-        self.engine = open_engine(VisCPMChat(model, **load or {}), EngineLimits(**limits or {}))
+        self.engine = ChatEngine(VisCPMChat(model, **load or {}), EngineLimits(**limits or {}))
         self.other_names = other_names
 
     def __serve_build_asgi_app__(self):

@@ -78,8 +78,8 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(settings.seed % 2**64)
-        self.seen: list[int] = []
-        """Base ids of the answer so far."""
+        self.chosen: list[int] = []
+        """The answer's tokens so far."""
         self.matcher = settings.constraint.begin() if settings.constraint else None
         self.score: TokenScore | None = None
         """Of the newest token, if scores are noted."""
@@ -88,15 +88,12 @@ class Sampler:
         return float(torch.rand((), generator=self._generator, dtype=torch.float32))
 
 
-def choose_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
-    """The next token of every row.
+def choose_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of every row, which its sampler notes.
 
     Args:
         logits: `(rows, vocabulary)` in fp32; changed in place.
         samplers: one for every row.
-
-    Returns:
-        Token ids `(rows,)` on the device of the logits.
 
     Raises:
         ValueError: if nothing can go on with the form of an answer.
@@ -106,12 +103,13 @@ def choose_tokens(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Te
     for row, sampler in enumerate(samplers):
         if sampler.matcher is not None:
             sampler.matcher.forbid(logits[row])
-    tokens = _choose(logits, samplers)
+    tokens = _choose(logits, samplers).tolist()
     for place, row in enumerate(noting):
-        samplers[row].score = _score(logprobs[place], int(tokens[row]), samplers[row].settings.top_logprobs)
-    for row, sampler in enumerate(samplers):
+        samplers[row].score = _score(logprobs[place], tokens[row], samplers[row].settings.top_logprobs)
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.chosen.append(token)
         if sampler.matcher is not None:
-            sampler.matcher.take(int(tokens[row]))
+            sampler.matcher.take(token)
     return tokens
 
 
@@ -125,8 +123,8 @@ def _score(logprobs: torch.Tensor, token: int, count: int) -> TokenScore:
 def _choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> torch.Tensor:
     for row, sampler in enumerate(samplers):
         penalty = sampler.settings.repetition_penalty
-        if penalty != 1.0 and sampler.seen:
-            seen = torch.tensor(sorted(set(sampler.seen)), device=logits.device)
+        if penalty != 1.0 and sampler.chosen:
+            seen = torch.tensor(sorted(set(sampler.chosen)), device=logits.device)
             values = logits[row, seen]
             logits[row, seen] = torch.where(values < 0, values * penalty, values / penalty)
     tokens = logits.argmax(-1)

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers.utils import logging
 
-from ..modeling.document_cpm_bee import EncodedDocument
+from ..modeling.chat_processing import ImageViews, Prompt
 
 
 logger = logging.get_logger(__name__)
@@ -29,24 +28,23 @@ class EngineClosedError(RuntimeError):
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """A picture as the vision tower takes it."""
+    """An image as the vision tower takes it."""
 
-    pixel_values: torch.Tensor
-    """`(1, 3, height, width)`"""
+    views: ImageViews
     key: str
 
 
 @dataclass(frozen=True)
 class PreparedPrompt:
-    """A question, its conversation and pictures, ready for the engine."""
+    """A question, its conversation and images, ready for the engine."""
 
-    document: EncodedDocument
+    prompt: Prompt
     images: tuple[PreparedImage, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """The prompt's, image tokens and the answer's `<s>` included."""
-        return len(self.document.prompt(open_slot=0))
+        """The prompt's, image tokens included."""
+        return len(self.prompt)
 
 
 @dataclass(frozen=True)
