@@ -13,8 +13,8 @@ from sibling_folders import NAMES
 
 from viscpm_hf.cli import main
 from viscpm_hf.serving.app import create_app
+from viscpm_hf.serving.engine import ChatEngine
 from viscpm_hf.serving.settings import ServerSettings
-from viscpm_hf.serving.sibling_engine import open_engine
 
 
 SHORT = {"mode": "generate", "max_new_tokens": 6, "do_sample": False}
@@ -30,7 +30,7 @@ def picture(tmp_path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_served_answers_are_the_models(sibling_chats, picture, name):
     chat = sibling_chats[name]
-    engine = open_engine(chat)
+    engine = ChatEngine(chat)
     uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What?"}]
     body = {"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 6, "temperature": 0}
@@ -56,7 +56,7 @@ def test_the_demo_page_answers(sibling_chats, picture):
     from viscpm_hf.serving.demo_labels import Labels
 
     chat = sibling_chats["minicpmv-2.0"]
-    engine = open_engine(chat)
+    engine = ChatEngine(chat)
     page = ChatPage(engine)
     with gr.Blocks(analytics_enabled=False):
         page.build(Labels("en"), gr.Radio(choices=["zh", "en"]))
