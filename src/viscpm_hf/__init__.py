@@ -1,27 +1,19 @@
 """VisCPM in today's Hugging Face stack.
 
-Importing it registers every model with transformers' Auto classes and every pipeline with diffusers.
+Importing it registers every model with transformers' Auto classes and every pipeline with diffusers, as soon as these
+libraries are used; itself it imports neither of them, nor torch.
 """
 
 from typing import TYPE_CHECKING
 
-from .quiet import quiet
+from .registration import register
+from .tiny.embedded import tiny  # here, that the function goes before the package of its name
 from .version import OLDEST, __version__, require
 
 
 # Before anything that an older library would fail deep within.
 require(**{name: OLDEST[name] for name in ("torch", "transformers", "diffusers")})
-
-
-# transformers imports torchao where it is installed, which warns of kernels that can't be had here.
-with quiet("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"):
-    from .loading.diffusers import register_pipelines
-    from .loading.from_pretrained import register
-    from .tiny.embedded import tiny  # here, that the function goes before the package of its name
-
-
 register()
-register_pipelines()
 
 # Public names and where they live; loaded when first used.
 _EXPORTS = {

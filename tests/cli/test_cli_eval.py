@@ -141,7 +141,7 @@ def test_a_bad_picture_costs_one_answer_and_is_tried_again(capsys, tmp_path):
 
 
 def test_bad_questions(capsys, tmp_path):
-    questions = write(tmp_path / "q.jsonl", QUESTIONS[0], {**QUESTIONS[1], "category": "poem"}, QUESTIONS[0])
+    questions = write(tmp_path / "q.jsonl", QUESTIONS[0], {**QUESTIONS[1], "category": 1}, QUESTIONS[0])
     command = ("llava-bench", MODEL, "--questions", questions, "--images", GOLDEN, "--answers", tmp_path / "a.jsonl")
     status, out, err = run(capsys, *command)
     assert (status, out) == (1, "")

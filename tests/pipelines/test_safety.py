@@ -1,5 +1,7 @@
 """The image safety checker: a real one of diffusers, with random weights."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -8,7 +10,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from support import Golden
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from viscpm_hf import ImageSafetyChecker, UnsafeImageError, VisCPMChat
+from viscpm_hf import ImageSafetyChecker, UnsafeImageError, VisCPMChat, tiny
+from viscpm_hf.cli.main import main
 
 
 def flag_everything(checker: StableDiffusionSafetyChecker, flags: bool) -> None:
@@ -90,3 +93,22 @@ def test_true_is_the_originals(write_checker, monkeypatch):
     monkeypatch.setattr("viscpm_hf.chat.chat.DEFAULT_SAFETY_CHECKER", str(write_checker(True)))
     chat = Golden("chat_a").load_chat(image_safety_checker=True)
     assert isinstance(chat.image_safety_checker, ImageSafetyChecker)
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_commands_check_when_asked_to(write_checker, flags, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    PIL.Image.new("RGB", (40, 40), "red").save(picture)
+    check = ["--check-image", "--image-checker", str(write_checker(flags)), "--device", "cpu"]
+    assert main(["chat", "viscpm-tiny", str(picture), "What colour is it?", *check]) == int(flags)
+    assert ("flagged the image" in capsys.readouterr().err) is flags
+    rows, answers = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    rows.write_text(json.dumps({"id": 1, "image": str(picture), "question": "What colour is it?"}) + "\n")
+    assert main(["batch", "viscpm-tiny", str(rows), str(answers), *check]) == 0
+    assert ("flagged the image" in json.loads(answers.read_text()).get("error", "")) is flags
+
+
+def test_commands_do_not_check_unless_asked_to(capsys):
+    """As the original's class: its checker is an argument that is off."""
+    assert main(["chat", str(tiny("chat")), "", "What?", "--image-checker", "folder", "--device", "cpu"]) == 1
+    assert "--image-checker folder checks nothing without --check-image" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..names import DTYPE_NAMES, full_dtype_name
 from ..plain_text import plain
 from .errors import ConversionError
 from .json_files import load_json
@@ -85,18 +86,6 @@ class TensorSpec:
 
 
 # What a model's dtype is called, with or without `torch.` before it.
-DTYPE_NAMES = {
-    "float32": "float32", "fp32": "float32", "float": "float32",
-    "float16": "float16", "fp16": "float16", "half": "float16",
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-}  # fmt: skip
-
-
-def full_dtype_name(name: str) -> str:
-    """`"fp16"`, `"torch.float16"` ... -> `"float16"`; other texts as they are."""
-    return DTYPE_NAMES.get(name.removeprefix("torch."), name)
-
-
 def named_dtype(dtype: str | torch.dtype, *others: str) -> torch.dtype | str:
     """The dtype of any of its names.
 

@@ -69,7 +69,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--quantize-vision", action="store_true", help="Chat: the vision tower too / 同时量化视觉编码器"
     )
     parser.add_argument("--vision-config", metavar="JSON", help="Chat, original file: sizes / 视觉编码器配置")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, check_image=None)  # as the model's class has it: on with Paint, off with Chat
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     count = check_rows(arguments.input)
     check_places(arguments)
     kind = model_kind(arguments)
+    if arguments.check_image is None:
+        arguments.check_image = kind == "paint"
     check_options(arguments, kind)
     results = Results(arguments.output)
     share = Share.of_this_process()
@@ -258,7 +260,8 @@ def settings_of(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         settings["revision"] = arguments.revision
     if kind == "chat":
         mode = chat_mode(arguments)
-        return {**settings, "mode": mode, **generation_options(arguments, mode)}
+        checked = {"check_image": True} if arguments.check_image else {}
+        return {**settings, "mode": mode, **checked, **generation_options(arguments, mode)}
     return {
         **settings,
         "scheduler": arguments.scheduler,

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import registered_extensions
-
 from .errors import describe
 from .model_options import add_model_options, load_chat
 
@@ -96,6 +94,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def is_question(text: str) -> bool:
     """Whether the first argument after the model, the image's place, is a question instead: a text that no file, URL
     or base64 would be, so that a mistyped path stays one."""
+    from PIL.Image import registered_extensions
+
     if not text or os.path.exists(text):
         return False
     looks_like_path = any(sign in text for sign in "/\\") or Path(text).suffix.lower() in registered_extensions()

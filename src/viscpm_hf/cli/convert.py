@@ -6,8 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from ..checkpoints.tensor_files import full_dtype_name
-from ..loading.quantization import QUANTIZATIONS
+from ..names import QUANTIZATIONS, full_dtype_name
 from .model_options import add_hub_options, hub_options
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import pickle
 import sys
 from collections.abc import Sequence
-
-from huggingface_hub.errors import StrictDataclassError
 
 from ..version import __version__
 from . import batch, chat, convert, demo, inspect, memory, merge, paint, publish, serve, train
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
-from .network import do_not_wait_for_the_hub, not_reached
 
 
 COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
@@ -57,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(error: Exception) -> str:
     """One line for people."""
+    import pickle
+
+    from huggingface_hub.errors import StrictDataclassError
+
+    from .network import not_reached
+
     if isinstance(error, OSError) and (wanted := not_reached()) is not None:
         return wanted
     if isinstance(error, pickle.UnpicklingError):
@@ -70,6 +72,8 @@ def _explain(error: Exception) -> str:
 
 def _configure_logging(verbose: bool) -> None:
     from transformers.utils import logging as transformers_logging
+
+    from .network import do_not_wait_for_the_hub
 
     do_not_wait_for_the_hub()
     if verbose:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ..checkpoints.tensor_files import full_dtype_name
+from ..names import full_dtype_name
 from .convert import describe
 
 

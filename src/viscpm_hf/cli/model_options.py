@@ -7,8 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.tensor_files import full_dtype_name
-from ..loading.quantization import QUANTIZATIONS
+from ..names import QUANTIZATIONS, full_dtype_name
 from ..tiny.embedded import EMBEDDED_NAME
 
 
@@ -66,11 +65,17 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
     )
     group.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
     add_hub_options(group)
+    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     if paint:
         _add_paint_options(group)
     else:
         group.add_argument(
             "--vision-config", metavar="JSON", help="original file: the vision tower's sizes / 视觉编码器配置"
+        )
+        group.add_argument(
+            "--check-image",
+            action="store_true",
+            help="don't answer about unsafe images / 检查输入图片，不安全则不回答",
         )
 
 
@@ -127,7 +132,6 @@ def _add_paint_options(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=what)
     group.add_argument("--ranker", metavar="FOLDER", help="Chinese-CLIP: folder or Hub id / 排序模型")
     group.add_argument("--prompt-checker", metavar="FOLDER", help="text classifier: folder or Hub id / 文本检查模型")
-    group.add_argument("--image-checker", metavar="FOLDER", help="safety checker: folder or Hub id / 图片检查模型")
     group.add_argument(
         "--offload", choices=("none", "model", "sequential"), default="none", help="save GPU memory / 显存卸载"
     )
@@ -139,9 +143,16 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat:
-    """`VisCPMChat` of `arguments.model`; `options` are further arguments."""
+    """`VisCPMChat` of `arguments.model`; `options` are further arguments.
+
+    Raises:
+        ValueError: for options of another kind of model, or of a check that isn't made.
+    """
     from ..chat.chat import VisCPMChat
 
+    if arguments.image_checker and not arguments.check_image:
+        raise ValueError(f"--image-checker {arguments.image_checker} checks nothing without --check-image.")
+    options = {"image_safety_checker": arguments.check_image and (arguments.image_checker or True), **options}
     return VisCPMChat(
         arguments.model,
         arguments.config,

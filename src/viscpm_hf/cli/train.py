@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ..checkpoints.tensor_files import full_dtype_name
+from ..names import full_dtype_name
 from ..training.chat_config import ChatTrainingConfig
 from ..training.options import add_config_options, config_from_arguments
 from . import train_paint

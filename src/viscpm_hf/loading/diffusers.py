@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 from contextvars import ContextVar
 from typing import Any
 
-from .. import modeling, pipelines
-from ..pipelines import opening
 
-
-PIPELINES_PACKAGE, MODELING_PACKAGE = pipelines.__name__, modeling.__name__
+# Named, not imported: this file is read without them (see `registration`).
+PIPELINES_PACKAGE, MODELING_PACKAGE = (
+    f"{__package__.rpartition('.')[0]}.{room}" for room in ("pipelines", "modeling")
+)
 
 # Pipelines, where they live, and the tables of diffusers' `AutoPipelineFor...` that they belong to.
 PIPELINES = {
@@ -54,34 +52,6 @@ def open_pipeline(*args: Any, **kwargs: Any) -> Any:
     from .paint import open_pipeline
 
     return open_pipeline(*args, **kwargs)
-
-
-def register_pipelines() -> None:
-    """Registers everything, now or as soon as diffusers is imported; a second call changes nothing."""
-    opening.opener = open_pipeline
-    if "diffusers" in sys.modules:
-        extend_diffusers()
-    elif not any(isinstance(finder, DiffusersFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, DiffusersFinder())
-
-
-class DiffusersFinder(importlib.abc.MetaPathFinder):
-    """Waits for the import of diffusers, which alone takes 0.1 s, and extends it then."""
-
-    def find_spec(self, name: str, path=None, target=None):
-        if name != "diffusers":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None:
-            load = spec.loader.exec_module
-
-            def load_and_extend(module) -> None:
-                load(module)
-                extend_diffusers()
-
-            spec.loader.exec_module = load_and_extend
-        return spec
 
 
 def extend_diffusers() -> None:

@@ -1,6 +1,7 @@
 """One hook for each of our own classes: `from_pretrained` of an original's folder or repository.
 
-`register()` runs when `viscpm_hf` is imported, since transformers has no plugins. It fills that library's registries
+`register()` runs when transformers is first used after `viscpm_hf` was imported (`registration`), since that library
+has no plugins. It fills that library's registries
 and replaces none of its functions: other models load as if this package weren't there. What the registries can't say
 is said by our classes: `AutoModel` and its kin call `from_pretrained` of a class of ours, which looks whether the
 checkpoint is an original one ([`find_original`]) and otherwise does what it always did. The repositories' own names

@@ -26,21 +26,13 @@ from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, factor_
 from ..families.key_maps import Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
+from ..names import QUANTIZATIONS
 
 
 if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
-# Name -> library that quantises and runs it.
-QUANTIZATIONS = {
-    "8bit": "bitsandbytes",
-    "4bit": "bitsandbytes",
-    "nf4": "bitsandbytes",
-    "fp4": "bitsandbytes",
-    "int8wo": "torchao",
-    "int4wo": "torchao",
-}
 # Modules that keep their precision, within models with a head and without.
 KEPT_MODULES = ("lm_head", "multi_modal_projector", "model.multi_modal_projector", "projection", "resampler")
 VISION_MODULES = ("vision_tower", "model.vision_tower")

@@ -1,0 +1,93 @@
+"""When transformers and diffusers get to know our classes: as soon as they are used, and not before.
+
+Both libraries are lazy; torch and the models behind them take seconds to import, and `viscpm-hf --help` needs none.
+So `import viscpm_hf` imports nothing of theirs: it waits, as a finder of Python's import system, for the first import
+that goes deeper than transformers' lazy top module, or into a room of ours that is built on it. That import is the
+outermost one: nothing of the library is half there when our classes follow it.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
+
+from .quiet import quiet
+
+
+# Rooms that registering imports, but for what in them is as light as this file.
+ROOMS = tuple(f"{__package__}.{room}" for room in ("modeling", "families", "checkpoints", "pipelines", "loading"))
+LIGHT = (f"{__package__}.loading", f"{__package__}.loading.diffusers")
+# Of loggers that tell of what can't be had here as soon as they are imported.
+LOUD = ("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch")
+
+
+def register() -> None:
+    """Makes both libraries know our classes, now or when they are first used; a second call changes nothing."""
+    _when(_is_use_of_transformers, register_models, "transformers.models.auto" in sys.modules)
+    _when(lambda name: name == "diffusers", register_pipelines, "diffusers" in sys.modules)
+
+
+def register_models() -> None:
+    from .loading import diffusers, from_pretrained
+    from .pipelines import opening
+
+    from_pretrained.register()
+    opening.opener = diffusers.open_pipeline
+
+
+def register_pipelines() -> None:
+    from .loading.diffusers import extend_diffusers
+
+    extend_diffusers()
+
+
+def _is_use_of_transformers(name: str) -> bool:
+    if name.startswith("transformers."):
+        return not getattr(sys.modules["transformers"].__spec__, "_initializing", False)
+    return name.startswith(ROOMS) and name not in LIGHT
+
+
+def _when(is_awaited: Callable[[str], bool], act: Callable[[], None], is_here: bool) -> None:
+    if is_here:
+        with quiet(*LOUD):
+            act()
+    elif not any(isinstance(finder, Waiting) and finder.act is act for finder in sys.meta_path):
+        sys.meta_path.insert(0, Waiting(is_awaited, act))
+
+
+class Waiting(importlib.abc.MetaPathFinder):
+    """Acts once, right after the first import of a module that is awaited."""
+
+    def __init__(self, is_awaited: Callable[[str], bool], act: Callable[[], None]):
+        self.is_awaited, self.act = is_awaited, act
+        self._is_looking = False
+
+    def find_spec(self, name: str, path=None, target=None):
+        if self._is_looking or not self.is_awaited(name):
+            return None
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._is_looking = False
+        if spec is not None:  # which may be all that is asked for: only an import is a use
+            load = spec.loader.exec_module
+
+            def load_and_act(module) -> None:
+                is_first = self in sys.meta_path
+                if is_first:
+                    sys.meta_path.remove(self)
+                try:
+                    with quiet(*LOUD):
+                        load(module)
+                        if is_first:
+                            self.act()
+                except BaseException:
+                    if is_first:
+                        sys.meta_path.insert(0, self)
+                    raise
+
+            spec.loader.exec_module = load_and_act
+        return spec

@@ -1,0 +1,73 @@
+"""`import viscpm_hf` and the command line import neither torch nor transformers; whichever is used first, our classes
+are registered then."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from viscpm_hf import tiny
+
+
+HEAVY = "{'torch', 'transformers', 'diffusers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
+
+
+def in_a_new_process(*statements: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(statements)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--version"],
+        ["--help"],
+        ["--hlep"],
+        *([name, "--no-such"] for name in ("chat", "paint", "train", "serve", "eval")),
+    ],
+)
+def test_the_command_line_is_read_before_anything_heavy_is_imported(words):
+    in_a_new_process(
+        "import sys",
+        "from viscpm_hf.cli import main",
+        "try:",
+        f"    main({words})",
+        "except SystemExit:",
+        "    pass",
+        f"assert not {HEAVY}, {HEAVY}",
+    )
+
+
+# What a program may do first, each in a process of its own, forked from one in which torch is.
+FIRST = (
+    "import viscpm_hf; from transformers import GenerationMixin",
+    "from transformers import AutoModel; import viscpm_hf",
+    "import viscpm_hf; from diffusers import DiffusionPipeline",
+    "from viscpm_hf.modeling.modeling_cpm_bee import CpmBeeModel",
+    "import viscpm_hf, importlib.util; importlib.util.find_spec('transformers.modeling_utils')",
+)
+
+
+def test_whatever_is_used_first_finds_our_classes_registered():
+    in_a_new_process(
+        "import os, sys, torch, numpy",
+        f"for first in {FIRST}:",
+        "    if os.fork():",
+        "        continue",
+        "    exec(first)",
+        "    import transformers",
+        f"    config = transformers.AutoConfig.from_pretrained({tiny('chat')!r})",
+        "    model_class = transformers.AutoModelForImageTextToText._model_mapping[type(config)]",
+        "    import viscpm_hf",
+        "    from viscpm_hf.registration import register_models",
+        "    waiting = [finder for finder in sys.meta_path if getattr(finder, 'act', None) is register_models]",
+        "    os._exit(model_class is not viscpm_hf.VisCPMChatForConditionalGeneration or bool(waiting))",
+        f"assert not any(os.wait()[1] for _ in {FIRST})",
+    )
