@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 import torch
@@ -17,9 +17,6 @@ from ..modeling.chat_processing import ChatProcessing, EncodedImage, Grid, Image
 from ..pipelines.safety import UnsafeImageError
 from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
-
-if TYPE_CHECKING:
-    from .chat import VisCPMChat
 
 Picture = str | os.PathLike | bytes | PIL.Image.Image
 
@@ -61,7 +58,7 @@ class _Row:
 
 
 def answer_batch(
-    chat: VisCPMChat,
+    chat: Any,
     requests: Sequence[ChatRequest],
     *,
     mode: str = "reference",
@@ -77,7 +74,7 @@ def answer_batch(
     same object.
 
     Args:
-        chat: the model.
+        chat: a [`VisCPMChat`].
         requests: the questions.
         mode, fast, generation: see [`VisCPMChat.ask`].
         on_text: likewise, of a single question.
@@ -110,7 +107,7 @@ def answer_batch(
     return [row.failure or _turn(chat, row, seconds) for row in rows]
 
 
-def prompt_of(chat: VisCPMChat, request: ChatRequest) -> Prompt:
+def prompt_of(chat: Any, request: ChatRequest) -> Prompt:
     """The request's prompt as far as it is known before its image is opened: as if that had one view.
 
     Raises:
@@ -124,7 +121,7 @@ def prompt_of(chat: VisCPMChat, request: ChatRequest) -> Prompt:
 # -------------------------------------------------------------------------------------------------------------- before
 
 
-def _decoding(chat: VisCPMChat, mode: str, generation: dict[str, Any], on_text: Any) -> Decoding:
+def _decoding(chat: Any, mode: str, generation: dict[str, Any], on_text: Any) -> Decoding:
     if mode not in MODES:
         raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
     decoding = chat.model.chat_decoding(mode, generation)
@@ -144,7 +141,7 @@ def _seeds(seed: int | Sequence[int | None] | None, count: int) -> list[int | No
     return seeds
 
 
-def _read(chat: VisCPMChat, row: _Row) -> None:
+def _read(chat: Any, row: _Row) -> None:
     """Encodes a row's prompt, every new image with one view: what is wrong with the text is known before an image is
     opened."""
     image, handed_on = row.request.image, row.request.vision_hidden_states
@@ -161,12 +158,12 @@ def _read(chat: VisCPMChat, row: _Row) -> None:
     _encode(chat, row, [(0, 0)] * len(row.new))
 
 
-def _encode(chat: VisCPMChat, row: _Row, new: list[Grid]) -> None:
+def _encode(chat: Any, row: _Row, new: list[Grid]) -> None:
     grids = [*(image.grid for image in row.earlier), *new]
     row.prompt = chat.processor.encode_turn(row.request.question, row.request.context, grids, row.num_own)
 
 
-def _open_images(chat: VisCPMChat, row: _Row, views: dict[Any, ImageViews | None]) -> None:
+def _open_images(chat: Any, row: _Row, views: dict[Any, ImageViews | None]) -> None:
     """Opens and checks a row's images unless they are known already; `views` has None for flagged ones."""
     for place, image in enumerate(row.new):
         key = image if isinstance(image, (str, bytes)) else str(image) if isinstance(image, os.PathLike) else id(image)
@@ -185,7 +182,7 @@ def _open_images(chat: VisCPMChat, row: _Row, views: dict[Any, ImageViews | None
         _encode(chat, row, grids)
 
 
-def _encode_images(chat: VisCPMChat, rows: list[_Row], views: Mapping[Any, ImageViews | None]) -> None:
+def _encode_images(chat: Any, rows: list[_Row], views: Mapping[Any, ImageViews | None]) -> None:
     keys = list(dict.fromkeys(key for row in rows for key in row.new))
     encoded = chat.processor.encode_images(chat.model, [views[key] for key in keys]) if keys else []
     by_key = dict(zip(keys, encoded, strict=True))
@@ -197,7 +194,7 @@ def _encode_images(chat: VisCPMChat, rows: list[_Row], views: Mapping[Any, Image
 
 
 def _answer(
-    chat: VisCPMChat, rows: list[_Row], decoding: Decoding, on_text: Callable[[str], None] | None, fast: bool | None
+    chat: Any, rows: list[_Row], decoding: Decoding, on_text: Callable[[str], None] | None, fast: bool | None
 ) -> None:
     model, processor = chat.model, chat.processor
     features = [[image.features.to(model.device) for image in row.images] for row in rows]
@@ -212,7 +209,7 @@ def _answer(
         row.ids = answer.ids
 
 
-def _turn(chat: VisCPMChat, row: _Row, seconds: float) -> ChatTurn:
+def _turn(chat: Any, row: _Row, seconds: float) -> ChatTurn:
     request, processor = row.request, chat.processor
     if row.is_refused:
         return ChatTurn(request.question, REFUSAL, request.context, None, 0, seconds)
