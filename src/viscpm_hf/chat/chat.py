@@ -66,7 +66,8 @@ class VisCPMChat:
         offload_folder: for weights that `device_map` leaves on the disk.
         fast: decode with a static cache and compiled graphs (`docs/speed.md`): the first answer takes long, all others
             are fast. Projections of the same input are fused where the weights are plain.
-        revision, token, cache_dir: of the Hub.
+        revision: of the model's Hub repository.
+        token, cache_dir: of the Hub, for the safety checker too.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -115,7 +116,8 @@ class VisCPMChat:
         )
         self.device = self.options.device
         self.image_safety_policy = image_safety_policy
-        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
+        others = hub_arguments(token=token, cache_dir=cache_dir)
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device, **others)
 
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:
@@ -403,11 +405,11 @@ def check_safety_policy(policy: str) -> None:
 
 
 def open_safety_checker(
-    source: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool], device: torch.device
+    source: bool | str | os.PathLike | Callable[[PIL.Image.Image], bool], device: torch.device, **hub: Any
 ) -> Callable[[PIL.Image.Image], bool] | None:
     """`image -> flagged or not` of what the argument `image_safety_checker` takes; None for no check."""
     if source is True:
         source = DEFAULT_SAFETY_CHECKER
     if isinstance(source, (str, os.PathLike)):
-        return ImageSafetyChecker.from_pretrained(source, device)
+        return ImageSafetyChecker.from_pretrained(source, device, **hub)
     return source or None

@@ -105,7 +105,8 @@ class SiblingChat:
         )
         self.device = self.options.device
         self.image_safety_policy = image_safety_policy
-        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device)
+        others = hub_arguments(token=token, cache_dir=cache_dir)
+        self.image_safety_checker = open_safety_checker(image_safety_checker, self.device, **others)
 
         adapter = AdapterFolder.find(model_path)
         if adapter is not None:

@@ -22,6 +22,7 @@ import PIL.Image
 import torch
 from transformers import GenerationConfig
 
+from ..checkpoints.location import hub_arguments
 from ..checkpoints.tensor_files import named_dtype
 from ..checkpoints.visualcla_adapter import changed_matrices
 from ..loading.from_pretrained import own_config
@@ -48,6 +49,10 @@ def get_model_and_tokenizer_and_processor(
     default_device: str | torch.device | None = None,
     device_map: str | Mapping[str, Any] | None = None,
     load_in_8bit: bool = False,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> tuple[Any, Any, Any]:
     """Loads the model, ready for [`chat`].
 
@@ -60,6 +65,8 @@ def get_model_and_tokenizer_and_processor(
         default_device: CUDA, then MPS, then the CPU unless given.
         device_map: as of `from_pretrained`, in place of a device.
         load_in_8bit: the language model in 8 bit; of a merged model only.
+        revision: of the Hub's repository of the merged model, or of the adapter.
+        token, cache_dir: of the Hub.
 
     Returns:
         The model, its tokenizer and its image processor, which the model also has as attributes.
@@ -84,10 +91,11 @@ def get_model_and_tokenizer_and_processor(
     if path is None:
         path = lora_model
         options |= {"text_model": text_model, "vision_model": vision_model}
-    own_config(path, VisualCLAConfig.model_type)
-    processor = VisualCLAProcessor.from_pretrained(path)
+    hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
+    own_config(path, VisualCLAConfig.model_type, **hub)
+    processor = VisualCLAProcessor.from_pretrained(path, **hub)
     # Not by an Auto class, which takes the adapter's repository for one of changes to a model that it names.
-    model = VisualCLAForConditionalGeneration.from_pretrained(path, **options)
+    model = VisualCLAForConditionalGeneration.from_pretrained(path, **options, **hub)
     if "device_map" not in options:
         model.to(device)
     model.eval()
@@ -95,7 +103,9 @@ def get_model_and_tokenizer_and_processor(
     model.tokenizer, model.image_processor, model.processor = processor.tokenizer, processor.image_processor, processor
     model.num_patch, model.image_at_head = model.config.num_query_tokens, False
     if visualcla_model is None:
-        model = UnmergedVisualCLA.of(model, functools.partial(changed_matrices, text_model, vision_model, lora_model))
+        model = UnmergedVisualCLA.of(
+            model, functools.partial(changed_matrices, text_model, vision_model, lora_model, hub)
+        )
     return model, processor.tokenizer, processor.image_processor
 
 

@@ -8,7 +8,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..names import QUANTIZATIONS, full_dtype_name
-from ..tiny.embedded import EMBEDDED_NAME
 
 
 if TYPE_CHECKING:
@@ -80,10 +79,18 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
         )
 
 
-def add_hub_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The options that [`hub_options`] reads."""
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL's Hub repository / Hub 版本")
-    parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
+def add_hub_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str = "MODEL", asks: bool = True
+) -> None:
+    """The options that [`hub_options`] reads.
+
+    Args:
+        what: whose repository a revision is of.
+        asks: whether the Hub is asked; if not, only its cache is looked at, which takes no token.
+    """
+    parser.add_argument("--revision", help=f"branch, tag or commit of {what}'s Hub repository / Hub 版本")
+    if asks:
+        parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="for what the Hub sends / Hub 缓存目录")
 
 
@@ -96,8 +103,10 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
     Raises:
         ValueError: if there are some, and the model is here.
     """
+    from ..checkpoints.location import hub_arguments, is_of_the_hub
+
     model = arguments.model if model is None else model
-    given = {name: getattr(arguments, name) for name in HUB_OPTIONS if getattr(arguments, name) is not None}
+    given = hub_arguments(**{name: getattr(arguments, name, None) for name in HUB_OPTIONS})
     if is_of_the_hub(model):
         return given
     other = getattr(arguments, "paint", None)  # the second model of commands that load two, see `load_painter`
@@ -107,15 +116,6 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
         options = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(f"{options} is of a Hub repository, which {model} is not: leave it out.")
     return {}
-
-
-def is_of_the_hub(model: str | os.PathLike) -> bool:
-    """Whether a model, or the one that an adapter is of, is no path here and not the embedded one."""
-    from ..checkpoints.adapters import AdapterFolder
-
-    adapter = AdapterFolder.find(model)
-    model = model if adapter is None or adapter.base is None else adapter.base
-    return model != EMBEDDED_NAME and not os.path.exists(model)
 
 
 def _add_paint_options(group: argparse._ArgumentGroup) -> None:
