@@ -324,9 +324,8 @@ def pipelines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     bench_options = argparse.Namespace(device="cpu", steps=10, rounds=1, batches=[1], quick=options.quick)
     ours = Bench(bench_options).pipe
     theirs = StableDiffusionPipeline(
-        vae=ours.vae, text_encoder=None, tokenizer=None, unet=ours.unet,
-        scheduler=DDPMScheduler.from_config(ours.scheduler.config, steps_offset=1), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        vae=ours.vae, text_encoder=None, tokenizer=None, unet=ours.unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDPMScheduler.from_config(ours.scheduler.config, steps_offset=1), requires_safety_checker=False,
     )  # fmt: skip
     theirs.set_progress_bar_config(disable=True)
     width = ours.unet.config.cross_attention_dim
