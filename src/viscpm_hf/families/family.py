@@ -73,6 +73,12 @@ class Family:
     """Alternatives within the original repository by their released names: the `variant` that means each."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+    language_model: str = "language_model.model"
+    """Where the language model without its head is within the model."""
+    half: str = "bfloat16"
+    """The half precision that the weights were released in."""
+    streams_layers: bool = False
+    """Whether the language model's layers can be streamed to a GPU (`loading.layer_streaming`)."""
     vocabulary_class: type | None = None
     """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
     has_images_in_turns: bool = False
@@ -114,6 +120,9 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmChatBeeTokenizer",),
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
+            language_model="model.language_model",
+            half="float16",
+            streams_layers=True,
             vocabulary_class=CpmBeeTokenizer,
         ),
         Family(
@@ -124,6 +133,8 @@ FAMILIES: dict[str, Family] = {
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
             tokenizer_class=CpmBeeTokenizer,
             original_types=("cpmbee",),
+            language_model="model",
+            half="float16",
         ),
         Family(
             PAINT,
@@ -135,6 +146,9 @@ FAMILIES: dict[str, Family] = {
             original_types=("viscpmbee",),
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
+            language_model="model",
+            half="float16",
+            streams_layers=True,
         ),
         Family("beit3", "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
