@@ -53,6 +53,8 @@ class Family:
     """A system."""
 
     kind: str
+    title: str
+    """Its name, for people."""
     config_class: type[PreTrainedConfig]
     models: Mapping[type, type[PreTrainedModel]]
     """Auto class -> model class, of our own folders."""
@@ -71,6 +73,10 @@ class Family:
     """Alternatives within the original repository by their released names: the `variant` that means each."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+    vocabulary_class: type | None = None
+    """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
+    has_images_in_turns: bool = False
+    """Whether its users asked about several images in one conversation, each with a question of its own."""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -97,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             CHAT,
+            "VisCPM-Chat",
             VisCPMChatConfig,
             _answering(VisCPMChatForConditionalGeneration, VisCPMChatModel),
             (key_maps.CHAT,),
@@ -107,9 +114,11 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmChatBeeTokenizer",),
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
+            vocabulary_class=CpmBeeTokenizer,
         ),
         Family(
             CPM_BEE,
+            "CPM-Bee",
             CpmBeeConfig,
             {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
@@ -118,6 +127,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             PAINT,
+            "VisCPM-Paint",
             VisCPMPaintTextEncoderConfig,
             {AutoModel: VisCPMPaintTextEncoder},
             (key_maps.PAINT_TEXT_ENCODER,),
@@ -126,9 +136,10 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
         ),
-        Family("beit3", Beit3Config, {AutoModel: Beit3Model}),
+        Family("beit3", "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
             OmniLMMConfig.model_type,
+            "OmniLMM-12B",
             OmniLMMConfig,
             _answering(OmniLMMForConditionalGeneration),
             (sibling_key_maps.OMNILMM,),
@@ -139,6 +150,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             MiniCPMVConfig.model_type,
+            "MiniCPM-V",
             MiniCPMVConfig,
             _answering(MiniCPMVForConditionalGeneration),
             (sibling_key_maps.MINICPMV,),
@@ -148,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             VisualCLAConfig.model_type,
+            "VisualCLA-7B",
             VisualCLAConfig,
             _answering(VisualCLAForConditionalGeneration),
             (sibling_key_maps.VISUALCLA,),
@@ -155,7 +168,15 @@ FAMILIES: dict[str, Family] = {
             LegacySentencePieceTokenizer,
             VisCPMImageProcessor,
             placeholder=("<img_token>", 1),
+            has_images_in_turns=True,
         ),
     )
 }
 SIBLINGS = (OmniLMMConfig.model_type, MiniCPMVConfig.model_type, VisualCLAConfig.model_type)
+# What answers questions about images.
+CHATS = tuple(kind for kind, family in FAMILIES.items() if family.processor_class is not None)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a configuration by our names."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config_class)

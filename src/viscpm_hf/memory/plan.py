@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.location import hub_arguments_for
 from ..checkpoints.original import CPM_BEE, PAINT
 from ..loading.layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
 from ..loading.placement import size_text
@@ -106,6 +107,8 @@ def memory_plan(
     machine: Machine | None = None,
     work: Work | Mapping[str, int] | None = None,
     kind: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> MemoryPlan:
     """What a model needs, in every precision and place.
 
@@ -116,11 +119,12 @@ def memory_plan(
         work: what is to be computed; what a mapping of [`Work`]'s fields lacks is as the original does it: one answer,
             or one image.
         kind: `"chat"` or `"paint"`, of `"viscpm-tiny"`.
+        revision, cache_dir: of the Hub, whose cache alone is looked at.
 
     Raises:
         OriginalCheckpointError, OSError, ValueError: if there is no such model, or the work makes no sense.
     """
-    sizes = model_sizes(model, kind)
+    sizes = model_sizes(model, kind, **hub_arguments_for(model, revision=revision, cache_dir=cache_dir))
     machine = machine or Machine.detect()
     if not isinstance(work, Work):
         work = Work.of(sizes, **(work or {}))

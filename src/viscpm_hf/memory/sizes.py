@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -203,12 +203,13 @@ def _part(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSizes:
+def model_sizes(source: str | os.PathLike, kind: str | None = None, **hub: Any) -> ModelSizes:
     """The sizes of a checkpoint, from its configuration and the shapes of its tensors.
 
     Args:
         source: a file, a folder, a Hub id that is in the cache, `"viscpm-tiny"`, or the id of a released checkpoint.
         kind: which of the two models `"viscpm-tiny"` is; Chat if None.
+        hub: `revision` and `cache_dir` of the Hub.
 
     Raises:
         OriginalCheckpointError: if it is no checkpoint of VisCPM.
@@ -216,7 +217,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
         ValueError: for a kind that the checkpoint isn't.
     """
     name = os.fspath(source)
-    path = _cached(name) if not os.path.exists(name) else name
+    path = _cached(name, hub) if not os.path.exists(name) else name
     if path is None:
         sizes = replace(_released(os.fspath(repository_of(name))), name=name)
     else:
@@ -232,7 +233,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
     return sizes
 
 
-def _cached(name: str) -> str | None:
+def _cached(name: str, hub: Mapping[str, Any]) -> str | None:
     """The folder of a Hub id in the cache; None for a released one that isn't there; the name itself for the rest."""
     match = HUB_ID.fullmatch(name)
     if name == EMBEDDED_NAME or match is None or os.path.isdir(Path(name).parent):
@@ -240,7 +241,7 @@ def _cached(name: str) -> str | None:
     if match["file"] is None:
         check_model_name(name)
     try:
-        folder = snapshot_download(match["id"], local_files_only=True)
+        folder = snapshot_download(match["id"], local_files_only=True, **hub)
         file = match["file"]
         if match["release"]:
             file = release_file(match["id"], json_object(Path(folder) / "config.json"), match["release"])

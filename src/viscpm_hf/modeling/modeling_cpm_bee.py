@@ -37,7 +37,7 @@ from .fused_projections_cpm_bee import (
 from .generation_cpm_bee import CpmBeeGenerationMixin
 from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
-from .token_space_cpm_bee import slot_rows, write_slots
+from .token_space_cpm_bee import padded_vocab_size, slot_rows, write_slots
 
 
 logger = logging.get_logger(__name__)
@@ -272,7 +272,18 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     # diffusers reads the signature to see which arguments there are.
     @functools.wraps(PreTrainedModel.save_pretrained, assigned=(), updated=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but always with today's names, however the model was loaded."""
+        """As in transformers, but always with today's names, however the model was loaded.
+
+        Raises:
+            ValueError: if the embedding was resized below what words, slots and placeholder take.
+        """
+        text = self.config.get_text_config(decoder=True)
+        if text.vocab_size < (least := padded_vocab_size(text.num_words)):
+            raise ValueError(
+                f"The embedding has {text.vocab_size:,} rows, but {text.num_words:,} words, the slots of extension "
+                f"tokens and the placeholder of images take {least:,}: call resize_token_embeddings(len(tokenizer)), "
+                "which counts them all, before saving."
+            )
         if is_fused(self):
             kwargs["state_dict"] = unfused_state_dict(self, kwargs.get("state_dict") or self.state_dict())
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, AdapterFolder
+from ..checkpoints.location import hub_arguments_for
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
@@ -116,6 +117,9 @@ def merge_adapter(
     llm_config: str | None = None,
     vision_config: str | None = None,
     vocab: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Writes a model with an adapter's changes in its weights, as a folder like any converted one.
 
@@ -125,6 +129,7 @@ def merge_adapter(
         output: new folder; complete or not there at all.
         dtype: of the weights; as stored unless given.
         llm_config, vision_config, vocab: what `VisCPMChat` needs for an original file.
+        revision, token, cache_dir: of the model's Hub repository.
 
     Raises:
         FileNotFoundError: if there is no adapter.
@@ -134,7 +139,6 @@ def merge_adapter(
     from peft import PeftModel
 
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     adapter, output = Path(adapter), Path(output)
     found = AdapterFolder.find(adapter)
@@ -142,14 +146,10 @@ def merge_adapter(
         raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}, or is a whole model.")
     check_new_folder(output)
     dtype = dtype or "auto"  # None would be what suits the CPU, on which fp16 is not kept
-    if is_sibling(model):
-        chat = SiblingChat(model, device="cpu", dtype=dtype)
-        processor = chat.processor
-    else:
-        chat = VisCPMChat(
-            model, llm_config, vision_config_path=vision_config, vocab_path=vocab, device="cpu", dtype=dtype
-        )
-        processor = found.prepare(chat.model, chat.processor)
+    files = {"vision_config_path": vision_config, "vocab_path": vocab}
+    hub = hub_arguments_for(model, revision=revision, token=token, cache_dir=cache_dir)
+    chat = VisCPMChat(model, llm_config, **files, device="cpu", dtype=dtype, **hub)
+    processor = found.prepare(chat.model, chat.processor)
     merged = PeftModel.from_pretrained(chat.model, os.fspath(adapter)).merge_and_unload()
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as folder:
