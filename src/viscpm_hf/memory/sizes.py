@@ -194,7 +194,7 @@ class ModelSizes:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    return isinstance(module, nn.Linear)
 
 
 def _part(name: str) -> str:
