@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ..tiny.embedded import EMBEDDED_NAME, KINDS, tiny
 from .model_options import add_hub_options, hub_options
 
 
@@ -16,15 +17,18 @@ if TYPE_CHECKING:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "inspect",
+        examples=("viscpm-hf inspect viscpm-tiny", "viscpm-hf inspect pytorch_model.bin --json"),
         help="say what a checkpoint is / 查看检查点",
         description="Say what a checkpoint is, from names and shapes; no weight is read. / "
         "根据名称与形状说明检查点的内容，不读取权重。",
     )
-    parser.add_argument("path", metavar="PATH", help="file, folder or Hub id / 文件、文件夹或 Hub 名称")
+    parser.add_argument(
+        "path", metavar="PATH", help="file, folder, Hub id, adapter, viscpm-tiny / 文件、文件夹或 Hub 名称"
+    )
     parser.add_argument("--llm-config", metavar="JSON", help="the language model's configuration / 语言模型配置")
     parser.add_argument("--vision-config", metavar="JSON", help="the vision tower's sizes / 视觉编码器配置")
     add_hub_options(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object / 输出 JSON")
+    parser.add_argument("--json", action="store_true", help="one JSON object a model / 输出 JSON")
     parser.set_defaults(run=run)
 
 
@@ -32,17 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.inspect import inspect
     from ..conversion.inspection import as_dict
 
-    inspection = inspect(
-        arguments.path,
-        llm_config=arguments.llm_config,
-        vision_config=arguments.vision_config,
-        **hub_options(arguments, arguments.path),
-    )
-    if arguments.json:
-        print(json.dumps(as_dict(inspection), ensure_ascii=False))
-    else:
-        print(describe(inspection))
-    return 0 if inspection.is_complete else 1
+    paths = [tiny(kind) for kind in KINDS] if arguments.path == EMBEDDED_NAME else [arguments.path]
+    options = {"llm_config": arguments.llm_config, "vision_config": arguments.vision_config}
+    found = [inspect(path, **options, **hub_options(arguments, arguments.path)) for path in paths]
+    for inspection in found:
+        print(json.dumps(as_dict(inspection), ensure_ascii=False) if arguments.json else describe(inspection))
+    return 0 if all(inspection.is_complete for inspection in found) else 1
 
 
 def describe(inspection: Inspection) -> str:
