@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from .parsing import SCRIPTS
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
+def add_parser(commands: argparse._SubParsersAction, program: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         "completion",
         help="completion of commands in a shell / 命令行补全",
@@ -15,11 +16,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         examples=('eval "$(viscpm-hf completion bash)"', "viscpm-hf completion fish | source"),
     )
     parser.add_argument("shell", choices=tuple(SCRIPTS), help="bash, zsh or fish / 所用的 shell")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=partial(run, program))
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from .main import build_parser
-
-    print(SCRIPTS[arguments.shell](build_parser()), end="")
+def run(program: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    print(SCRIPTS[arguments.shell](program), end="")
     return 0

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"infinite ({names}): {result.output} is a true copy of a broken checkpoint",
             file=sys.stderr,
         )
-    return 1 if broken or result.already_converted else 0
+    return 1 if broken else 0
 
 
 def run_quantized(arguments: argparse.Namespace) -> int:

@@ -193,7 +193,9 @@ class ModelRun:
             f"report: {self.report}"
         )
         if counts["errors"]:
-            print(f"viscpm-hf: {counts['errors']} rows failed; the same command tries them again.", file=sys.stderr)
+            print(
+                f"viscpm-hf: {count(counts['errors'], 'row')} failed; the same command tries again.", file=sys.stderr
+            )
         return 1 if counts["errors"] else 0
 
     def lines(self, rows: Sequence[InputRow]) -> dict[str, dict[str, Any]]:

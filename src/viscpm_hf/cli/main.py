@@ -19,7 +19,7 @@ from .parsing import Parser, parsers
 # Loggers that tell on import of kernels that can't be had, and of plans.
 LOUD = ("bitsandbytes", "torchao", "diffusers", "torch.utils._pytree", "huggingface_hub.serialization._torch")
 
-COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate, completion)
+COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    completion.add_parser(commands, parser)
     for _, child in parsers(parser):
         child.finish()
     return parser

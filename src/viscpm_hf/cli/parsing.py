@@ -26,6 +26,7 @@ RARE = frozenset(
 LIKENESS = 0.6
 # With more options than this a command's help is short, unless all of it is asked for.
 MANY_OPTIONS = 12
+FEW = 2  # left out, they would not make it shorter
 # Of an unadorned number's type.
 METAVARS = {"int": "N", "float": "X"}
 
@@ -62,7 +63,10 @@ class Parser(argparse.ArgumentParser):
         if len(kept) < len(self._actions):
             words = " ".join(formatter.format_help().split()).removeprefix(self.prog)
             self.usage = f"%(prog)s [options]{words}"
-        if len([action for action in self._actions if action.option_strings]) > MANY_OPTIONS and self._rare():
+        if (
+            len([action for action in self._actions if action.option_strings]) > MANY_OPTIONS
+            and len(self._rare()) > FEW
+        ):
             self._has_rare = True
             self.add_argument("--help-all", action=_HelpAll, nargs=0, help="every option / 显示全部选项")
 
