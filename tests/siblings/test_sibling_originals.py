@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from viscpm_hf import OriginalCheckpointError
-from viscpm_hf.checkpoints.sibling_original import converted_tensors
+from viscpm_hf.checkpoints.readers import converted_tensors
 from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, revert_operation
 from viscpm_hf.families.family import FAMILIES, SIBLINGS
 

@@ -157,7 +157,7 @@ class VisCPMChat:
         self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None, hub: Mapping[str, Any]
     ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
         if isinstance(source, Original):
-            if source.family.is_sibling or (source.kind != CHAT and source.shapes is None):
+            if source.family.shares_model_type or (source.kind != CHAT and source.shapes is None):
                 raise OriginalCheckpointError(
                     f"{source.name} is a {source.kind} checkpoint, but VisCPMChat needs one of VisCPM-Chat."
                 )

@@ -29,6 +29,7 @@ from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
 from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
+from ..families.family import FAMILIES
 from ..loading.quantization import stored_quantization
 from ..version import __version__
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
@@ -141,7 +142,7 @@ def convert(
         if to == TO_ORIGINAL:
             raise ConversionError(f"{location.name} is in the original's format already.")
         return _nothing_to_do(location, location.path, f"{location.name} is a converted folder already.")
-    if to == TO_ORIGINAL and location.is_sibling:
+    if to == TO_ORIGINAL and FAMILIES[location.kind].shares_model_type:
         raise ConversionError(f"There is no way back for {location.name}: keep the original files.")
     if to == TO_ORIGINAL and (quantization := stored_quantization(location.path)) is not None:
         raise ConversionError(

@@ -224,7 +224,7 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None, **hub: Any) 
         if name == EMBEDDED_NAME:
             path = resolve_model(name, kind or CHAT)
         location = locate(path, with_weights=False)
-        if location.is_sibling:
+        if location.kind is not None and FAMILIES[location.kind].shares_model_type:
             sizes = _chat(name, read_config(location.path))
         else:
             sizes = _converted(name, location) if location.is_converted else _original(name, location)
