@@ -11,7 +11,7 @@ import torch
 from support import Golden, message
 
 from viscpm_hf import ChatRequest, OriginalCheckpointError, UnsafeImageError, VisCPMChat
-from viscpm_hf.chat.chat import REFUSAL
+from viscpm_hf.chat.turns import REFUSAL
 from viscpm_hf.loading.options import default_dtype
 from viscpm_hf.modeling import generation_cpm_bee
 from viscpm_hf.serving.preparing import PromptPreparer

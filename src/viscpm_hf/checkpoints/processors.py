@@ -50,7 +50,8 @@ def without_source(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_tokenizer(original: Original, **kwargs: Any) -> Any:
     """The tokenizer of an original checkpoint; where it isn't CPM-Bee's it pads on the left, as generation needs."""
-    return _TOKENIZERS.get(original.kind, _cpm_bee_tokenizer)(original, without_source(kwargs))
+    usual = _cpm_bee_tokenizer if original.family.tokenizer_class is CpmBeeTokenizer else _stock_tokenizer
+    return _TOKENIZERS.get(original.kind, usual)(original, without_source(kwargs))
 
 
 def _cpm_bee_tokenizer(original: Original, own: Mapping[str, Any]) -> CpmBeeTokenizer:
@@ -148,7 +149,6 @@ def _sentencepiece_file(original: Original) -> Path:
 
 _TOKENIZERS = {
     OmniLMMConfig.model_type: _omnilmm_tokenizer,
-    MiniCPMVConfig.model_type: _stock_tokenizer,
     VisualCLAConfig.model_type: _visualcla_tokenizer,
 }
 
@@ -164,7 +164,7 @@ def load_image_processor(
     Args:
         config: the model's, by our names.
     """
-    said = _IMAGES.get(original.kind, _viscpm_images)(original, config)
+    said = _IMAGES.get(original.kind, _square_images)(original, config)
     image_processor_class = original.family.image_processor_class or VisCPMImageProcessor
     return image_processor_class(**{**said, **without_source(kwargs)})
 
@@ -173,7 +173,7 @@ def _square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def _viscpm_images(original: Original, config: Any) -> dict[str, Any]:
+def _square_images(original: Original, config: Any) -> dict[str, Any]:
     if getattr(config, "vision_config", None) is None:
         raise OSError(f"{original.name} holds a language model alone; it needs no image processor.")
     return {"size": _square(original.json(IMAGE_PROCESSOR_NAME).get("input_size", config.vision_config.image_size))}

@@ -55,6 +55,8 @@ class Family:
     """A system."""
 
     kind: str
+    title: str
+    """Its name, for people."""
     config_class: type[PreTrainedConfig]
     models: Mapping[type, type[PreTrainedModel]]
     """Auto class -> model class, of our own folders."""
@@ -78,6 +80,10 @@ class Family:
     model's."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+    vocabulary_class: type | None = None
+    """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
+    has_images_in_turns: bool = False
+    """Whether its users asked about several images in one conversation, each with a question of its own."""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -108,6 +114,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             CHAT,
+            "VisCPM-Chat",
             VisCPMChatConfig,
             _answering(VisCPMChatForConditionalGeneration, VisCPMChatModel),
             (key_maps.CHAT,),
@@ -119,9 +126,11 @@ FAMILIES: dict[str, Family] = {
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
             parts=(("query", "vision tower"), ("vpm.", "vision tower"), ("mapping.", "projector")),
+            vocabulary_class=CpmBeeTokenizer,
         ),
         Family(
             CPM_BEE,
+            "CPM-Bee",
             CpmBeeConfig,
             {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
@@ -130,6 +139,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             PAINT,
+            "VisCPM-Paint",
             VisCPMPaintTextEncoderConfig,
             {AutoModel: VisCPMPaintTextEncoder},
             (key_maps.PAINT_TEXT_ENCODER,),
@@ -139,9 +149,10 @@ FAMILIES: dict[str, Family] = {
             releases={"zhplus": None, "balance": "balance"},
             parts=(("trans_block.", "projection"), ("unet.", "UNet")),
         ),
-        Family(BEIT3, Beit3Config, {AutoModel: Beit3Model}),
+        Family(BEIT3, "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
             OmniLMMConfig.model_type,
+            "OmniLMM-12B",
             OmniLMMConfig,
             _answering(OmniLMMForConditionalGeneration),
             (key_maps.OMNILMM,),
@@ -154,6 +165,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             MiniCPMVConfig.model_type,
+            "MiniCPM-V",
             MiniCPMVConfig,
             _answering(MiniCPMVForConditionalGeneration),
             (key_maps.MINICPMV,),
@@ -165,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             VisualCLAConfig.model_type,
+            "VisualCLA-7B",
             VisualCLAConfig,
             _answering(VisualCLAForConditionalGeneration),
             (key_maps.VISUALCLA,),
@@ -178,7 +191,14 @@ FAMILIES: dict[str, Family] = {
             ),
             form=COMPOSITE_FORM,
             placeholder=("<img_token>", 1),
+            has_images_in_turns=True,
         ),
     )
 }
-SIBLINGS = (OmniLMMConfig.model_type, MiniCPMVConfig.model_type, VisualCLAConfig.model_type)
+# What answers questions about images.
+CHATS = tuple(kind for kind, family in FAMILIES.items() if family.processor_class is not None)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a configuration by our names."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config_class)

@@ -73,6 +73,21 @@ class AnsweringMixin:
         """
         raise NotImplementedError
 
+    def enable_fast_decoding(self) -> None:
+        """Sets the model up for compiled graphs: whatever doesn't say `fast=False` is then decoded with them.
+
+        Raises:
+            ValueError: for a model that can't be decoded so.
+        """
+        raise ValueError(f"{type(self).__name__} has no fast decoding: leave out fast.")
+
+    def fill(self, documents: Sequence[Mapping[str, Any]], *args: Any, **options: Any) -> list[dict[str, Any]]:
+        """Fills the answers of documents; of CPM-Bee's models only."""
+        raise ValueError(f"{type(self).__name__} fills no documents: ask it questions.")
+
+    def take_images_of(self, processor: Any) -> None:
+        """Makes the model ready for images of the size that a processor gives them."""
+
     @torch.no_grad()
     def answers(
         self,

@@ -247,6 +247,9 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
         """See [`VisCPMChatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
+    def take_images_of(self, processor: Any) -> None:
+        self.model.vision_tower.set_image_size(processor.image_processor.size["height"])
+
     def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
         """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size)`."""
         return project_to_vocabulary(hidden_states, self.lm_head, self.model.language_model, extension_table)

@@ -139,7 +139,6 @@ def merge_adapter(
     from peft import PeftModel
 
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     adapter, output = Path(adapter), Path(output)
     found = AdapterFolder.find(adapter)
@@ -147,14 +146,10 @@ def merge_adapter(
         raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}, or is a whole model.")
     check_new_folder(output)
     dtype = dtype or "auto"  # None would be what suits the CPU, on which fp16 is not kept
+    files = {"vision_config_path": vision_config, "vocab_path": vocab}
     hub = hub_arguments_for(model, revision=revision, token=token, cache_dir=cache_dir)
-    if is_sibling(model, **hub):
-        chat = SiblingChat(model, device="cpu", dtype=dtype, **hub)
-        processor = chat.processor
-    else:
-        files = {"vision_config_path": vision_config, "vocab_path": vocab}
-        chat = VisCPMChat(model, llm_config, **files, device="cpu", dtype=dtype, **hub)
-        processor = found.prepare(chat.model, chat.processor)
+    chat = VisCPMChat(model, llm_config, **files, device="cpu", dtype=dtype, **hub)
+    processor = found.prepare(chat.model, chat.processor)
     merged = PeftModel.from_pretrained(chat.model, os.fspath(adapter)).merge_and_unload()
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as folder:
