@@ -1,4 +1,4 @@
-"""Offline conversion between the original checkpoints and ours."""
+"""From the original files to today's names, and back."""
 
 import sys
 from importlib import import_module
