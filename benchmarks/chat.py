@@ -121,7 +121,7 @@ def build(
     torch.manual_seed(args.seed)
     config = VisCPMChatConfig(
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": tokenizer.num_words,
             "hidden_size": args.hidden_size,
             "intermediate_size": args.hidden_size * 5 // 2,
             "num_hidden_layers": args.layers,

@@ -64,6 +64,9 @@ class Checkpoint:
     """The original's JSON files by their names, to be given back on the way back."""
     diffusion: Any = None
     """Paint's UNet, VAE and scheduler configurations."""
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Of the original tensors, the file within the folder and the name in it; empty if there is one file, or they
+    come from elsewhere."""
     made_by: list[str] = field(default_factory=list)
     """The command but for the new folder's name, if it isn't `convert`."""
 
@@ -99,6 +102,14 @@ class Checkpoint:
         except ValueError:
             return GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS})
         return config
+
+    def place_of(self, name: str) -> dict[str, str]:
+        """For the manifest: the file of an original tensor and its name there, where the tensor's own name doesn't
+        tell them."""
+        if name not in self.places:
+            return {}
+        file, key = self.places[name]
+        return {"source_file": file} | ({"source_key": key} if key != name else {})
 
     def set_generation(self, model: Any) -> None:
         """Gives a model of the checkpoint its generation configuration."""

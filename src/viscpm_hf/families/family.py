@@ -48,6 +48,7 @@ from .key_maps import KeyMap
 # How an original is read (`checkpoints.readers`).
 CPM_BEE_FORM, COMPOSITE_FORM = "cpm_bee", "composite"
 CHAT, CPM_BEE, PAINT, BEIT3 = "chat", "cpm_bee", "paint", "beit3"
+LANGUAGE_MODEL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,18 @@ class Family:
     model's."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+    language_model: str = "language_model.model"
+    """Where the language model without its head is within the model."""
+    half: str = "bfloat16"
+    """The half precision that the weights were released in."""
+    streams_layers: bool = False
+    """Whether the language model's layers can be streamed to a GPU (`loading.layer_streaming`)."""
+    image_weights: str = r"vision_tower\."
+    """Of an image alone, as a regular expression: what fine-tuning that leaves the vision as it is doesn't train."""
+    idle_weights: str = "$^"
+    """What never gets a gradient, likewise; `{last}` is the tower's last layer."""
+    lora_targets: tuple[str, ...] = (rf"language_model\..*\.({'|'.join(LANGUAGE_MODEL_LINEAR)})",)
+    """Every linear layer of the language model: names, or one regular expression."""
     vocabulary_class: type | None = None
     """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
     has_images_in_turns: bool = False
@@ -126,6 +139,14 @@ FAMILIES: dict[str, Family] = {
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
             parts=(("query", "vision tower"), ("vpm.", "vision tower"), ("mapping.", "projector")),
+            image_weights=r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)",
+            # Of the last layer only the queries leave the tower.
+            idle_weights=r"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|"
+            r"self_attn\.[kv]_experts).*\.image\.)",
+            lora_targets=LANGUAGE_MODEL_LINEAR,  # the tower's have other names
+            language_model="model.language_model",
+            half="float16",
+            streams_layers=True,
             vocabulary_class=CpmBeeTokenizer,
         ),
         Family(
@@ -136,6 +157,8 @@ FAMILIES: dict[str, Family] = {
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
             tokenizer_class=CpmBeeTokenizer,
             original_types=("cpmbee",),
+            language_model="model",
+            half="float16",
         ),
         Family(
             PAINT,
@@ -148,6 +171,9 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
             parts=(("trans_block.", "projection"), ("unet.", "UNet")),
+            language_model="model",
+            half="float16",
+            streams_layers=True,
         ),
         Family(BEIT3, "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
