@@ -13,7 +13,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "eval",
         examples=(
             "viscpm-hf eval shapes chat viscpm-tiny --output answers.jsonl",
-            "viscpm-hf eval llava-bench MODEL --help",
+            "viscpm-hf eval llava-bench --help",
         ),
         help="measure a model / 评测模型",
         description="Measure a model. Each evaluation writes its results line by line, goes on where it ended when "

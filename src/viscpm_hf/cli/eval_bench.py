@@ -264,7 +264,7 @@ def run_score(arguments: argparse.Namespace) -> int:
     if arguments.report:
         write_report(Path(arguments.report), report)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else table(scores))
-    for path, count in failures.items():
-        if count:
-            print(f"viscpm-hf: {count} questions of {path} have no judgement and are left out.", file=sys.stderr)
+    for path, missing in failures.items():
+        if missing:
+            print(f"viscpm-hf: {missing} questions of {path} have no judgement and are left out.", file=sys.stderr)
     return 0

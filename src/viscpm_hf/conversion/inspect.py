@@ -35,14 +35,10 @@ from ..checkpoints.original import (
     key_map_of,
     load_state_dict,
 )
-<<<<<<< HEAD
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
-=======
 from ..checkpoints.readers import converted_tensors, problems_of, reader_of
-from ..checkpoints.tensor_files import TensorSpec, safetensors_header, weight_files
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, read_adapter
 from ..families.family import FAMILIES
->>>>>>> main
 from ..loading.quantization import stored_quantization
 from ..plain_text import plain
 from .inspection import (
