@@ -64,8 +64,8 @@ class SiblingChat:
 
     Args:
         model_path: a folder or Hub id, in the original's or our layout, or the folder of an adapter on one of them.
-        image_safety_checker, image_safety_policy, device, dtype, quantization, quantize_vision, device_map,
-            max_memory, offload_folder, revision, token, cache_dir: see [`VisCPMChat`].
+        image_safety_checker, image_safety_policy, device, dtype, quantization, quantize_vision,
+            quantize_embedding, device_map, max_memory, offload_folder, revision, token, cache_dir: see [`VisCPMChat`].
 
     ```python
     >>> from viscpm_hf.chat.sibling_chat import SiblingChat
@@ -86,6 +86,7 @@ class SiblingChat:
         image_safety_policy: str = "raise",
         quantization: str | None = None,
         quantize_vision: bool = False,
+        quantize_embedding: bool = False,
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
@@ -99,6 +100,7 @@ class SiblingChat:
             dtype=dtype,
             quantization=quantization,
             quantize_all=quantize_vision,
+            quantize_embedding=quantize_embedding,
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,

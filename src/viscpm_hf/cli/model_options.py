@@ -53,6 +53,12 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
         action="store_true",
         help=f"quantise the {part} too / 同时量化{'UNet' if paint else '视觉编码器'}",
     )
+    if not paint:
+        group.add_argument(
+            "--quantize-embedding",
+            action="store_true",
+            help="quantise embedding and head too, with 4bit or 8bit on a CPU / 同时量化词嵌入与输出层",
+        )
     group.add_argument(
         "--device-map", type=device_map, metavar="MAP", help="auto, balanced, or JSON {module: device} / 设备分配"
     )
@@ -143,6 +149,10 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+# What Chat alone can quantise besides.
+CHAT_QUANTIZATION = ("quantize_vision", "quantize_embedding")
+
+
 def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
     """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments.
 
@@ -162,13 +172,14 @@ def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | Sib
         if given:
             raise ValueError(f"{', '.join(given)} is for VisCPM-Chat, which {arguments.model} is not.")
         common = {name: value for name, value in _common(arguments).items() if name != "fast"}
-        return SiblingChat(arguments.model, quantize_vision=arguments.quantize_vision, **common, **hub, **options)
+        common |= {name: getattr(arguments, name) for name in CHAT_QUANTIZATION}
+        return SiblingChat(arguments.model, **common, **hub, **options)
     return VisCPMChat(
         arguments.model,
         arguments.config,
         vision_config_path=arguments.vision_config,
         vocab_path=arguments.vocab,
-        quantize_vision=arguments.quantize_vision,
+        **{name: getattr(arguments, name) for name in CHAT_QUANTIZATION},
         **_common(arguments),
         **hub,
         **options,

@@ -35,11 +35,14 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+from .packed_linear import register_packed
 from .structure_cpm_bee import Structure, answers_alone
 from .token_space_cpm_bee import slot_rows, write_slots
 
 
 logger = logging.get_logger(__name__)
+
+register_packed()
 
 
 class CpmBeeRMSNorm(nn.Module):

@@ -24,8 +24,12 @@ from .compatibility import CACHE, CACHE_NAMES, WithImageOutputs, only_known_argu
 from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisionResamplerConfig, VisualCLAConfig
 from .decoding_presets import default_preset
 from .generation_images import ImageGenerationMixin, with_drawing_last
+from .packed_linear import register_packed
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
 from .sibling_towers import VISION_TOWERS
+
+
+register_packed()
 
 
 @dataclass
