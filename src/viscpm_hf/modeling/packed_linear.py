@@ -169,7 +169,27 @@ class Int4Linear(PackedLinear):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.unpacked_product(rows.to(torch.bfloat16))
+        rows = rows.to(torch.bfloat16)
+        groups, count = self.in_features // GROUP, len(rows)
+        blocks = self.weight.view(-1, self.in_features, BLOCK // 2)
+        scale, zero = self.scale.view(groups, -1, BLOCK, 2).permute(3, 1, 0, 2).contiguous()
+        size = max(1, PIECE // (BLOCK * self.in_features))
+        # As they lie, codes are a matrix's columns; memory that is new for every piece would cost more than the work.
+        half = torch.empty(min(size, len(blocks)), self.in_features, BLOCK // 2, dtype=torch.uint8)
+        values = torch.empty(*half.shape[:2], BLOCK, dtype=torch.bfloat16)
+        output = torch.empty(len(blocks), count, BLOCK, dtype=torch.bfloat16)
+        for start in range(0, len(blocks), size):
+            piece = slice(start, start + size)
+            codes = blocks[piece]
+            half, values = half[: len(codes)], values[: len(codes)]
+            values[..., : BLOCK // 2].copy_(torch.bitwise_and(codes, 15, out=half))
+            values[..., BLOCK // 2 :].copy_(torch.bitwise_right_shift(codes, 4, out=half))
+            values.view(len(codes), groups, GROUP, BLOCK).mul_(scale[piece, :, None])
+            torch.matmul(rows, values, out=output[piece])
+        # What codes begin at, a group.
+        least = (zero.float() - 8 * scale.float()).transpose(0, 1).reshape(groups, -1)
+        sums = rows.view(count, groups, GROUP).sum(-1, dtype=torch.float32)
+        return torch.addmm(output.transpose(0, 1).reshape(count, -1).float(), sums, least)
 
     def unpacked(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         blocks = self.weight.view(-1, self.in_features, BLOCK // 2)
