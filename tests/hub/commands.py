@@ -42,12 +42,39 @@ for model in (FILE, RELEASE):
 found["paint"] = []
 for model in ("openbmb/VisCPM-Paint:balance", "openbmb/VisCPM-Paint/pytorch_model.balance.bin"):
     file = str(Path(folder) / "drawn.png")
-    unchecked = ["--no-rank", "--no-check-prompt", "--no-check-image"]
-    status, _, error = run("paint", model, "circle", "-o", file, "--size", "16", "--steps", "1", *unchecked, *CPU)
+    checked = [
+        "--ranker",
+        "someone/ranker",
+        "--prompt-checker",
+        "someone/prompts",
+        "--image-checker",
+        "someone/images",
+    ]
+    status, _, error = run("paint", model, "circle", "-o", file, "--size", "16", "--steps", "1", *checked, *CPU)
     found["paint"].append(error or status)
 found["inspect"] = run("inspect", FILE, "--json", *options)[::2]
 output = str(Path(folder) / "converted")
 found["convert"] = run("convert", RELEASE, output, *options)[::2]
+# What was recorded of the run, and what merging made of it.
+work = Path(folder)
+row = {"image": image, "conversations": [{"from": "human", "value": "颜色"}, {"from": "gpt", "value": "红色"}]}
+(work / "train.jsonl").write_text(json.dumps(row), "utf-8")
+short = ["--max-steps", "1", "--no-tensorboard", *options]
+model, adapter = ["--model", "openbmb/VisCPM-Chat"], str(work / "adapter")
+train = ["--data", str(work / "train.jsonl"), "--min-image-side", "2", "--output", adapter]
+found["train"] = [run("train", "chat", *model, *train, *short)[::2]]
+found["train"].append(run("train", "merge", *model, "--adapter", adapter, str(work / "merged"), *options)[::2])
+(work / "paint.jsonl").write_text(json.dumps({"image": image, "text": "circle"}), "utf-8")
+train = ["--data", str(work / "paint.jsonl"), "--output", str(work / "painter")]
+found["train"].append(run("train", "paint", "--model", "someone/paint", *train, "--lora", *short)[::2])
+found["recorded"] = "".join(path.read_text("utf-8") for path in work.rglob("training*.json"))
+bases = ["chinese-alpaca-plus-7b", "clip-vit-large-patch14", "visualcla-7b-v0.1"]
+parts = [f"--{part}-model=ziqingyang/{name}" for part, name in zip(("text", "vision", "lora"), bases, strict=True)]
+found["merge"] = run("merge", "visualcla", *parts, str(work / "visualcla"), *options)[::2]
+split = ["--to", "text-generation-webui", parts[2], str(work / "halves")]
+found["merge"] += run("merge", "visualcla", *split, *options)[::2]
+of_the_cache = [option for option in options if option not in ("--token", "hf_words")]
+found["memory"] = run("memory", "openbmb/VisCPM-Chat", "--gpu", "none", "--ram", "8GB", *of_the_cache)
 found["sibling"] = run("chat", "openbmb/MiniCPM-V-2/pytorch_model.bin", image, "?", *CPU)[::2]
 found["unknown"] = run("chat", "openbmb/VisCPM-Chat:v7", image, "?", *CPU)[::2]
 found["local"] = run("chat", output, image, "?", *CPU)[::2]

@@ -15,11 +15,12 @@ from typing import Any
 import reference
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from paint_support import CONFIGS, PAINT
+from paint_support import CONFIGS, PAINT, prompt_checker, ranker, safety_checker
 from sibling_folders import make_system, write_folder, write_tokenizer
 from sibling_tokenizers import OMNILMM_VOCAB_SIZE
 from support import HUB_SPELLING, PRUNED_CASE, Golden
 
+from viscpm_hf import convert
 from viscpm_hf.loading.paint import load_vae
 
 
@@ -177,6 +178,23 @@ def visualcla(folder: Path) -> None:
     _json(folder, "adapter_config.json", _real("ziqingyang/visualcla-7b-v0.1", "adapter_config.json") | small)
 
 
+def converted_paint(folder: Path) -> None:
+    """Somebody's conversion of VisCPM-Paint."""
+    convert(folder.parents[1] / "openbmb/VisCPM-Paint/pytorch_model.bin", folder)
+
+
+def checkers(folder: Path) -> None:
+    """Beside one another, a ranker and the checkers of prompts and pictures, which find nothing."""
+    folder.mkdir(parents=True)
+    for name, parts in (
+        ("ranker", ranker(folder)),
+        ("prompts", prompt_checker(folder, 0.1)),
+        ("images", safety_checker(False)),
+    ):
+        for part in parts.values():
+            part.save_pretrained(folder.parent / name)
+
+
 def _sibling_config(folder: Path, repository: str, small: dict[str, Any]) -> None:
     _json(folder, "config.json", {key: small.get(key, value) for key, value in _real(repository).items()})
 
@@ -196,6 +214,8 @@ def _cpm_bee_files(folder: Path) -> None:
 REPLICAS: dict[str, Callable[[Path], None]] = {
     "openbmb/VisCPM-Chat": chat,
     "openbmb/VisCPM-Paint": paint,
+    "someone/paint": converted_paint,
+    "someone/checkers": checkers,
     "openbmb/cpm-bee-10b": cpm_bee,
     "someone/cpm-bee-10b-shards": cpm_bee_saved,
     **{name: partial(cpm_bee_pruned, repository=name) for name in (f"openbmb/cpm-bee-{size}b" for size in (1, 2, 5))},

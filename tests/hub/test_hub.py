@@ -132,12 +132,18 @@ def test_commands_take_files_and_releases_of_the_hub(repositories, tmp_path):
     chat.model.model.multi_modal_projector.linear_2.weight.data *= 0.5  # what the replica's v1.1 is
     assert set(found["answers"]) == {chat.chat(IMAGE, "颜色", max_new_tokens=8, num_beams=1)[0]}
     assert found["paint"] == [0, 0] and found["convert"] == [0, ""]
+    assert found["train"] == 3 * [[0, ""]] and found["recorded"] and "hf_words" not in found["recorded"]
+    assert found["merge"] == [0, "", 0, ""] and found["memory"][0] == 0, found["memory"][2]
     assert "one set of weights" in found["sibling"][1] and "no release 'v7'" in found["unknown"][1]
     assert "--revision, --token, --cache-dir is of a Hub repository" in found["local"][1]
     files = [request.partition("/resolve/")[2] for request in requests if "/resolve/" in request]
-    assert files and all(file.startswith(("v2/", COMMIT)) for file in files)
-    assert "Bearer hf_words" in tokens
-    assert not any("openbmb" in path for token, paths in tokens.items() for path in paths if token is None)
+    # A revision is one of the model; what comes with it, such as a base or a checker, is as it is now.
+    assert files and all(file.startswith(("v2/", COMMIT)) or "/resolve/main/" in file for file in files)
+    asked = {request.partition("/resolve/")[0] for request in requests if "/resolve/main/" in request}
+    beside = ("someone/ranker", "someone/prompts", "someone/images", "clip-vit-large-patch14", "alpaca-plus-7b")
+    assert all(name.endswith(beside) for name in asked)
+    # The libraries list the files of a tokenizer's repository without it.
+    assert "Bearer hf_words" in tokens and not any("/resolve/" in path for path in tokens.get(None, ()))
     assert list(cache.glob("models--openbmb--VisCPM-*")) and not list(tmp_path.glob("home/hub/models--*"))
 
 

@@ -114,6 +114,16 @@ def test_resizing_changes_no_logit(model, processor, multiple, tmp_path):
         assert_close(ours(**inputs).logits[..., :num_old], model(**inputs).logits)
 
 
+def test_no_model_is_saved_that_could_not_be_loaded(model, tmp_path):
+    fresh, size = type(model)(copy.deepcopy(model.config)), model.config.text_config.vocab_size
+    fresh.resize_token_embeddings(size - 1)
+    with pytest.raises(ValueError, match=f"has {size - 1:,} rows"):
+        fresh.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    fresh.resize_token_embeddings(size)
+    fresh.save_pretrained(tmp_path / "model")
+
+
 def as_version_0_1(folder: Path, to: Path) -> Path:
     """The folder as version 0.1 wrote it: words alone in the embedding, the placeholder beyond them."""
     to.mkdir()

@@ -21,7 +21,7 @@ if find_spec("selenium") is None:
     collect_ignore += ["test_docs_browser.py"]
 if find_spec("gradio") is None:
     collect_ignore += ["test_demo.py"]
-if find_spec("gradio") is None or find_spec("selenium") is None:
+if any(find_spec(name) is None for name in ("gradio", "selenium", "axe_core_python")):
     collect_ignore += ["test_demo_browser.py"]
 
 

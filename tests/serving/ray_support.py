@@ -21,6 +21,7 @@ from viscpm_hf import VisCPMPaintPipeline
 NUM_CPUS = 2
 STORE_BYTES = 80 * 2**20
 PATIENCE = 300
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ray"
 UNCHECKED = {"add_ranker": False, "image_safety_checker": False, "prompt_safety_checker": False, "device": "cpu"}
 
 
@@ -43,6 +44,8 @@ def ray_cluster() -> Iterator[str]:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(EXAMPLES), os.environ.get("PYTHONPATH")))),
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "lost_replicas:middlewares",
         }
         before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_MODE")}
         os.environ.update(settings)

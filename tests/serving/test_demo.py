@@ -19,9 +19,9 @@ from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
 from viscpm_hf.cli import main
 from viscpm_hf.paint import read_record
 from viscpm_hf.serving.demo import browser_language, create_demo, start
-from viscpm_hf.serving.demo_chat import ChatPage, Visit
-from viscpm_hf.serving.demo_labels import ERROR_TEXTS, Labels, report, status
-from viscpm_hf.serving.demo_paint import PaintPage
+from viscpm_hf.serving.demo_chat import ChatPage, Visit, show_settings
+from viscpm_hf.serving.demo_labels import ERROR_TEXTS, Labels, report, said, status
+from viscpm_hf.serving.demo_paint import PaintPage, painting_status, shown
 from viscpm_hf.serving.demo_texts import LANGUAGES, TEXTS, preferred_language, say
 from viscpm_hf.serving.engine import ChatEngine
 from viscpm_hf.serving.paint_engine import PaintEngine
@@ -46,21 +46,24 @@ def engine(chat):
 
 def built(page, labels=None):
     with gr.Blocks(analytics_enabled=False):
-        page.build(labels or Labels("en"), gr.Radio(choices=["zh", "en"]))
+        language = gr.Radio(choices=["zh", "en"])
+        page.build(labels or Labels("en"), *([language] if isinstance(page, PaintPage) else []))
     return page
 
 
 @pytest.fixture(scope="module")
 def page(engine):
-    return built(ChatPage(engine))
+    return built(ChatPage(engine, "viscpm-tiny"))
 
 
 def arguments(
     page, turns=(), picture=PICTURE, question="what is this?", mode="sampling", tokens=12, temperature=0.0,
-    language="en", again=False,
+    again=False, sample=None,
 ):  # fmt: skip
     event = gr.EventData(page.retry if again else None, None)
-    return list(turns), picture, question, mode, tokens, temperature, 1.0, language, event
+    if sample is not None:
+        event = gr.EventData(gr.Chatbot(), {"value": {"text": sample}})
+    return list(turns), picture, question, mode, tokens, temperature, 1.0, event
 
 
 async def updates(page, *args, **kwargs):
@@ -103,11 +106,17 @@ def paint(
     language="en",
     preset="preset_reference",
 ):
-    pictures, downloads, said = asyncio.run(
-        page.paint(prompt, negative, steps, 5.0, size, number, is_random, seed, language, preset)
-    )
-    assert downloads == gr.skip() or downloads["visible"] == bool(pictures)
-    return pictures, downloads.get("value"), said
+    async def updates():
+        drawing = page.paint(prompt, negative, steps, 5.0, size, number, is_random, seed, language, preset)
+        return [update async for update in drawing]
+
+    *before, (painted, gallery, downloads, told, stop) = asyncio.run(updates())
+    if downloads == gr.skip():
+        return None, None, told
+    assert before[0][4]["interactive"] and not stop["interactive"]
+    assert gallery == shown(painted, language)
+    assert gallery["visible"] == downloads["visible"] == bool(painted)
+    return gallery["value"], downloads["value"], told
 
 
 # ---------------------------------------------------------------------------------------------------------------- chat
@@ -116,7 +125,7 @@ def paint(
 def test_the_answer_grows_into_the_models_and_goes_on(page, chat):
     first = chat.ask(PICTURE, "图片里有什么？", mode="generate", max_new_tokens=12)
     seen = ask(page, question="图片里有什么？")
-    turns, conversation, box, status = seen[-1]
+    turns, conversation, box, status, _ = seen[-1]
     assert turns == [("图片里有什么？", first.answer)]
     assert [message["role"] for message in conversation] == ["user", "assistant"]
     assert f"{first.num_tokens} tokens in" in status and "per second" in status
@@ -144,10 +153,39 @@ def test_retry_asks_the_last_question_again(page):
 
 def test_without_a_picture_the_page_says_so_and_answers(page, chat):
     expected = chat.ask(None, "hello?", mode="generate", max_new_tokens=12).answer
-    for language in LANGUAGES:
-        seen = ask(page, picture=None, question="hello?", language=language)
-        assert seen[-1][0] == [("hello?", expected)]
-        assert all(say(language, "no_picture") in seen[index][3] for index in (0, -1))
+    seen = ask(page, picture=None, question="hello?")
+    assert seen[-1][0] == [("hello?", expected)]
+    assert all(said("no_picture") in seen[index][3] for index in (0, -1))
+
+
+def test_a_sample_question_is_asked_of_a_picture_and_else_waits_in_the_box(page):
+    asked = ask(page, sample="what is this?", question="half of the next quest")
+    assert asked[-1][0] == ask(page, question="what is this?")[-1][0]
+    assert all(update[2] == gr.skip() for update in asked)
+    ((turns, _, box, status, _),) = ask(page, sample="what is this?", picture=None, question="")
+    assert (turns, box) == ([], "what is this?") and said("first_a_picture") in status
+
+
+def test_stop_can_be_pressed_only_while_there_is_something_to_stop(page):
+    assert [update[4].get("interactive") for update in ask(page)][:: len(ask(page)) - 1] == [True, False]
+    assert page.stop([])[2]["interactive"] is page.begin(Visit(), [], "cleared")[4]["interactive"] is False
+    assert ask(page, question=" ")[-1][4] == gr.skip()
+
+
+def test_a_bad_picture_is_told_of_when_it_comes(page, tmp_path):
+    (tmp_path / "not.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="can't be read as JPEG"):
+        told = asyncio.run(page.look(str(tmp_path / "not.png"), "as it was"))
+    assert "can't be read as JPEG" in told and "status-error" in told and "这张图片无法使用" in told
+    assert [asyncio.run(page.look(picture, "as it was")) for picture in (PICTURE, None)] == ["as it was"] * 2
+
+
+def test_settings_without_effect_are_not_shown():
+    shown = {(mode, heat): show_settings(mode, heat) for mode in ("sampling", "reference") for heat in (0, 0.7)}
+    assert {key: [update["visible"] for update in updates] for key, updates in shown.items()} == {
+        ("sampling", 0): [True, False], ("sampling", 0.7): [True, True],
+        ("reference", 0): [False, False], ("reference", 0.7): [False, False],
+    }  # fmt: skip
 
 
 def test_visitors_are_answered_together_and_each_their_own(page, engine):
@@ -172,7 +210,7 @@ def test_stop_ends_the_engines_work_and_keeps_what_was_said(page, engine):
         return update[0]
 
     turns = asyncio.run(leave_early())
-    assert page.stop(turns, "en")[0][-1]["role"] == "assistant"
+    assert page.stop(turns)[0][-1]["role"] == "assistant"
     before = engine.statistics.answer_tokens
     ask(page, tokens=12)  # whoever comes next is alone
     assert engine.statistics.answer_tokens - before <= 13
@@ -180,10 +218,10 @@ def test_stop_ends_the_engines_work_and_keeps_what_was_said(page, engine):
 
 def test_another_picture_begins_anew_and_only_then_is_it_said(page):
     visit = Visit()
-    number, turns, conversation, said = page.begin(visit, [("a?", "b")], "zh", "new_conversation")
+    number, turns, conversation, told, _ = page.begin(visit, [("a?", "b")], "new_conversation")
     assert number == visit.conversation == 1
-    assert turns == conversation == [] and say("zh", "new_conversation") in said
-    assert page.begin(visit, [], "zh", "new_conversation")[3] == status("")
+    assert turns == conversation == [] and said("new_conversation") in told
+    assert page.begin(visit, [], "new_conversation")[3] == status("")
     assert page.choose(gr.SelectData(None, {"index": 2, "value": None})) is page.samples[2]
 
 
@@ -195,7 +233,7 @@ def test_what_is_cleared_stays_so_whatever_was_being_answered(page):
         async for update in page.answer_unless_over(visit, 0, *given):
             seen.append(update)
             if len(seen) == 2:
-                page.begin(visit, update[0], "en", "cleared")
+                page.begin(visit, update[0], "cleared")
         return seen
 
     async def of_conversation(number):
@@ -209,11 +247,10 @@ def test_what_is_cleared_stays_so_whatever_was_being_answered(page):
 @pytest.mark.parametrize(("kind", "key"), ERROR_TEXTS)
 def test_errors_are_told_in_both_languages(kind, key):
     error = kind("why", 1.0) if kind is EngineBusyError else kind("why")
-    for language in LANGUAGES:
-        with pytest.warns(UserWarning):
-            told = report(error, language)
-        assert say(language, key, detail="why") in told
-        assert any("\u4e00" <= letter <= "\u9fff" for letter in told) == (language == "zh")
+    with pytest.warns(UserWarning):
+        told = report(error)
+    assert all(f'lang="{language}">{say(language, key, detail="why")}<' in told for language in LANGUAGES)
+    assert any("\u4e00" <= letter <= "\u9fff" for letter in say("zh", key, detail=""))
 
 
 def test_text_is_shown_letter_by_letter(page):
@@ -243,7 +280,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(page, tmp_path):
 def test_a_closed_engine_is_told_of(chat):
     engine = ChatEngine(chat)
     engine.close()
-    page = built(ChatPage(engine))
+    page = built(ChatPage(engine, "viscpm-tiny"))
     with pytest.warns(UserWarning, match="shutting down"):
         assert ask(page)[-1][0] == []
 
@@ -312,15 +349,16 @@ def test_refused_and_impossible_prompts_are_told_of(easel, tmp_path):
 def test_everything_is_said_in_both_languages(engine, easel):
     for key, texts in TEXTS.items():
         fields = [{name for _, name, _, _ in string.Formatter().parse(text) if name} for text in texts]
-        assert all(texts) and fields[0] == fields[1], key
+        assert all(texts) and fields[0] in (fields[1], fields[1] - {"detail"}), key
     labels = Labels("en")
-    built(ChatPage(engine), labels)
+    built(ChatPage(engine, "viscpm-tiny"), labels)
     built(PaintPage(easel().engine, "some-model"), labels)
     for component, english, chinese in zip(labels.components, labels.updates("en"), labels.updates("zh"), strict=True):
         assert english.keys() == chinese.keys() and english != chinese, component
         for name, value in english.items():
             if isinstance(value, str) and name in ("label", "value"):
                 assert getattr(component, name) == value
+    assert "step 3 of 50" in painting_status(3, 50) and "第 3 步，共 50 步" in painting_status(3, 50)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import axe_core_python
 import PIL.Image
 import pytest
 from browser_support import needs_browser
@@ -47,6 +48,21 @@ new MutationObserver(() => {
     if (text && window.seen.at(-1) !== text) window.seen.push(text);
 }).observe(document.body, {childList: true, subtree: true, characterData: true});
 """
+
+AXE = Path(axe_core_python.__file__).with_name("axe.min.js").read_text(encoding="utf-8")
+
+# Every text and every name of a control that has a word of Latin letters.
+ENGLISH_TEXTS = """
+const found = new Set(), texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (texts.nextNode()) {
+    const {data, parentElement: parent} = texts.currentNode;
+    if (parent.closest('script, style, svg, .said:lang(en)') === null) found.add(data.trim());
+}
+for (const name of ['aria-label', 'title', 'placeholder'])
+    for (const element of document.querySelectorAll(`[${name}]`)) found.add(element.getAttribute(name).trim());
+return [...found].filter(text => /[a-z]{3}/i.test(text.replaceAll(/viscpm-\\w+|\\.png|token|PNG/g, '')));
+"""
+NAMES = {"VisCPM", "English", "语言 / Language", "top-p"}
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +194,36 @@ class Page:
         name = say(language, key)
         next(tab for tab in self.find("button[role=tab]") if tab.text == name).click()
 
+    def set_paint(self, key, value):
+        """Opens the settings of Paint, types a number and closes them."""
+        header = self.find("#paint-settings button")[0]
+        header.click()
+        field = f"#paint-settings input[type=number][aria-label$='{say('en', key)}']"
+        self.wait(lambda: self.find(field) and self.find(field)[0].is_displayed())
+        (number,) = self.find(field)
+        number.clear()
+        number.send_keys(value, Keys.TAB)
+        self.wait(lambda: number.get_attribute("value") == value)
+        header.click()
+
     def overflow(self):
         """Pixels that the page is wider than its window."""
         return self.browser.execute_script("return document.documentElement.scrollWidth - screen.width")
+
+    def violations(self):
+        """What axe-core finds of serious weight."""
+        self.browser.execute_script(AXE)
+        found = self.browser.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
+        assert len(found["passes"]) > 20
+        return [
+            (fault["id"], [node["target"] for node in fault["nodes"]])
+            for fault in found["violations"]
+            if fault["impact"] in ("serious", "critical")
+        ]
+
+    def left_in_english(self):
+        """What is read or read out in English of a page in Chinese, but for names."""
+        return [text for text in self.browser.execute_script(ENGLISH_TEXTS) if text not in NAMES]
 
 
 def answer_of(chat, picture, question):
@@ -230,18 +273,18 @@ def test_without_a_picture_and_with_a_broken_one(page, chat, tmp_path):
     assert say("en", "no_picture") in page.text("#chat-status")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     page.find("#picture input[type=file]")[0].send_keys(str(tmp_path / "broken.png"))
-    page.wait(lambda: say("en", "new_conversation") in page.text("#chat-status"))
+    page.wait(lambda: "can't be read as JPEG" in page.text("#chat-status"))  # before anything is asked
     page.find("#question textarea")[0].send_keys("And now?", Keys.ENTER)
-    page.wait(lambda: "can't be read as JPEG" in page.text("#chat-status"))
-    assert page.find("#question textarea")[0].get_attribute("value") == "And now?"
+    page.wait(lambda: page.find("#question textarea")[0].get_attribute("value") == "And now?")
     page.wait(lambda: "can't be read as JPEG" in page.text("[data-testid=toast-body]"))
     page.screenshot("error")
 
 
 def test_painting(page):
     page.open_tab("paint")
+    assert not page.find("#halt")[0].is_enabled()
     page.find("#prompt textarea")[0].send_keys("a red circle", Keys.ENTER)
-    page.wait(lambda: say("en", "denoising") in page.text("#gallery") or page.is_shown("#gallery img"))
+    page.wait(lambda: page.find("#halt")[0].is_enabled() or page.is_shown("#gallery img"))
     page.screenshot("painting")
     page.wait(lambda: page.is_shown("#gallery img"))
     page.wait(lambda: say("en", "painted").partition(":")[0] in page.text("#paint-status"))
@@ -255,31 +298,65 @@ def test_painting(page):
 
 def test_painting_can_be_stopped(page):
     page.open_tab("paint")
-    page.find("#paint-settings button")[0].click()
-    steps = page.wait(lambda: page.find("#paint-settings input[type=number]"))[0]
-    page.wait(steps.is_displayed)
-    steps.clear()
-    steps.send_keys("200", Keys.TAB)
+    page.set_paint("steps", "200")
     page.find("#prompt textarea")[0].send_keys("a blue star", Keys.ENTER)
-    page.wait(lambda: say("en", "denoising") in page.text("#gallery"))
+    page.wait(lambda: page.find("#paint-status progress"))
     page.find("#halt")[0].click()
     page.wait(lambda: say("en", "stopped") in page.text("#paint-status"))
     assert not page.find("#gallery img")
 
 
+def test_four_candidates_are_seen_whole(page):
+    page.open_tab("paint")
+    page.set_paint("candidates", "4")
+    page.find("#ideas button")[0].click()
+    page.wait(lambda: len(page.find("#gallery .thumbnail-item")) == 4)
+    boxes = [picture.rect for picture in page.find("#gallery .thumbnail-item")]
+    assert len({(box["x"], box["y"]) for box in boxes}) == 4 and len({box["x"] for box in boxes}) == 2
+    bottom = max(box["y"] + box["height"] for box in boxes)
+    assert bottom - min(box["y"] for box in boxes) < page.browser.execute_script("return innerHeight")
+    for scrolled in page.find("#gallery, #gallery .grid-wrap"):
+        assert (
+            page.browser.execute_script("const e = arguments[0]; return e.scrollHeight - e.clientHeight", scrolled)
+            <= 1
+        )
+    page.screenshot("paint-four")
+
+
 def test_on_a_phone(page, chat, pictures):
     page.open("zh", is_phone=True)  # the browser's language, without a click
+    for control in page.find("#language label, #question textarea, #send, #retry"):  # all within the first screen
+        box = control.rect
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+        assert box["y"] + box["height"] <= PHONE["height"]
+    page.screenshot("phone")
     page.upload(pictures[1])
-    page.ask(COLOUR_QUESTIONS["zh"], answer_of(chat, pictures[1], COLOUR_QUESTIONS["zh"]), "zh")
+    expected = answer_of(chat, pictures[1], DESCRIBE["zh"])
+    next(button for button in page.find("#conversation .example") if button.text == DESCRIBE["zh"]).click()
+    page.wait_for_answer(expected, "zh")
     assert page.overflow() <= 0
     page.screenshot("phone-chat")
     page.browser.execute_script("window.scrollTo(0, 0)")
-    page.screenshot("phone-picture")
     page.open_tab("paint", "zh")
     page.find("#prompt textarea")[0].send_keys("一个红色的圆形", Keys.ENTER)
     page.wait(lambda: page.is_shown("#gallery img"))
     assert page.overflow() <= 0
     page.screenshot("phone-paint")
+
+
+def test_nothing_stays_english_after_switching(page, chat, pictures):
+    page.upload(pictures[0])
+    page.ask(DESCRIBE["zh"], answer_of(chat, pictures[0], DESCRIBE["zh"]))
+    page.open_tab("paint")
+    page.find("#ideas button")[0].click()
+    page.wait(lambda: page.is_shown("#gallery img"))
+    page.find("#prompt textarea")[0].clear()
+    assert len(page.left_in_english()) > 30
+    page.switch_language("zh")
+    page.wait(lambda: not page.left_in_english(), "left in English")
+    page.switch_language("en")
+    page.wait(lambda: say("en", "candidate_seed", seed="") in page.text("#gallery"))
+    assert page.find("#picture button[title='Remove Image']")
 
 
 def test_with_the_keyboard_alone(page, chat):
@@ -295,7 +372,6 @@ def test_with_the_keyboard_alone(page, chat):
     page.type(Keys.ENTER)
     page.wait_for_answer(expected)
     page.tab_to("#send")
-    page.tab_to("#stop")
     page.tab_to("#retry")
     first = page.text("#chat-status")
     page.type(Keys.ENTER)
@@ -308,18 +384,26 @@ def test_with_the_keyboard_alone(page, chat):
     page.tab_to("[role=tab]", Keys.SHIFT + Keys.TAB)
 
 
-def test_every_control_has_a_name(page, pictures):
-    page.upload(pictures[0])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessibility(page, pictures, scheme):
+    preference = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": preference})
+    page.open()
+    assert page.violations() == []
+    page.find("#samples button")[0].click()
+    page.wait(lambda: page.is_shown("#picture img"))
     for tab in ("chat", "paint"):
         page.open_tab(tab)
         for button in page.find("button.label-wrap"):
             if button.is_displayed():
                 button.click()
+        assert page.violations() == []
         nodes = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
         controls = [node for node in nodes if not node["ignored"] and node["role"]["value"] in CONTROLS]
         assert len(controls) > 8
         nameless = [node for node in controls if not node.get("name", {}).get("value", "").strip()]
         assert not nameless, [(node["role"]["value"], node.get("properties")) for node in nameless]
+    page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_nobody_else_is_asked(page, chat, pictures):

@@ -551,13 +551,14 @@ def test_the_http_interface(chat):
     }
     content = [part, {"type": "text", "text": "What?"}]
     body = {"model": "any", "messages": [{"role": "user", "content": content}], "max_tokens": 10}
-    expected = chat.ask(IMAGE, "What?", mode="generate", max_new_tokens=10).answer
+    turn = chat.ask(IMAGE, "What?", mode="generate", max_new_tokens=10)
     with TestClient(create_app(ChatEngine(chat), chat_name="any")) as client:
         found = client.post("/v1/chat/completions", json=body).json()
-        assert found["choices"][0]["message"]["content"] == expected
+        assert found["choices"][0]["message"]["content"] == turn.answer
+        assert found["usage"]["completion_tokens"] == turn.num_tokens
         streamed = client.post("/v1/chat/completions", json={**body, "stream": True}).text
         chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == expected
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == turn.answer
         wrong = {**body, "messages": [{"role": "tool", "content": "a"}]}
         assert client.post("/v1/chat/completions", json=wrong).status_code == 400
 

@@ -5,14 +5,13 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from pathlib import Path
 
 import httpx
 import openai
 import PIL.Image
 import pytest
 import yaml
-from ray_support import PATIENCE, UNCHECKED, ServeRun
+from ray_support import EXAMPLES, PATIENCE, UNCHECKED, ServeRun
 from serving_support import data_uri, question
 from support import Golden
 
@@ -23,7 +22,7 @@ pytest.importorskip("ray", reason='the tests on Ray need it: pip install -c cons
 
 GOLDEN = Golden("chat_a")
 KEY = "a-key"
-CONFIG = Path(__file__).parents[2] / "examples" / "ray" / "serve.yaml"
+CONFIG = EXAMPLES / "serve.yaml"
 QUESTIONS = [
     "what is this?",
     "图片里有什么？",
@@ -174,6 +173,54 @@ def test_chat_grows_with_its_load_and_paint_does_not(client, url):
             over.set()
     assert all(future.exception() is None for future in working)
     assert replicas("paint", "PaintDeployment") == 1
+
+
+def test_a_lost_replica_takes_only_its_own_requests_along(client, url, chat):
+    """Those end in an error that clients repeat on their own, whole answers and streams alike."""
+    import ray
+
+    expected = {text: chat.ask(None, text, mode="generate", max_new_tokens=200).answer for text in QUESTIONS}
+    over, lost, wrong, num_answers = threading.Event(), [], [], []
+
+    def work(text, stream):
+        while not over.is_set():
+            try:
+                answer = ask(client, text, max_tokens=200, stream=stream)
+                pieces = [piece.choices[0].delta.content or "" for piece in answer] if stream else []
+                given = "".join(pieces) if stream else answer.choices[0].message.content
+            except openai.APIError as error:
+                lost.append(error)
+                continue
+            num_answers.append(text)
+            if given != expected[text]:
+                wrong.append(given)
+
+    def wait_for(count):
+        for _ in range(PATIENCE * 20):
+            if len(num_answers) >= count or over.wait(0.05):
+                break
+        assert len(num_answers) >= count
+
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        working = [pool.submit(work, text, bool(index % 2)) for index, text in enumerate(QUESTIONS)]
+        try:
+            wait_for(2 * len(QUESTIONS))
+            actors = ray.util.list_named_actors(all_namespaces=True)
+            name = next(actor["name"] for actor in actors if actor["name"].startswith("SERVE_REPLICA::chat#"))
+            ray.kill(ray.get_actor(name, namespace="serve"))
+            wait_for(len(num_answers) + 4 * len(QUESTIONS))
+        finally:
+            over.set()
+    assert all(future.exception() is None for future in working) and not wrong
+    assert 1 <= len(lost) <= len(QUESTIONS)
+    for error in lost:
+        assert error.code == "replica_lost" and "send the request again" in error.message
+        if isinstance(error, openai.APIStatusError):
+            assert error.status_code == 503 and int(error.response.headers["retry-after"]) > 0
+    assert (
+        ask(client.with_options(max_retries=5), "hello", max_tokens=200).choices[0].message.content
+        == expected["hello"]
+    )
 
 
 @pytest.mark.parametrize(

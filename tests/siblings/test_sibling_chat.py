@@ -9,7 +9,7 @@ from test_image_processing_minicpmv import picture
 from transformers import pipeline
 
 from viscpm_hf import ChatRequest, SiblingChat, UnsafeImageError
-from viscpm_hf.chat.sibling_chat import EncodedImage, is_sibling
+from viscpm_hf.chat.sibling_chat import EncodedImage
 from viscpm_hf.cli.main import main
 from viscpm_hf.modeling.decoding_presets import decoding_presets, default_preset
 
@@ -95,7 +95,7 @@ def test_greedy_answers_are_the_references(sibling_chats):
     for name, chat in sibling_chats.items():
         system = make_system(name)
         inputs = chat.processor.apply_chat_template(
-            chat.conversation(ChatRequest(None, "What is the image?")), tokenize=True, add_generation_prompt=True
+            chat.processor.messages_of_turn("What is the image?"), tokenize=True, add_generation_prompt=True
         )
         expected = system.greedy(inputs[0], length=6, repetition_penalty=1.3, no_repeat_ngram_size=2)
         options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
@@ -174,16 +174,6 @@ def test_the_pipeline_answers(whole_folders, sibling_chats, image_file):
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
-def test_what_is_a_sibling(whole_folders, golden, tmp_path):
-    assert all(is_sibling(folder) for folder in whole_folders.values())
-    assert not is_sibling(tmp_path) and not is_sibling(golden.weights)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {"base_model_name_or_path": str(whole_folders["omnilmm"])}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert is_sibling(adapter)
-
-
 def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
     for name, folder in whole_folders.items():
         arguments = ["chat", str(folder), str(image_file), "What?", "Where?", "--device", "cpu", "--json"]
@@ -194,7 +184,7 @@ def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
         second = chat.ask(None, "Where?", first.context, first.vision_hidden_states, **SHORT)
         assert [line["answer"] for line in lines] == [first.answer, second.answer]
     assert main([*arguments, "--fast"]) == 1
-    assert "--fast is for VisCPM-Chat" in capsys.readouterr().err
+    assert "has no fast decoding: leave out fast" in capsys.readouterr().err
 
 
 def test_the_batch_command(whole_folders, sibling_chats, image_file, tmp_path):

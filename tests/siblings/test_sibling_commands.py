@@ -1,20 +1,15 @@
 """The commands that serve, show and evaluate, on the siblings; `chat` and `batch` are in `test_sibling_chat.py`."""
 
 import asyncio
-import base64
 import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
-from sibling_folders import NAMES
 
 from viscpm_hf.cli import main
-from viscpm_hf.serving.app import create_app
-from viscpm_hf.serving.settings import ServerSettings
-from viscpm_hf.serving.sibling_engine import open_engine
+from viscpm_hf.serving.engine import ChatEngine
 
 
 SHORT = {"mode": "generate", "max_new_tokens": 6, "do_sample": False}
@@ -27,27 +22,6 @@ def picture(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_served_answers_are_the_models(sibling_chats, picture, name):
-    chat = sibling_chats[name]
-    engine = open_engine(chat)
-    uri = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-    content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What?"}]
-    body = {"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 6, "temperature": 0}
-    try:
-        with TestClient(create_app(engine, None, chat_name=name, settings=ServerSettings())) as client:
-            whole = client.post("/v1/chat/completions", json=body).json()
-            streamed = client.post("/v1/chat/completions", json={**body, "stream": True}).text
-    finally:
-        engine.close(drain=False)
-    expected = chat.ask(picture, "What?", **SHORT)
-    assert whole["choices"][0]["message"]["content"] == expected.answer
-    assert whole["usage"]["completion_tokens"] == expected.num_tokens
-    chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-    pieces = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"]]
-    assert "".join(pieces) == expected.answer
-
-
 @pytest.mark.skipif(find_spec("gradio") is None, reason="the extra demo isn't installed")
 def test_the_demo_page_answers(sibling_chats, picture):
     import gradio as gr
@@ -56,7 +30,7 @@ def test_the_demo_page_answers(sibling_chats, picture):
     from viscpm_hf.serving.demo_labels import Labels
 
     chat = sibling_chats["minicpmv-2.0"]
-    engine = open_engine(chat)
+    engine = ChatEngine(chat)
     page = ChatPage(engine)
     with gr.Blocks(analytics_enabled=False):
         page.build(Labels("en"), gr.Radio(choices=["zh", "en"]))

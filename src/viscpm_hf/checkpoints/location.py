@@ -22,6 +22,7 @@ from transformers.utils.hub import cached_file
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
 from ..tiny.embedded import EMBEDDED_NAME, check_model_name
+from .adapters import AdapterFolder
 from .errors import OriginalCheckpointError
 from .json_files import load_json
 from .original import (
@@ -489,6 +490,27 @@ def hub_arguments(**given: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def is_of_the_hub(model: str | os.PathLike) -> bool:
+    """Whether a model, or the one that an adapter is of, is no path here and not the embedded one."""
+    adapter = AdapterFolder.find(model)
+    model = model if adapter is None or adapter.base is None else adapter.base
+    return model != EMBEDDED_NAME and not os.path.exists(model)
+
+
+def hub_arguments_for(*models: str | os.PathLike | None, **given: Any) -> dict[str, Any]:
+    """As [`hub_arguments`], for these models.
+
+    Raises:
+        ValueError: if there are some, and no model is of the Hub.
+    """
+    found = hub_arguments(**given)
+    if found and not any(model is not None and is_of_the_hub(model) for model in models):
+        here = ", ".join(os.fspath(model) for model in models if model is not None)
+        options = ", ".join(f"{name} (--{name.replace('_', '-')})" for name in found)
+        raise ValueError(f"{options} is of a Hub repository, which {here} is not: leave it out.")
+    return found
+
+
 def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, is_needed: bool = False, **kwargs):
     """The path of a folder's or Hub repository's file, downloaded if need be; None if it has none.
 
@@ -521,6 +543,21 @@ def download_repository(repo_id: str | os.PathLike, hub_kwargs: Mapping[str, Any
     known = ("cache_dir", "force_download", "token", "revision", "local_files_only")
     options = {key: hub_kwargs[key] for key in known if hub_kwargs.get(key) is not None}
     return Path(snapshot_download(os.fspath(repo_id), ignore_patterns=OTHER_FORMATS, **options))
+
+
+def model_folder(name: str | os.PathLike, hub: Mapping[str, Any]) -> Path:
+    """A model's folder, or that of a Hub repository's files on this machine.
+
+    Raises:
+        OriginalCheckpointError: for a file.
+        FileNotFoundError: for a path that isn't there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise OriginalCheckpointError(f"{path} is a file; give the model's folder, with its configuration.")
+    if not path.is_dir() and os.fspath(name).count("/") != 1:
+        raise FileNotFoundError(f"There is no folder {path}.")
+    return path if path.is_dir() else download_repository(name, hub)
 
 
 # ------------------------------------------------------------------------------------------------------------ tensors

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .errors import OriginalCheckpointError
-from .location import ADAPTER_CONFIG_NAME, download_repository
+from .location import ADAPTER_CONFIG_NAME, model_folder
 from .original import load_state_dict, read_json
 from .sibling_original import TEXT_PREFIX, text_tensors, vision_tensors
 from .tensor_files import mapped_tensors
@@ -108,16 +108,22 @@ def _scale(config: Mapping[str, Any], source: Path) -> float:
 
 
 def changed_matrices(
-    text_model: str | os.PathLike, vision_model: str | os.PathLike, adapter: str | os.PathLike
+    text_model: str | os.PathLike, vision_model: str | os.PathLike, adapter: str | os.PathLike, hub: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """What an adapter changes, without the changes: the bases' own tensors, by the names of the whole VisualCLA.
 
     Args:
         text_model, vision_model, adapter: folders or Hub ids.
+        hub: where the adapter comes from.
     """
-    text, vision, folder = (download_repository(name, {}) for name in (text_model, vision_model, adapter))
+    text, vision = (model_folder(name, without_revision(hub)) for name in (text_model, vision_model))
     tensors = {**text_tensors(text), **vision_tensors(vision)}
-    return {name: tensors[name] for name in read_adapter(folder).changes}
+    return {name: tensors[name] for name in read_adapter(model_folder(adapter, hub)).changes}
+
+
+def without_revision(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the bases come from: a revision is one of the adapter's repository."""
+    return {name: value for name, value in hub.items() if name != "revision"}
 
 
 def check_bases(

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from .chat import positive
+from .model_options import add_hub_options, hub_options
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--candidates", type=positive(int), help="Paint: images drawn per prompt (4) / 候选数")
     parser.add_argument("--kind", choices=("chat", "paint"), help="of viscpm-tiny, which is both / 模型种类")
     parser.add_argument("--json", action="store_true", help="one JSON object, in bytes / 输出 JSON")
+    add_hub_options(parser, asks=False)
     parser.set_defaults(run=run)
 
 
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, option) for option, name in names.items()}
     work = {name: value for name, value in given.items() if value is not None}
     machine = Machine.detect(arguments.gpu, arguments.ram)
-    plan = memory_plan(arguments.model, machine=machine, work=work, kind=arguments.kind)
+    plan = memory_plan(arguments.model, machine=machine, work=work, kind=arguments.kind, **hub_options(arguments))
     other = CHAT_WORK if plan.kind == "paint" else PAINT_WORK
     wrong = [f"--{option.replace('_', '-')}" for option in other if getattr(arguments, option) is not None]
     if wrong:

@@ -7,6 +7,7 @@ import sys
 
 from ..names import full_dtype_name
 from .convert import describe
+from .model_options import HUB_OPTIONS, add_hub_options
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -50,6 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     visualcla.add_argument("--resume", action="store_true", help="go on after an interruption / 断点续转")
     visualcla.add_argument("--verify", action="store_true", help="compute all again and compare / 合并后逐一核对")
     visualcla.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT / 覆盖已有检查点")
+    add_hub_options(visualcla, "the adapter")
     visualcla.set_defaults(run=run)
 
 
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.vision_model,
         arguments.lora_model,
         arguments.output,
-        **{name: getattr(arguments, name) for name in options},
+        **{name: getattr(arguments, name) for name in (*options, *HUB_OPTIONS)},
         show_progress=sys.stderr.isatty(),
     )
     print(describe(result))
@@ -81,6 +83,7 @@ def _split(arguments: argparse.Namespace) -> int:
         raise ValueError(f"The split for text-generation-webui takes the adapter alone: leave out {', '.join(wrong)}.")
     from ..conversion.visualcla_split import split_visualcla
 
-    for folder in split_visualcla(arguments.lora_model, arguments.output):
+    hub = {name: getattr(arguments, name) for name in HUB_OPTIONS}
+    for folder in split_visualcla(arguments.lora_model, arguments.output, **hub):
         print(f"wrote {folder}")
     return 0

@@ -8,12 +8,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..names import QUANTIZATIONS, full_dtype_name
-from ..tiny.embedded import EMBEDDED_NAME
 
 
 if TYPE_CHECKING:
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat
     from ..paint.paint import VisCPMPaint
 
 
@@ -86,10 +84,18 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
         )
 
 
-def add_hub_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """The options that [`hub_options`] reads."""
-    parser.add_argument("--revision", help="branch, tag or commit of MODEL's Hub repository / Hub 版本")
-    parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
+def add_hub_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str = "MODEL", asks: bool = True
+) -> None:
+    """The options that [`hub_options`] reads.
+
+    Args:
+        what: whose repository a revision is of.
+        asks: whether the Hub is asked; if not, only its cache is looked at, which takes no token.
+    """
+    parser.add_argument("--revision", help=f"branch, tag or commit of {what}'s Hub repository / Hub 版本")
+    if asks:
+        parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="for what the Hub sends / Hub 缓存目录")
 
 
@@ -102,8 +108,10 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
     Raises:
         ValueError: if there are some, and the model is here.
     """
+    from ..checkpoints.location import hub_arguments, is_of_the_hub
+
     model = arguments.model if model is None else model
-    given = {name: getattr(arguments, name) for name in HUB_OPTIONS if getattr(arguments, name) is not None}
+    given = hub_arguments(**{name: getattr(arguments, name, None) for name in HUB_OPTIONS})
     if is_of_the_hub(model):
         return given
     other = getattr(arguments, "paint", None)  # the second model of commands that load two, see `load_painter`
@@ -113,15 +121,6 @@ def hub_options(arguments: argparse.Namespace, model: str | os.PathLike | None =
         options = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
         raise ValueError(f"{options} is of a Hub repository, which {model} is not: leave it out.")
     return {}
-
-
-def is_of_the_hub(model: str | os.PathLike) -> bool:
-    """Whether a model, or the one that an adapter is of, is no path here and not the embedded one."""
-    from ..checkpoints.adapters import AdapterFolder
-
-    adapter = AdapterFolder.find(model)
-    model = model if adapter is None or adapter.base is None else adapter.base
-    return model != EMBEDDED_NAME and not os.path.exists(model)
 
 
 def _add_paint_options(group: argparse._ArgumentGroup) -> None:
@@ -149,39 +148,26 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-# What Chat alone can quantise besides.
-CHAT_QUANTIZATION = ("quantize_vision", "quantize_embedding")
-
-
-def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
-    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments.
+def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat:
+    """`VisCPMChat` of `arguments.model`; `options` are further arguments.
 
     Raises:
         ValueError: for options of another kind of model, or of a check that isn't made.
     """
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
-    hub = hub_options(arguments)
     if arguments.image_checker and not arguments.check_image:
         raise ValueError(f"--image-checker {arguments.image_checker} checks nothing without --check-image.")
     options = {"image_safety_checker": arguments.check_image and (arguments.image_checker or True), **options}
-    if is_sibling(arguments.model, **hub):
-        others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
-        given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]
-        if given:
-            raise ValueError(f"{', '.join(given)} is for VisCPM-Chat, which {arguments.model} is not.")
-        common = {name: value for name, value in _common(arguments).items() if name != "fast"}
-        common |= {name: getattr(arguments, name) for name in CHAT_QUANTIZATION}
-        return SiblingChat(arguments.model, **common, **hub, **options)
     return VisCPMChat(
         arguments.model,
         arguments.config,
         vision_config_path=arguments.vision_config,
         vocab_path=arguments.vocab,
-        **{name: getattr(arguments, name) for name in CHAT_QUANTIZATION},
+        quantize_vision=arguments.quantize_vision,
+        quantize_embedding=arguments.quantize_embedding,
         **_common(arguments),
-        **hub,
+        **hub_options(arguments),
         **options,
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..serving.settings import ServerSettings, read_api_key
 from .chat import positive
-from .model_options import add_model_options, hub_options, is_of_the_hub, load_chat
+from .model_options import add_model_options, hub_options, load_chat
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -138,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def load_painter(arguments: argparse.Namespace, is_alone: bool = False):
     """The paint model; beside a chat model, which a revision is of, with the token and the cache folder alone."""
+    from ..checkpoints.location import is_of_the_hub
     from ..paint.paint import VisCPMPaint
 
     if is_alone:

@@ -10,6 +10,7 @@ from ..training.chat_config import ChatTrainingConfig
 from ..training.options import add_config_options, config_from_arguments
 from . import train_paint
 from .errors import EXIT_INTERRUPTED
+from .model_options import add_hub_options, hub_options
 
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def _add_merge(kinds: argparse._SubParsersAction) -> None:
     parser.add_argument("--llm-config", metavar="JSON", help="original file: language model / 语言模型配置")
     parser.add_argument("--vision-config", metavar="JSON", help="original file: vision tower / 视觉编码器配置")
     parser.add_argument("--vocab", metavar="TXT", help="vocab.txt, if not beside the model / 词表")
+    add_hub_options(parser)
     parser.set_defaults(run=run_merge)
 
 
@@ -80,6 +82,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     from ..training.adapters import merge_adapter
 
     options = {name: getattr(arguments, name) for name in ("dtype", "llm_config", "vision_config", "vocab")}
+    options |= hub_options(arguments)
     print(f"wrote {merge_adapter(arguments.model, arguments.adapter, arguments.output, **options)}")
     return 0
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 VISION_LANGUAGE = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 AUTO_CLASSES = {CPM_BEE: (AutoModel, AutoModelForCausalLM)}
+# Files of an original tokenizer that a converted folder has as they were.
+KEPT_FILES = ("tokenizer.model",)
 ORIGINAL_MODEL_TYPE = {CHAT: "viscpmchatbee", CPM_BEE: "cpmbee", PAINT: "cpmbee"}
 
 
@@ -99,6 +101,15 @@ def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
 def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
     """Completes an original file to a folder in the layout of its Hub repository."""
     before = _original_configs(checkpoint)
+    if checkpoint.vocab is None:
+        for name, content in before.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_json(folder / name, content)
+        for name in KEPT_FILES:
+            if (checkpoint.location.path / name).is_file():
+                shutil.copyfile(checkpoint.location.path / name, folder / name)
+        write_json(folder / MANIFEST_NAME, manifest)
+        return
     config = {"model_type": ORIGINAL_MODEL_TYPE[checkpoint.kind], **_original_sizes(checkpoint)}
     write_json(folder / "config.json", {**config, **before.get("config.json", {})})
     for name in (VISION_CONFIG_NAME, GENERATION_CONFIG_NAME):

@@ -81,6 +81,11 @@ class Checkpoint:
             return None
         return GenerationConfig.from_pretrained(self.location.folder)
 
+    def place_of(self, name: str) -> dict[str, str]:
+        """For the manifest: the file of an original tensor and its name there, where the tensor's own name doesn't
+        tell them."""
+        return {}
+
     def set_generation(self, model: Any) -> None:
         """Gives a model of the checkpoint its generation configuration."""
         model.generation_config = self.generation_config() or model.generation_config

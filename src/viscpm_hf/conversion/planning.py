@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ from ..checkpoints.original import (
 )
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..checkpoints.transfer import TensorTransfer
-from ..checkpoints.weight_transforms import KeyMatcher, shape_after
+from ..checkpoints.weight_transforms import KeyMatcher, shape_after, shape_before
 from ..families import key_maps
-from ..families.key_maps import TOKEN_ROWS
+from ..families.key_maps import KEEP, THIRDS, TOKEN_ROWS
 from ..modeling.token_space_cpm_bee import padded_vocab_size
 from .plan import (
     EXTRAS_NAME,
@@ -196,37 +197,60 @@ def plan_original(
 ) -> ConversionPlan:
     """From our names to the original's.
 
-    Without `dtype` every tensor gets the dtype that it had in the original file.
+    Without `dtype` every tensor gets the dtype that it had in the original file. Several original files are had back
+    as several.
     """
     known = {entry["target"]: entry for entry in _entries(manifest)}
-    transfers: dict[str, TensorTransfer] = {}
+    dropped_before = {entry["source"]: entry for entry in _entries(manifest, "dropped")}
+    done: set[str] = set()
+    files: dict[str, dict[str, TensorTransfer]] = {}
+
+    def add(name: str, before: Mapping[str, Any], target: TensorSpec, operation: str = KEEP) -> None:
+        done.add(name)
+        file = files.setdefault(before.get("source_file", weights_name), {})
+        target = replace(target, name=before.get("source_key", target.name))
+        if operation in THIRDS and target.name in file:
+            first = file[target.name]
+            rows = first.target.shape[0] + target.shape[0]
+            target = replace(first.target, shape=(rows, *target.shape[1:]))
+            file[target.name] = replace(first, target=target, others=(*first.others, name))
+        else:
+            source = spec_of(name, checkpoint.tensors[name])
+            file[target.name] = TensorTransfer(source, target, operation, is_reverted=operation != KEEP)
+
     for part in checkpoint.parts:
         matcher = KeyMatcher(part.key_map)
-        for name, tensor in checkpoint.tensors.items():
-            if not name.startswith(part.source_prefix) or name in transfers:
-                continue
-            match = matcher.match_target(name.removeprefix(part.source_prefix))
-            if match is None:
-                continue
-            original, entry = match
-            before = known.get(name.removeprefix(part.source_prefix), {}).get("source_dtype")
-            new_dtype = dtype or (getattr(torch, before) if before else tensor.dtype)
-            shape = tuple(tensor.shape)
+        found = {
+            name: match
+            for name in checkpoint.tensors
+            if name.startswith(part.source_prefix)
+            and name not in done
+            and (match := matcher.match_target(name.removeprefix(part.source_prefix))) is not None
+        }
+        # The thirds of a tensor in their order, whatever order the files have them in.
+        for name, (original, entry) in sorted(found.items(), key=lambda item: _third(item[1][1].operation)):
+            tensor = checkpoint.tensors[name]
+            before = known.get(name.removeprefix(part.source_prefix), {})
+            new_dtype = dtype or (getattr(torch, before["source_dtype"]) if "source_dtype" in before else tensor.dtype)
+            shape = tuple(shape_before(entry.operation, tensor.shape))
             if entry.operation == TOKEN_ROWS:
                 shape = (num_words_of(checkpoint), *shape[1:])
-            target = TensorSpec(original, new_dtype, shape)
-            transfers[name] = TensorTransfer(spec_of(name, tensor), target, entry.operation, is_reverted=True)
-    dropped_before = {entry["source"] for entry in _entries(manifest, "dropped")}
+            add(name, before, TensorSpec(original, new_dtype, shape), entry.operation)
     for name, tensor in checkpoint.tensors.items():
-        if name not in transfers and (name in dropped_before or _is_extra(name, checkpoint.parts)):
-            transfers[name] = TensorTransfer(spec_of(name, tensor), spec_of(name, tensor))
-    strange = [name for name in checkpoint.tensors if name not in transfers]
+        if name not in done and (name in dropped_before or _is_extra(name, checkpoint.parts)):
+            add(name, dropped_before.get(name, {}), spec_of(name, tensor))
+    strange = [name for name in checkpoint.tensors if name not in done]
     if strange:
         raise ConversionError(
             f"{checkpoint.location.name} has {len(strange)} tensors that the original doesn't know "
             f"({', '.join(strange[:3])}): was it saved with an adapter, or quantised?"
         )
-    return ConversionPlan((FilePlan(weights_name, tuple(transfers.values())),), {}, dtype)
+    plans = tuple(FilePlan(file, tuple(transfers.values())) for file, transfers in files.items())
+    return ConversionPlan(plans, {}, dtype)
+
+
+def _third(operation: str) -> int:
+    return THIRDS.index(operation) if operation in THIRDS else 0
 
 
 def num_words_of(checkpoint: Checkpoint) -> int:

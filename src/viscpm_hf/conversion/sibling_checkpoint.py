@@ -19,13 +19,22 @@ from ..checkpoints.location import (
     Location,
     Original,
     find_original,
+    json_object,
+    tensors_of,
     weight_paths,
 )
-from ..checkpoints.sibling_original import check_tensors, converted_tensors, original_tensors, with_stored_sizes
+from ..checkpoints.sibling_original import (
+    TEXT_PREFIX,
+    VISION_PREFIX,
+    check_tensors,
+    converted_tensors,
+    original_tensors,
+    with_stored_sizes,
+)
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..families.family import FAMILIES
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
-from .plan import TRANSFORMERS_WEIGHTS, Checkpoint, Part
+from .plan import TRANSFORMERS_WEIGHTS, Checkpoint, Part, extra_tensors
 
 
 # Of a generation_config.json that today's rules refuse; the rest is the originals' presets anyhow.
@@ -38,10 +47,18 @@ class SiblingCheckpoint(Checkpoint):
 
     made_by: list[str] = field(default_factory=list)
     """The command but for the new folder's name, if it isn't `convert`."""
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Of the original tensors, the file within the folder and the name in it; empty if they come from elsewhere."""
 
     @property
     def command(self) -> list[str]:
         return self.made_by or ["viscpm-hf", "convert", self.location.path.name]
+
+    def place_of(self, name: str) -> dict[str, str]:
+        if name not in self.places:
+            return {}
+        file, key = self.places[name]
+        return {"source_file": file} | ({"source_key": key} if key != name else {})
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return converted_tensors(self.kind, self.tensors)
@@ -72,11 +89,25 @@ def open_sibling(location: Location) -> SiblingCheckpoint:
             f"them: {merge_command(location.name)}"
         )
     tensors = original_tensors(sibling)
-    folders = [location.path]
+    parts = {"": ""}
     if sibling.layout == MERGED:
-        folders += [location.path / TEXT_FOLDER, location.path / VISION_FOLDER]
-    files = [path for folder in folders for path in weight_paths(folder)]
-    return checkpoint_of(location, sibling, tensors, files)
+        parts |= {TEXT_FOLDER: TEXT_PREFIX, VISION_FOLDER: VISION_PREFIX}
+    files, places = [], {}
+    for part, prefix in parts.items():
+        for path in weight_paths(location.path / part):
+            files.append(path)
+            file = path.relative_to(location.path).as_posix()
+            for key in tensors_of([path]):
+                # CLIP's tensors may lack the word that its whole model has before them.
+                name = next((name for name in (prefix + key, 2 * prefix + key) if name in tensors), None)
+                if name is not None:
+                    places[name] = (file, key)
+    checkpoint = checkpoint_of(location, sibling, tensors, files, places=places)
+    # All that lies beside the weights and isn't written anew from them, to be given back on the way back.
+    for folder in parts:
+        for path in sorted((location.path / folder).glob("*.json")):
+            checkpoint.original_configs[path.relative_to(location.path).as_posix()] = json_object(path)
+    return checkpoint
 
 
 def merge_command(adapter: str) -> str:
@@ -129,9 +160,14 @@ def empty_tensors(kind: str, specs: Mapping[str, TensorSpec]) -> dict[str, torch
 
 
 def open_converted_sibling(location: Location) -> SiblingCheckpoint:
-    """Maps a converted folder."""
+    """Maps a converted folder.
+
+    Raises:
+        ConversionError, OSError: if it is damaged.
+    """
     config: VisionResamplerConfig = read_config(location.path)
     weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
     part = Part("", TRANSFORMERS_WEIGHTS, FAMILIES[location.kind].key_maps[0])
     files = [location.path / file for file in weights.files]
-    return SiblingCheckpoint(location, location.kind, weights.state_dict(), [part], files, config, None)
+    tensors = {**weights.state_dict(), **extra_tensors(location.path)}
+    return SiblingCheckpoint(location, location.kind, tensors, [part], files, config, None)

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -18,13 +20,21 @@ from ..checkpoints.location import (
     ADAPTER,
     ORIGINAL_FOLDER,
     Location,
-    download_repository,
     find_original,
+    hub_arguments_for,
+    model_folder,
     weight_paths,
 )
 from ..checkpoints.sibling_original import text_tensors, vision_tensors
 from ..checkpoints.tensor_files import TensorSpec
-from ..checkpoints.visualcla_adapter import ADAPTER_FILES, Adapter, check_adapter, check_bases, read_adapter
+from ..checkpoints.visualcla_adapter import (
+    ADAPTER_FILES,
+    Adapter,
+    check_adapter,
+    check_bases,
+    read_adapter,
+    without_revision,
+)
 from .convert import ConversionResult, parse_dtype, parse_size, run_plan
 from .plan import spec_of
 from .planning import plan_conversion
@@ -102,6 +112,9 @@ def merge_visualcla(
     resume: bool = False,
     verify: bool = False,
     overwrite: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
     show_progress: bool = False,
 ) -> ConversionResult:
     """Merges VisualCLA's adapters into their base models.
@@ -113,6 +126,8 @@ def merge_visualcla(
             configuration are the last one's.
         output: the new folder, as [`convert`] writes it. It appears complete or not at all.
         dtype: of the new files: float16, bfloat16 or float32.
+        revision: of the adapters' Hub repositories.
+        token, cache_dir: of the Hub.
         max_shard_size, dry_run, resume, verify, overwrite, show_progress: see [`convert`].
 
     Raises:
@@ -125,7 +140,9 @@ def merge_visualcla(
         raise ValueError("What is computed has no dtype to keep: choose float16, bfloat16 or float32.")
     adapters = _adapter_names(lora_model)
     check_bases(adapters[-1], text_model, vision_model)
-    checkpoint, sources = open_release(text_model, vision_model, adapters)
+    given = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    hub = hub_arguments_for(text_model, vision_model, *adapters, **given)
+    checkpoint, sources = open_release(text_model, vision_model, adapters, hub)
     return run_plan(
         checkpoint,
         plan_conversion(checkpoint, wanted, shard_bytes),
@@ -151,10 +168,14 @@ def _adapter_names(lora_model: str | os.PathLike | Sequence[str | os.PathLike]) 
 
 
 def open_release(
-    text_model: str | os.PathLike, vision_model: str | os.PathLike, lora_models: Sequence[str]
+    text_model: str | os.PathLike,
+    vision_model: str | os.PathLike,
+    lora_models: Sequence[str],
+    hub: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[MergedCheckpoint, list[Path]]:
     """Maps bases and adapters, checks that they belong together; also returns their folders."""
-    text, vision, *folders = (_folder(name) for name in (text_model, vision_model, *lora_models))
+    text, vision = (model_folder(name, without_revision(hub)) for name in (text_model, vision_model))
+    folders = [model_folder(name, hub) for name in lora_models]
     adapters = [read_adapter(folder) for folder in folders]
     sibling = find_original(folders[-1])
     if sibling is None or sibling.layout != ADAPTER:
@@ -174,15 +195,6 @@ def open_release(
         location, sibling, tensors, list(names), command, checkpoint_class=MergedCheckpoint, names=names
     )
     return checkpoint, [text, vision, *folders]
-
-
-def _folder(name: str | os.PathLike) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        raise OriginalCheckpointError(f"{path} is a file; give the model's folder, with its configuration.")
-    if not path.is_dir() and os.fspath(name).count("/") != 1:
-        raise FileNotFoundError(f"There is no folder {path}.")
-    return path if path.is_dir() else download_repository(name, {})
 
 
 def _adapter_file(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import ADAPTER, ADAPTER_CONFIG_NAME, find_original
+from ..checkpoints.location import ADAPTER, ADAPTER_CONFIG_NAME, find_original, hub_arguments_for, model_folder
 from ..checkpoints.original import read_json
 from ..checkpoints.sibling_original import TEXT_PREFIX, VISION_PREFIX
 from ..checkpoints.tensor_files import ArchiveWriter, pieces
@@ -36,12 +36,20 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_m
 IMAGE_FILES = ("preprocessor_config.json",)
 
 
-def split_visualcla(lora_model: str | os.PathLike, output: str | os.PathLike) -> list[Path]:
+def split_visualcla(
+    lora_model: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[Path]:
     """Writes both halves into a new folder, named after the adapter.
 
     Args:
-        lora_model: the released adapter's folder.
+        lora_model: the released adapter, a folder or Hub id.
         output: the new folder. It appears complete or not at all.
+        revision, token, cache_dir: of the adapter's Hub repository.
 
     Returns:
         The halves' folders, the language model's first.
@@ -51,7 +59,8 @@ def split_visualcla(lora_model: str | os.PathLike, output: str | os.PathLike) ->
         ConversionError: if the output can't be written there.
         OSError: if files can't be read or written.
     """
-    folder = Path(lora_model).expanduser()
+    given = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    folder = model_folder(lora_model, hub_arguments_for(lora_model, **given))
     adapter = read_adapter(folder)
     sibling = find_original(folder)
     if sibling is None or sibling.layout != ADAPTER:

@@ -46,6 +46,7 @@ from .key_maps import KeyMap
 
 
 CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
+LANGUAGE_MODEL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Family:
     """A system."""
 
     kind: str
+    title: str
+    """Its name, for people."""
     config_class: type[PreTrainedConfig]
     models: Mapping[type, type[PreTrainedModel]]
     """Auto class -> model class, of our own folders."""
@@ -71,6 +74,22 @@ class Family:
     """Alternatives within the original repository by their released names: the `variant` that means each."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+    language_model: str = "language_model.model"
+    """Where the language model without its head is within the model."""
+    half: str = "bfloat16"
+    """The half precision that the weights were released in."""
+    streams_layers: bool = False
+    """Whether the language model's layers can be streamed to a GPU (`loading.layer_streaming`)."""
+    image_weights: str = r"vision_tower\."
+    """Of an image alone, as a regular expression: what fine-tuning that leaves the vision as it is doesn't train."""
+    idle_weights: str = "$^"
+    """What never gets a gradient, likewise; `{last}` is the tower's last layer."""
+    lora_targets: tuple[str, ...] = (rf"language_model\..*\.({'|'.join(LANGUAGE_MODEL_LINEAR)})",)
+    """Every linear layer of the language model: names, or one regular expression."""
+    vocabulary_class: type | None = None
+    """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
+    has_images_in_turns: bool = False
+    """Whether its users asked about several images in one conversation, each with a question of its own."""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -97,6 +116,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             CHAT,
+            "VisCPM-Chat",
             VisCPMChatConfig,
             _answering(VisCPMChatForConditionalGeneration, VisCPMChatModel),
             (key_maps.CHAT,),
@@ -107,17 +127,30 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmChatBeeTokenizer",),
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
+            image_weights=r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)",
+            # Of the last layer only the queries leave the tower.
+            idle_weights=r"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|"
+            r"self_attn\.[kv]_experts).*\.image\.)",
+            lora_targets=LANGUAGE_MODEL_LINEAR,  # the tower's have other names
+            language_model="model.language_model",
+            half="float16",
+            streams_layers=True,
+            vocabulary_class=CpmBeeTokenizer,
         ),
         Family(
             CPM_BEE,
+            "CPM-Bee",
             CpmBeeConfig,
             {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
             tokenizer_class=CpmBeeTokenizer,
             original_types=("cpmbee",),
+            language_model="model",
+            half="float16",
         ),
         Family(
             PAINT,
+            "VisCPM-Paint",
             VisCPMPaintTextEncoderConfig,
             {AutoModel: VisCPMPaintTextEncoder},
             (key_maps.PAINT_TEXT_ENCODER,),
@@ -125,10 +158,14 @@ FAMILIES: dict[str, Family] = {
             original_types=("viscpmbee",),
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
+            language_model="model",
+            half="float16",
+            streams_layers=True,
         ),
-        Family("beit3", Beit3Config, {AutoModel: Beit3Model}),
+        Family("beit3", "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
             OmniLMMConfig.model_type,
+            "OmniLMM-12B",
             OmniLMMConfig,
             _answering(OmniLMMForConditionalGeneration),
             (sibling_key_maps.OMNILMM,),
@@ -139,6 +176,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             MiniCPMVConfig.model_type,
+            "MiniCPM-V",
             MiniCPMVConfig,
             _answering(MiniCPMVForConditionalGeneration),
             (sibling_key_maps.MINICPMV,),
@@ -148,6 +186,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             VisualCLAConfig.model_type,
+            "VisualCLA-7B",
             VisualCLAConfig,
             _answering(VisualCLAForConditionalGeneration),
             (sibling_key_maps.VISUALCLA,),
@@ -155,7 +194,15 @@ FAMILIES: dict[str, Family] = {
             LegacySentencePieceTokenizer,
             VisCPMImageProcessor,
             placeholder=("<img_token>", 1),
+            has_images_in_turns=True,
         ),
     )
 }
 SIBLINGS = (OmniLMMConfig.model_type, MiniCPMVConfig.model_type, VisualCLAConfig.model_type)
+# What answers questions about images.
+CHATS = tuple(kind for kind, family in FAMILIES.items() if family.processor_class is not None)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a configuration by our names."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config_class)

@@ -42,6 +42,7 @@ from ..checkpoints.location import (
     download_repository,
     find_original,
     kind_of,
+    model_folder,
 )
 from ..checkpoints.original import (
     ORIGINAL_WEIGHTS_NAME,
@@ -64,7 +65,7 @@ from ..checkpoints.sibling_original import (
     with_stored_sizes,
 )
 from ..checkpoints.tensor_files import check_weight_files
-from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases
+from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases, without_revision
 from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_key_map
 from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
@@ -453,7 +454,7 @@ def _read_sibling(
     """As [`_read`], by our names; of VisualCLA's adapter together with its bases."""
     if original.layout == ADAPTER:
         check_bases(original.folder, **bases)
-        folders = [download_repository(path, kwargs) for path in bases.values()]
+        folders = [model_folder(path, without_revision(original.hub)) for path in bases.values()]
         tensors = adapted_tensors(*folders, [download_repository(original.name, original.hub)])
     elif any(base is not None for base in bases.values()):
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.location import hub_arguments_for
 from ..checkpoints.original import CPM_BEE, PAINT
 from ..loading.layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
 from ..loading.placement import size_text
@@ -108,6 +109,8 @@ def memory_plan(
     machine: Machine | None = None,
     work: Work | Mapping[str, int] | None = None,
     kind: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> MemoryPlan:
     """What a model needs, in every precision and place.
 
@@ -118,11 +121,12 @@ def memory_plan(
         work: what is to be computed; what a mapping of [`Work`]'s fields lacks is as the original does it: one answer,
             or one image.
         kind: `"chat"` or `"paint"`, of `"viscpm-tiny"`.
+        revision, cache_dir: of the Hub, whose cache alone is looked at.
 
     Raises:
         OriginalCheckpointError, OSError, ValueError: if there is no such model, or the work makes no sense.
     """
-    sizes = model_sizes(model, kind)
+    sizes = model_sizes(model, kind, **hub_arguments_for(model, revision=revision, cache_dir=cache_dir))
     machine = machine or Machine.detect()
     if not isinstance(work, Work):
         work = Work.of(sizes, **(work or {}))
@@ -166,7 +170,7 @@ class _Precision:
 
 
 def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Precision:
-    half = torch.float16 if on_gpu and not sizes.is_sibling else torch.bfloat16
+    half = getattr(torch, sizes.family.half) if on_gpu else torch.bfloat16
     dtype = torch.float32 if name == FP32 else half
     quantization = (ON_GPU if on_gpu else ON_CPU).get(name)
     # On a CPU UNet and VAE stay as they are stored.
@@ -195,7 +199,7 @@ def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterato
 
 def _gpu_rows(sizes: ModelSizes, machine: Machine, work: Work, on_gpu: _Precision) -> Iterator[MemoryRow]:
     yield _row(sizes, machine, work, on_gpu, GPU, gpu=on_gpu.total)
-    plan = None if sizes.is_sibling or sizes.kind == CPM_BEE else _streaming(on_gpu, machine)
+    plan = _streaming(on_gpu, machine) if sizes.family.streams_layers else None
     if plan is not None:
         yield _row(
             sizes, machine, work, on_gpu, GPU_STREAMED, gpu=on_gpu.outside_layers + plan.device_bytes,
@@ -279,7 +283,7 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
     launches = sum(map(bool, precision.layers)) * SECONDS_PER_LAYER * (INT8_OVERHEAD if precision.name == INT8 else 1)
     read = layers + head + (precision.work.kv_cache if sizes.kind != PAINT else 0)
     step = read / bandwidth
-    has_fast = not sizes.is_sibling and row.placement == GPU and precision.name in (FP32, HALF)
+    has_fast = sizes.has_fast_decoding and row.placement == GPU and precision.name in (FP32, HALF)
     fast = step if has_fast else None
     if on_gpu:
         step = max(step, launches)
@@ -308,14 +312,13 @@ def _command(sizes: ModelSizes, work: Work, precision: _Precision, placement: st
     if sizes.kind == CPM_BEE:
         return _python(sizes, precision, placement)
     words = ["viscpm-hf", "chat", sizes.name, "IMAGE"]
-    layers = "language_model.model.layers" if sizes.is_sibling else "model.language_model.layers"
     if sizes.kind == PAINT:
-        words, layers = ["viscpm-hf", "paint", sizes.name, "PROMPT", "-o", "out.png"], "model.layers"
+        words = ["viscpm-hf", "paint", sizes.name, "PROMPT", "-o", "out.png"]
     words += ["--dtype", str(precision.dtype).removeprefix("torch.")]
     if precision.name in QUANTIZATIONS:
         words += ["--quantization", QUANTIZATIONS[precision.name]]
     if placement == DISK:
-        words += ["--device-map", json.dumps({"": "cpu", layers: "disk"})]
+        words += ["--device-map", json.dumps({"": "cpu", f"{sizes.family.language_model}.layers": "disk"})]
     else:
         words += ["--device", "cpu" if placement == CPU else "cuda"]
     if placement == GPU_OFFLOAD:
@@ -329,7 +332,7 @@ def _python(sizes: ModelSizes, precision: _Precision, placement: str) -> str:
     """CPM-Bee alone has no command; this is how it is loaded."""
     device_map: Any = "cpu" if placement == CPU else "cuda"
     if placement == DISK:
-        device_map = {"": "cpu", "model.layers": "disk"}
+        device_map = {"": "cpu", f"{sizes.family.language_model}.layers": "disk"}
     dtype = str(precision.dtype).removeprefix("torch.")
     options = [f'dtype="{dtype}"', f"device_map={json.dumps(device_map)}"]
     if placement == CPU and precision.name in ON_CPU:

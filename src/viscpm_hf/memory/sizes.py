@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -34,10 +34,11 @@ from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
 from ..conversion.paint import empty_part, empty_parts
 from ..conversion.verify import empty_model
-from ..families.family import FAMILIES
-from ..families.systems import system_of
+from ..families.family import FAMILIES, Family, family_of
+from ..families.systems import title_of
 from ..loading.paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
 from ..loading.quantization import kept_modules
+from ..modeling.answering import AnsweringMixin
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
@@ -78,7 +79,6 @@ BLOCK, NESTED_BLOCK = 64, 256
 # Tables of the 16 values of 4-bit codes and the 256 ones of the scales' codes, and the scales' mean, all fp32.
 TABLE_BYTES = 4 * (16 + 256 + 1)
 
-TITLES = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
 PARTS = ("layers", "embedding", "vision tower", "resampler", "projection", "UNet", "VAE")
 
 
@@ -115,24 +115,31 @@ class ModelSizes:
     vae: nn.Module | None = None
 
     @property
-    def is_sibling(self) -> bool:
-        """Whether it is one of VisCPM's siblings."""
-        return isinstance(self.model.config, VisionResamplerConfig)
+    def family(self) -> Family:
+        return family_of(self.model.config)
 
     @property
     def title(self) -> str:
         """The system's name."""
-        return system_of(self.model.config).name if self.is_sibling else TITLES[self.kind]
+        return title_of(self.model.config)
 
     @property
     def text_config(self) -> Any:
         return self.model.config.get_text_config(decoder=True)
 
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the language model is CPM-Bee."""
+        return isinstance(self.text_config, CpmBeeConfig)
+
+    @property
+    def has_fast_decoding(self) -> bool:
+        enable = getattr(type(self.model), "enable_fast_decoding", AnsweringMixin.enable_fast_decoding)
+        return enable is not AnsweringMixin.enable_fast_decoding
+
     @cached_property
     def language_model(self) -> nn.Module:
-        if self.is_sibling:
-            return self.model.language_model.model
-        return self.model.model.language_model if self.kind == CHAT else self.model.model
+        return self.model.get_submodule(self.family.language_model)
 
     @cached_property
     def parameters(self) -> dict[str, int]:
@@ -198,7 +205,7 @@ class ModelSizes:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    return isinstance(module, nn.Linear)
 
 
 def _part(name: str) -> str:
@@ -214,12 +221,13 @@ def _part(name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSizes:
+def model_sizes(source: str | os.PathLike, kind: str | None = None, **hub: Any) -> ModelSizes:
     """The sizes of a checkpoint, from its configuration and the shapes of its tensors.
 
     Args:
         source: a file, a folder, a Hub id that is in the cache, `"viscpm-tiny"`, or the id of a released checkpoint.
         kind: which of the two models `"viscpm-tiny"` is; Chat if None.
+        hub: `revision` and `cache_dir` of the Hub.
 
     Raises:
         OriginalCheckpointError: if it is no checkpoint of VisCPM.
@@ -227,23 +235,21 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None) -> ModelSize
         ValueError: for a kind that the checkpoint isn't.
     """
     name = os.fspath(source)
-    path = _cached(name) if not os.path.exists(name) else name
+    path = _cached(name, hub) if not os.path.exists(name) else name
     if path is None:
         sizes = replace(_released(os.fspath(repository_of(name))), name=name)
     else:
         if name == EMBEDDED_NAME:
             path = resolve_model(name, kind or CHAT)
         location = locate(path, with_weights=False)
-        if location.is_sibling:
-            sizes = _chat(name, read_config(location.path))
-        else:
-            sizes = _converted(name, location) if location.is_converted else _original(name, location)
+        is_said = location.is_converted or location.kind is not None
+        sizes = _converted(name, location) if is_said else _original(name, location)
     if kind not in (None, sizes.kind):
-        raise ValueError(f"{name} is {sizes.title}, not {TITLES.get(kind, kind)}.")
+        raise ValueError(f"{name} is {sizes.title}, not {FAMILIES[kind].title if kind in FAMILIES else kind}.")
     return sizes
 
 
-def _cached(name: str) -> str | None:
+def _cached(name: str, hub: Mapping[str, Any]) -> str | None:
     """The folder of a Hub id in the cache; None for a released one that isn't there; the name itself for the rest."""
     match = HUB_ID.fullmatch(name)
     if name == EMBEDDED_NAME or match is None or os.path.isdir(Path(name).parent):
@@ -251,7 +257,7 @@ def _cached(name: str) -> str | None:
     if match["file"] is None:
         check_model_name(name)
     try:
-        folder = snapshot_download(match["id"], local_files_only=True)
+        folder = snapshot_download(match["id"], local_files_only=True, **hub)
         file = match["file"]
         if match["release"]:
             file = release_file(match["id"], json_object(Path(folder) / "config.json"), match["release"])

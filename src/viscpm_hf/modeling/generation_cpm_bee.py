@@ -21,6 +21,7 @@ from .continuous_rows import RowState
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
+from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
@@ -244,6 +245,14 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         ]
         fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
         return fill_in_batches(documents, encoded, fill)
+
+    def enable_fast_decoding(self) -> None:
+        """See [`AnsweringMixin.enable_fast_decoding`]; projections of the same input are fused where the weights are
+        plain."""
+        check_fast_decoding(self)
+        if fusing_problem(self) is None:
+            self.fuse_projections()
+        self.fast_decoder.enabled = True
 
     def chat_decoding(self, mode: str, options: Mapping[str, Any]) -> Decoding:
         """See [`AnsweringMixin.chat_decoding`]; the original's is [`ReferenceDecodingConfig`]'s search."""

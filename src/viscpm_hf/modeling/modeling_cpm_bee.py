@@ -36,8 +36,9 @@ from .fused_projections_cpm_bee import (
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
 from .packed_linear import register_packed
+from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
-from .token_space_cpm_bee import slot_rows, write_slots
+from .token_space_cpm_bee import padded_vocab_size, slot_rows, write_slots
 
 
 logger = logging.get_logger(__name__)
@@ -141,10 +142,10 @@ class CpmBeeAttention(FusibleModule):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False  # the merged bias says who sees whom
         inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
-        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=False)
+        self.q_proj = RowLinear(config.hidden_size, inner_size, bias=False)
+        self.k_proj = RowLinear(config.hidden_size, inner_size, bias=False)
+        self.v_proj = RowLinear(config.hidden_size, inner_size, bias=False)
+        self.o_proj = RowLinear(inner_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -185,9 +186,9 @@ class CpmBeeMLP(FusibleModule):
 
     def __init__(self, config: CpmBeeConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = RowLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = RowLinear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -274,7 +275,18 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     # diffusers reads the signature to see which arguments there are.
     @functools.wraps(PreTrainedModel.save_pretrained, assigned=(), updated=())
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in transformers, but always with today's names, however the model was loaded."""
+        """As in transformers, but always with today's names, however the model was loaded.
+
+        Raises:
+            ValueError: if the embedding was resized below what words, slots and placeholder take.
+        """
+        text = self.config.get_text_config(decoder=True)
+        if text.vocab_size < (least := padded_vocab_size(text.num_words)):
+            raise ValueError(
+                f"The embedding has {text.vocab_size:,} rows, but {text.num_words:,} words, the slots of extension "
+                f"tokens and the placeholder of images take {least:,}: call resize_token_embeddings(len(tokenizer)), "
+                "which counts them all, before saving."
+            )
         if is_fused(self):
             kwargs["state_dict"] = unfused_state_dict(self, kwargs.get("state_dict") or self.state_dict())
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
@@ -581,7 +593,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
     def __init__(self, config: CpmBeeConfig):
         super().__init__(config)
         self.model = CpmBeeModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = RowLinear(config.hidden_size, config.vocab_size, bias=False)
         self.set_default_generation()
         self.post_init()
 

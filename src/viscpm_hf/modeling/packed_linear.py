@@ -290,7 +290,7 @@ def modules_to_pack(model: nn.Module, config: PackedConfig) -> dict[str, nn.Modu
     return {
         name: module
         for name, module in model.named_modules()
-        if any(module is it for it in ends) or (type(module) is nn.Linear and should_convert_module(name, kept))
+        if any(module is it for it in ends) or (isinstance(module, nn.Linear) and should_convert_module(name, kept))
     }
 
 

@@ -150,7 +150,8 @@ class VisCPMPaint:
         max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
         offload_folder: for weights that `device_map` leaves on the disk.
         fast: compile the UNet.
-        revision, token, cache_dir: of the Hub.
+        revision: of the model's Hub repository.
+        token, cache_dir: of the Hub, for ranker and checkers too.
 
     Raises:
         OriginalCheckpointError: if the checkpoint can't be used; the message says why.
@@ -233,9 +234,9 @@ class VisCPMPaint:
         if path.parent == EMBEDDED_FOLDER:
             wanted = tuple(source is not True and source for source in wanted)
         parts = {
-            **_load_image_checker(path, wanted[0]),
-            **_load_prompt_checker(path, wanted[1]),
-            **_load_ranker(path, wanted[2]),
+            **_load_image_checker(path, wanted[0], hub),
+            **_load_prompt_checker(path, wanted[1], hub),
+            **_load_ranker(path, wanted[2], hub),
         }
         text_encoder_dtype = self.options.choose_dtype(stored)
         if is_original_folder(path):
@@ -514,7 +515,7 @@ class VisCPMPaint:
 # -------------------------------------------------------------------------------------------------------------- parts
 
 
-def _load_image_checker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
+def _load_image_checker(model: Path, source: bool | str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         # In folders of diffusers the two lie side by side.
         sibling = Path(place).parent / "feature_extractor"
@@ -526,12 +527,12 @@ def _load_image_checker(model: Path, source: bool | str | os.PathLike) -> dict[s
 
     beside = (model if model.is_dir() else model.parent) / "safety_checker"
     return _load_part(
-        "image safety checker", "image_safety_checker", "--no-check-image", source, load, model, "safety_checker",
+        "image safety checker", "image_safety_checker", "--no-check-image", source, load, hub, model, "safety_checker",
         "feature_extractor", beside, (DEFAULT_SAFETY_CHECKER, {}),
     )  # fmt: skip
 
 
-def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
+def _load_prompt_checker(model: Path, source: bool | str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
             "prompt_checker": load_whole(BertForSequenceClassification, place, **kwargs),
@@ -540,13 +541,13 @@ def _load_prompt_checker(model: Path, source: bool | str | os.PathLike) -> dict[
 
     folder = model if model.is_dir() else model.parent
     return _load_part(
-        "prompt safety checker", "prompt_safety_checker", "--no-check-prompt", source, load, model, "prompt_checker",
-        "prompt_checker_tokenizer", folder / PROMPT_CHECKER_FOLDER,
+        "prompt safety checker", "prompt_safety_checker", "--no-check-prompt", source, load, hub, model,
+        "prompt_checker", "prompt_checker_tokenizer", folder / PROMPT_CHECKER_FOLDER,
         (PROMPT_CHECKER_REPOSITORY, {"subfolder": PROMPT_CHECKER_FOLDER}),
     )  # fmt: skip
 
 
-def _load_ranker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any]:
+def _load_ranker(model: Path, source: bool | str | os.PathLike, hub: Mapping[str, Any]) -> dict[str, Any]:
     def load(place: str, **kwargs) -> dict[str, Any]:
         return {
             "ranker": load_whole(ChineseCLIPModel, place, **kwargs),
@@ -554,7 +555,7 @@ def _load_ranker(model: Path, source: bool | str | os.PathLike) -> dict[str, Any
         }
 
     return _load_part(
-        "ranker", "add_ranker", "--no-rank", source, load, model, "ranker", "ranker_processor", None,
+        "ranker", "add_ranker", "--no-rank", source, load, hub, model, "ranker", "ranker_processor", None,
         (DEFAULT_RANKER, {}),
     )  # fmt: skip
 
@@ -565,6 +566,7 @@ def _load_part(
     flag: str,
     source: bool | str | os.PathLike,
     load: Callable[..., dict[str, Any]],
+    hub: Mapping[str, Any],
     model: Path,
     component: str,
     processor: str,
@@ -592,7 +594,8 @@ def _load_part(
         elif beside is not None:
             looked = f"{beside} and {looked}"
     try:
-        return load(place, **kwargs)
+        # A revision is one of the model's repository.
+        return load(place, **kwargs, **{name: value for name, value in hub.items() if name != "revision"})
     except (OSError, ValueError) as error:
         raise OSError(
             f"The {what} can't be loaded; it was looked for in {looked} "

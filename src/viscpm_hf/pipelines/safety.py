@@ -48,9 +48,12 @@ class ImageSafetyChecker:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | os.PathLike = DEFAULT_SAFETY_CHECKER, device: str | torch.device | None = None
+        cls,
+        name_or_path: str | os.PathLike = DEFAULT_SAFETY_CHECKER,
+        device: str | torch.device | None = None,
+        **hub: Any,
     ) -> ImageSafetyChecker:
-        """Loads the checker from a folder or Hub id.
+        """Loads the checker from a folder or Hub id; `hub` are `from_pretrained`'s arguments `token`, `cache_dir` ...
 
         Raises:
             OSError: if it can't be had; the message says where it was looked for and how to do without.
@@ -59,8 +62,8 @@ class ImageSafetyChecker:
         from transformers import CLIPImageProcessor
 
         try:
-            model = load_whole(StableDiffusionSafetyChecker, name_or_path)
-            processor = CLIPImageProcessor.from_pretrained(name_or_path)
+            model = load_whole(StableDiffusionSafetyChecker, name_or_path, **hub)
+            processor = CLIPImageProcessor.from_pretrained(name_or_path, **hub)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"The image safety checker can't be loaded from {name_or_path}: {str(error).splitlines()[0]} Give a "

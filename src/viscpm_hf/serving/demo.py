@@ -5,6 +5,8 @@ Nothing is fetched from other hosts, neither by the page nor by the process behi
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gradio as gr
 
 from ..tiny.embedded import EMBEDDED_NAME
@@ -20,20 +22,7 @@ MAX_FILE_SIZE = "32mb"
 # Uploaded and painted pictures are looked for every hour and go when they are six hours old.
 DELETE_CACHE = (3600, 6 * 3600)
 
-STYLE = """
-.gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
-.status { min-height: 1.5em; overflow-wrap: anywhere; }
-.status-error { color: var(--error-text-color, #b91c1c); font-weight: 600; }
-.buttons { gap: 8px; }
-#language .wrap { flex-wrap: nowrap; }
-#samples .grid-wrap { height: auto; min-height: 0; max-height: none; overflow: visible; }
-#samples .grid-container { grid-template-columns: repeat(var(--grid-cols), 1fr); padding-top: 24px; }
-#samples .grid-container, #gallery .grid-container { grid-template-rows: auto; grid-auto-rows: auto; }
-#samples .thumbnail-item { width: 100%; height: auto; aspect-ratio: 1; }
-#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); padding-top: 24px; }
-:focus-visible { outline: 2px solid var(--color-accent) !important; outline-offset: 1px; }
-@media (max-width: 640px) { .gradio-container main { padding: 8px !important; } }
-"""
+STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("demo.css", "demo.js"))
 
 
 def create_demo(
@@ -58,30 +47,36 @@ def create_demo(
         raise ValueError("A demo needs a model to show: give an engine for chat, for paint, or both.")
     labels = Labels(language)
     with gr.Blocks(title="VisCPM", analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
-        with gr.Row():
-            with gr.Column(scale=3, min_width=240):
-                labels.make(gr.Markdown, {"value": "intro"})
-            with gr.Column(scale=1, min_width=200):
-                switch = labels.make(
-                    gr.Radio,
-                    {"label": "language"},
-                    choices=[(name, key) for key, name in LANGUAGES.items()],
-                    value=language,
-                    elem_id="language",
-                )
-        if EMBEDDED_NAME in (chat and chat_name, paint and paint_name):
-            labels.make(gr.Markdown, {"value": "tiny"})
+        with gr.Row(elem_id="top"):
+            gr.Markdown("# VisCPM")
+            switch = labels.make(
+                gr.Radio,
+                {"label": "language"},
+                choices=[(name, key) for key, name in LANGUAGES.items()],
+                value=language,
+                container=False,
+                elem_id="language",
+            )
+        is_tiny = EMBEDDED_NAME in (chat and chat_name, paint and paint_name)
+        labels.make(gr.Markdown, {"value": "tiny" if is_tiny else "intro"}, elem_classes="small")
         if chat is not None and paint is not None:
             with gr.Tabs():
                 with labels.make(gr.Tab, {"label": "chat"}, id="chat"):
-                    ChatPage(chat).build(labels, switch)
+                    ChatPage(chat, chat_name).build(labels)
                 with labels.make(gr.Tab, {"label": "paint"}, id="paint"):
                     PaintPage(paint, paint_name).build(labels, switch)
         elif chat is not None:
-            ChatPage(chat).build(labels, switch)
+            ChatPage(chat, chat_name).build(labels)
         else:
             PaintPage(paint, paint_name).build(labels, switch)
-        switch.change(labels.updates, switch, labels.components, show_progress="hidden", queue=False)
+        switch.change(
+            labels.updates,
+            switch,
+            labels.components,
+            show_progress="hidden",
+            queue=False,
+            js="(language) => speak(language)",
+        )
         demo.load(browser_language, None, switch, show_progress="hidden", queue=False)
     return demo
 
@@ -104,7 +99,6 @@ def start(demo: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, share: boo
     Raises:
         OSError: if the port is taken.
     """
-    plain = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"]
     try:
         _, local, shared = demo.launch(
             server_name=host,
@@ -116,9 +110,23 @@ def start(demo: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, share: boo
             ssr_mode=False,
             max_file_size=MAX_FILE_SIZE,
             footer_links=[],
-            theme=gr.themes.Default(font=plain, font_mono=["ui-monospace", "Consolas", "monospace"]),
+            theme=theme(),
             css=STYLE,
+            head=f"<script>{SCRIPT}</script>",
         )
     except OSError as error:
         raise OSError(f"The page can't be served at port {port} of {host}: choose another port.") from error
     return shared or local
+
+
+def theme() -> gr.themes.Base:
+    """Fonts that are there already, and buttons whose words can be read (4.5 : 1 and more)."""
+    plain = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"]
+    colours = {
+        "button_primary_background_fill": "*primary_700",
+        "button_primary_background_fill_hover": "*primary_800",
+        "button_cancel_background_fill": "#b91c1c",
+        "button_cancel_background_fill_hover": "#991b1b",
+    }
+    colours |= {f"{name}_dark": colour for name, colour in colours.items()} | {"link_text_color_dark": "#93c5fd"}
+    return gr.themes.Default(font=plain, font_mono=["ui-monospace", "Consolas", "monospace"]).set(**colours)

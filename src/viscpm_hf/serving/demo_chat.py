@@ -15,7 +15,8 @@ import PIL.Image
 
 from ..images import decode_image
 from ..shapes import draw, make_scene
-from .demo_labels import EXPECTED_ERRORS, Labels, report, status
+from ..tiny.embedded import EMBEDDED_NAME
+from .demo_labels import EXPECTED_ERRORS, Labels, report, said, status, stop_button
 from .demo_texts import say
 from .engine import ChatEngine
 from .sampling import SamplingSettings
@@ -31,6 +32,8 @@ MAX_NEW_TOKENS = 1024
 DEFAULT_NEW_TOKENS = 256
 
 NUM_SAMPLES = 6
+SAMPLE_QUESTIONS = ("sample_what", "sample_describe", "sample_special")
+TINY_QUESTIONS = ("sample_what", "sample_describe", "sample_count")
 SAMPLE_SIZE = 224
 
 # Every change redraws the conversation, which browsers needn't do for every token.
@@ -49,21 +52,22 @@ class ChatPage:
     """One page for all visitors: what belongs to a conversation is handed in and out of its methods.
 
     ```python
-    >>> page = ChatPage(engine)
-    >>> page.build(labels, language)  # within gr.Blocks
+    >>> page = ChatPage(engine, "viscpm-tiny")
+    >>> page.build(labels)  # within gr.Blocks
     ```
     """
 
-    def __init__(self, engine: ChatEngine):
+    def __init__(self, engine: ChatEngine, model_name: str):
         self.engine = engine
+        self.questions = TINY_QUESTIONS if model_name == EMBEDDED_NAME else SAMPLE_QUESTIONS
         self.images, self.texts = Places(4, "images"), Places(4, "texts")
         self.samples = [draw(make_scene("test", index), SAMPLE_SIZE) for index in range(NUM_SAMPLES)]
 
-    def build(self, labels: Labels, language: gr.Radio) -> None:
+    def build(self, labels: Labels) -> None:
         """Lays out the page and ties its events."""
         visit, number, turns = gr.State(Visit()), gr.State(0), gr.State([])
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+            with gr.Column(scale=2, min_width=300, elem_id="looking"):
                 picture = labels.make(
                     gr.Image,
                     {"label": "picture", "placeholder": "picture_hint"},
@@ -89,24 +93,10 @@ class ChatPage:
                     format="png",
                     elem_id="samples",
                 )
-                with labels.make(gr.Accordion, {"label": "settings"}, open=False):
-                    mode = labels.make(gr.Radio, {"label": "decoding", "choices": MODES}, value=MODES[0])
-                    length = labels.make(
-                        gr.Slider,
-                        {"label": "max_tokens"},
-                        minimum=1,
-                        maximum=MAX_NEW_TOKENS,
-                        step=1,
-                        value=DEFAULT_NEW_TOKENS,
-                    )
-                    temperature = labels.make(
-                        gr.Slider, {"label": "temperature"}, minimum=0, maximum=2, step=0.05, value=0
-                    )
-                    top_p = labels.make(gr.Slider, {"label": "top_p"}, minimum=0.05, maximum=1, step=0.05, value=1)
             with gr.Column(scale=3, min_width=300):
                 conversation = labels.make(
                     gr.Chatbot,
-                    {"label": "conversation", "placeholder": "conversation_hint"},
+                    {"label": "conversation", "placeholder": "conversation_hint", "examples": self.sample_questions},
                     height=380,
                     render_markdown=False,
                     buttons=[],
@@ -123,40 +113,53 @@ class ChatPage:
                 )
                 with gr.Row(elem_classes="buttons"):
                     send = labels.make(gr.Button, {"value": "send"}, variant="primary", min_width=70, elem_id="send")
-                    stop = labels.make(gr.Button, {"value": "stop"}, variant="stop", min_width=70, elem_id="stop")
+                    stop = labels.make(gr.Button, {"value": "stop"}, interactive=False, min_width=70, elem_id="stop")
                     self.retry = labels.make(gr.Button, {"value": "retry"}, min_width=70, elem_id="retry")
                     clear = labels.make(gr.Button, {"value": "clear"}, min_width=70, elem_id="clear")
+                with labels.make(gr.Accordion, {"label": "settings"}, open=False, elem_id="chat-settings"):
+                    mode = labels.make(gr.Radio, {"label": "decoding", "choices": MODES}, value=MODES[0])
+                    length = labels.make(
+                        gr.Slider,
+                        {"label": "max_tokens"},
+                        minimum=1,
+                        maximum=MAX_NEW_TOKENS,
+                        step=1,
+                        value=DEFAULT_NEW_TOKENS,
+                    )
+                    temperature = labels.make(
+                        gr.Slider, {"label": "temperature"}, minimum=0, maximum=2, step=0.05, value=0
+                    )
+                    top_p = labels.make(
+                        gr.Slider, {"label": "top_p"}, minimum=0.05, maximum=1, step=0.05, value=1, visible=False
+                    )
 
-        mode.change(self.show_settings, mode, [temperature, top_p], show_progress="hidden")
+        for setting in (mode, temperature):
+            setting.change(show_settings, [mode, temperature], [temperature, top_p], show_progress="hidden")
         samples.select(self.choose, None, picture, show_progress="hidden")
         # One event, so that a visitor has one answer at a time.
         answering = gr.on(
-            [question.submit, send.click, self.retry.click],
+            [question.submit, send.click, self.retry.click, conversation.example_select],
             self.answer_unless_over,
-            [visit, number, turns, picture, question, mode, length, temperature, top_p, language],
-            [turns, conversation, question, state],
+            [visit, number, turns, picture, question, mode, length, temperature, top_p],
+            [turns, conversation, question, state, stop],
             concurrency_limit=None,
             show_progress="hidden",
         )
-        stop.click(
-            self.stop,
-            [turns, language],
-            [conversation, state],
-            cancels=[answering],
-            show_progress="hidden",
-        )
+        stop.click(self.stop, turns, [conversation, state, stop], cancels=[answering], show_progress="hidden")
         for event, key in (
             (clear.click, "cleared"),
             (conversation.clear, "cleared"),
             (picture.change, "new_conversation"),
         ):
-            event(
-                lambda visit, turns, language, key=key: self.begin(visit, turns, language, key),
-                [visit, turns, language],
-                [number, turns, conversation, state],
+            beginning = event(
+                lambda visit, turns, key=key: self.begin(visit, turns, key),
+                [visit, turns],
+                [number, turns, conversation, state, stop],
                 cancels=[answering],
                 show_progress="hidden",
             )
+            if key == "new_conversation":
+                beginning.then(self.look, [picture, state], state, concurrency_limit=None, show_progress="hidden")
 
     # ---------------------------------------------------------------------------------------------------------- events
 
@@ -171,14 +174,13 @@ class ChatPage:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
-        language: str,
         event: gr.EventData,
-    ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str]]:
+    ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str, Any]]:
         """[`answer`], until another conversation begins than the one it was asked for, which has the given number.
 
         gradio's `cancels` does not reach what has only just been clicked.
         """
-        given = (turns, picture, question, mode, max_new_tokens, temperature, top_p, language, event)
+        given = (turns, picture, question, mode, max_new_tokens, temperature, top_p, event)
         async with aclosing(self.answer(*given)) as updates:
             async for update in updates:
                 if visit.conversation != number:
@@ -194,27 +196,32 @@ class ChatPage:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
-        language: str,
         event: gr.EventData,
-    ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str]]:
-        """Answers the question, or after a click on Retry the last one again.
+    ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str, Any]]:
+        """Answers the question, the sample question that was clicked, or after a click on Retry the last one again.
 
         Yields:
-            The conversation, the same for the eye, what becomes of the question's box, and the status.
+            The conversation, the same for the eye, what becomes of the question's box, the status, and of Stop.
         """
-        is_again = event.target is self.retry
+        is_again, is_sample = event.target is self.retry, isinstance(event.target, gr.Chatbot)
+        if is_sample:
+            question = event.value["text"]
+        refusal = ""
         if is_again and not turns:
-            yield turns, messages(turns), gr.skip(), status(say(language, "nothing_to_retry"))
-            return
-        if is_again:
+            refusal = "nothing_to_retry"
+        elif is_again:
             question, turns = turns[-1][0], turns[:-1]
-        if not question.strip():
-            yield turns, messages(turns), gr.skip(), status(say(language, "no_question"))
+        elif is_sample and picture is None:
+            refusal = "first_a_picture"
+        elif not question.strip():
+            refusal = "no_question"
+        if refusal:
+            yield turns, messages(turns), question if is_sample else gr.skip(), status(said(refusal)), gr.skip()
             return
-        box = gr.skip() if is_again else ""
-        hint = say(language, "no_picture") if picture is None else ""
+        box = gr.skip() if is_again or is_sample else ""
+        hint = said("no_picture") if picture is None else ""
         now = [*turns, (question, "")]
-        yield now, messages(now), box, status(hint, say(language, "answering"))
+        yield now, messages(now), box, status(hint, said("answering")), stop_button(True)
         begin, shown = time.perf_counter(), 0.0
         text = ""
         try:
@@ -230,37 +237,42 @@ class ChatPage:
                         if time.perf_counter() - shown >= SECONDS_BETWEEN_UPDATES:
                             shown = time.perf_counter()
                             now = [*turns, (question, text)]
-                            yield now, messages(now), gr.skip(), gr.skip()
+                            yield now, messages(now), gr.skip(), gr.skip(), gr.skip()
                     else:
                         end = piece
             finally:
                 ticket.cancel()
         except EXPECTED_ERRORS as error:
-            yield turns, messages(turns), question, report(error, language)
+            yield turns, messages(turns), question, report(error), stop_button(False)
             return
         now = [*turns, (question, text)]
-        yield (
-            now,
-            messages(now),
-            gr.skip(),
-            status(hint, "" if text else say(language, "empty"), summary(end, time.perf_counter() - begin, language)),
-        )
+        lines = (hint, "" if text else said("empty"), *summary(end, time.perf_counter() - begin))
+        yield now, messages(now), gr.skip(), status(*lines), stop_button(False)
 
-    def stop(self, turns: Turns, language: str) -> tuple[list[dict[str, Any]], str]:
+    def stop(self, turns: Turns) -> tuple[list[dict[str, Any]], str, Any]:
         """What there is of the answer stays."""
-        return messages(turns), status(say(language, "stopped"))
+        return messages(turns), status(said("stopped")), stop_button(False)
 
-    def begin(self, visit: Visit, turns: Turns, language: str, key: str) -> tuple[int, Turns, list, str]:
+    def begin(self, visit: Visit, turns: Turns, key: str) -> tuple[int, Turns, list, str, Any]:
         """A new conversation; `key` says why, if there was one before."""
         visit.conversation += 1
-        return visit.conversation, [], [], status(say(language, key) if turns else "")
+        return visit.conversation, [], [], status(said(key) if turns else ""), stop_button(False)
+
+    async def look(self, picture: str | None, now: str) -> str:
+        """The status `now`, or what is wrong with a picture that has just come."""
+        if picture is not None:
+            try:
+                await self.images.run(decode_image, Path(picture).read_bytes())
+            except EXPECTED_ERRORS as error:
+                return report(error)
+        return now
 
     def choose(self, event: gr.SelectData) -> PIL.Image.Image:
         return self.samples[event.index]
 
-    def show_settings(self, mode: str) -> list[dict[str, Any]]:
-        """Temperature and top-p are the sampling's."""
-        return [gr.update(visible=mode == "sampling")] * 2
+    def sample_questions(self, language: str) -> list[dict[str, str]]:
+        """Of an empty conversation, to click on."""
+        return [{"text": say(language, key)} for key in self.questions]
 
     def context(self, turns: Turns) -> str:
         """The conversation, as [`VisCPMChat.ask`] would have handed it on."""
@@ -284,7 +296,12 @@ def decoding_of(engine: ChatEngine, mode: str, max_new_tokens: int, temperature:
     return SamplingSettings(max_new_tokens=int(max_new_tokens), temperature=temperature, top_p=top_p)
 
 
-def summary(end: Finished, seconds: float, language: str) -> str:
-    """Length, time and speed of an answer."""
-    text = say(language, "answered", tokens=end.num_tokens, seconds=seconds, speed=end.num_tokens / seconds)
-    return f"{text} ({say(language, 'cut')})" if end.reason == "length" else text
+def show_settings(mode: str, temperature: float) -> list[dict[str, Any]]:
+    """Temperature is the sampling's, and top-p of a temperature: neither is shown where it changes nothing."""
+    return [gr.update(visible=mode == "sampling"), gr.update(visible=mode == "sampling" and temperature > 0)]
+
+
+def summary(end: Finished, seconds: float) -> tuple[str, ...]:
+    """Length, time and speed of an answer, and whether it was cut, for [`status`]."""
+    answered = said("answered", tokens=end.num_tokens, seconds=seconds, speed=end.num_tokens / seconds)
+    return (answered, said("cut")) if end.reason == "length" else (answered,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
@@ -12,7 +12,7 @@ import torch
 from ..images import BadImageError
 from ..pipelines.prompt_safety import UnsafePromptError
 from ..pipelines.safety import UnsafeImageError
-from .demo_texts import say
+from .demo_texts import LANGUAGES, say
 from .tickets import EngineBusyError, EngineClosedError
 
 
@@ -32,15 +32,19 @@ ERROR_TEXTS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
+# What is said of a component: one key of `TEXTS`, the keys of choices, or a function of the language.
+Words = str | tuple[str, ...] | Callable[[str], Any]
+
+
 class Labels:
     """Makes components, and knows how to say the same in another language."""
 
     def __init__(self, language: str):
         self.language = language
-        self._entries: list[tuple[gr.blocks.Block, Mapping[str, str | tuple[str, ...]]]] = []
+        self._entries: list[tuple[gr.blocks.Block, Mapping[str, Words]]] = []
 
-    def make(self, kind: type, texts: Mapping[str, str | tuple[str, ...]], **options: Any):
-        """A component; `texts` are its properties that are words (a key of `TEXTS`), or choices (several keys)."""
+    def make(self, kind: type, texts: Mapping[str, Words], **options: Any):
+        """A component; `texts` are those of its properties that are words."""
         component = kind(**self._say(self.language, texts), **options)
         self._entries.append((component, texts))
         return component
@@ -54,23 +58,38 @@ class Labels:
         return [gr.update(**self._say(language, texts)) for _, texts in self._entries]
 
     @staticmethod
-    def _say(language: str, texts: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
-        return {
-            name: say(language, keys) if isinstance(keys, str) else [(say(language, key), key) for key in keys]
-            for name, keys in texts.items()
-        }
+    def _say(language: str, texts: Mapping[str, Words]) -> dict[str, Any]:
+        return {name: _words(language, keys) for name, keys in texts.items()}
+
+
+def _words(language: str, keys: Words) -> Any:
+    if isinstance(keys, str):
+        return say(language, keys)
+    return keys(language) if callable(keys) else [(say(language, key), key) for key in keys]
+
+
+def said(key: str, **values: Any) -> str:
+    """HTML of a text in every language, of which the page shows the one that it speaks (`STYLE`)."""
+    return "".join(
+        f'<span class="said" lang="{language}">{html.escape(say(language, key, **values), quote=False)}</span>'
+        for language in LANGUAGES
+    )
 
 
 def status(*lines: str, is_error: bool = False) -> str:
-    """Lines of text as the page's status, which screen readers read out."""
+    """Lines of [`said`] as the page's status, which screen readers read out."""
     kind = "status status-error" if is_error else "status"
-    text = "<br>".join(html.escape(line, quote=False) for line in lines if line)
-    return f'<div role="status" class="{kind}">{text}</div>'
+    return f'<div role="status" class="{kind}">{"<br>".join(filter(None, lines))}</div>'
 
 
-def report(error: Exception, language: str) -> str:
+def report(error: Exception) -> str:
     """Tells of an error in one sentence, in a message that goes by itself and (returned) as the status that stays."""
     key = next(key for kind, key in ERROR_TEXTS if isinstance(error, kind))
-    text = say(language, key, detail=" ".join(str(error).split()) or type(error).__name__)
-    gr.Warning(html.escape(text, quote=False))
+    text = said(key, detail=" ".join(str(error).split()) or type(error).__name__)
+    gr.Warning(text)
     return status(text, is_error=True)
+
+
+def stop_button(is_busy: bool) -> dict[str, Any]:
+    """Stop says that it can be pressed only while there is something to stop."""
+    return gr.update(interactive=is_busy, variant="stop" if is_busy else "secondary")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import random
 import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -14,7 +15,8 @@ from gradio.processing_utils import save_bytes_to_cache
 from ..paint.paint import PRESETS, PaintResult
 from ..paint.painting import PaintRequest, check_paint_request
 from ..paint.record import png_bytes
-from .demo_labels import EXPECTED_ERRORS, Labels, report, status
+from ..tiny.embedded import EMBEDDED_NAME
+from .demo_labels import EXPECTED_ERRORS, Labels, report, said, status, stop_button
 from .demo_texts import say
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
 from .waiting import Places
@@ -27,6 +29,20 @@ DEFAULT_GUIDANCE = 7.5
 MAX_CANDIDATES = 8
 MAX_SEED = 2**31 - 1
 SIZE_STEP = 8
+
+IDEAS = ("idea_cat", "idea_river", "idea_train")
+TINY_IDEAS = ("idea_circle", "idea_star", "idea_square")
+
+SECONDS_BETWEEN_UPDATES = 0.2
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A picture of the gallery."""
+
+    file: str
+    seed: int
+    score: float | None
 
 
 class PaintPage:
@@ -46,6 +62,7 @@ class PaintPage:
         """Lays out the page and ties its events."""
         side = max(self.engine.painter.pipeline.default_size())
         candidates = 4 if self.engine.painter.pipeline.ranker is not None else 1
+        painted = gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 prompt = labels.make(
@@ -55,10 +72,16 @@ class PaintPage:
                     max_lines=4,
                     elem_id="prompt",
                 )
+                labels.make(gr.Markdown, {"value": "ideas"}, elem_classes="small")
+                with gr.Row(elem_id="ideas"):
+                    ideas = [
+                        labels.make(gr.Button, {"value": key}, size="sm", min_width=100)
+                        for key in (TINY_IDEAS if self.model_name == EMBEDDED_NAME else IDEAS)
+                    ]
                 negative = labels.make(gr.Textbox, {"label": "negative"}, lines=1, max_lines=4, elem_id="negative")
                 with gr.Row(elem_classes="buttons"):
                     draw = labels.make(gr.Button, {"value": "draw"}, variant="primary", min_width=70, elem_id="draw")
-                    stop = labels.make(gr.Button, {"value": "stop"}, variant="stop", min_width=70, elem_id="halt")
+                    stop = labels.make(gr.Button, {"value": "stop"}, interactive=False, min_width=70, elem_id="halt")
                 with labels.make(gr.Accordion, {"label": "settings"}, open=False, elem_id="paint-settings"):
                     preset = labels.make(
                         gr.Radio,
@@ -91,19 +114,21 @@ class PaintPage:
                         precision=0,
                         minimum=0,
                         maximum=MAX_SEED,
+                        visible=False,
                         elem_id="seed",
                     )
             with gr.Column(scale=3, min_width=300):
+                state = gr.HTML(status(said("gallery_hint")), elem_id="paint-status")
                 self.gallery = labels.make(
                     gr.Gallery,
                     {"label": "gallery"},
-                    height=380,
+                    height="auto",
                     object_fit="contain",
                     interactive=False,
+                    visible=False,
                     buttons=["download", "fullscreen"],
                     elem_id="gallery",
                 )
-                state = gr.HTML(status(""), elem_id="paint-status")
                 downloads = labels.make(
                     gr.File,
                     {"label": "downloads"},
@@ -113,27 +138,30 @@ class PaintPage:
                     elem_id="downloads",
                 )
 
-        painting = gr.on(
-            [prompt.submit, negative.submit, draw.click],
-            self.paint,
-            [prompt, negative, steps, guidance, size, number, is_random, seed, language, preset],
-            [self.gallery, downloads, state],
-            concurrency_limit=None,
-            show_progress_on=[self.gallery],
-        )
+        work = {
+            "fn": self.paint,
+            "inputs": [prompt, negative, steps, guidance, size, number, is_random, seed, language, preset],
+            "outputs": [painted, self.gallery, downloads, state, stop],
+            "concurrency_limit": None,
+            "show_progress": "hidden",
+        }
+        painting = [gr.on([prompt.submit, negative.submit, draw.click], **work)]
+        painting += [idea.click(str, idea, prompt, show_progress="hidden").then(**work) for idea in ideas]
         preset.input(
             lambda key: [preset_of(key)[name] for name in ("num_inference_steps", "guidance_scale")],
             preset,
             [steps, guidance],
             show_progress="hidden",
         )
+        is_random.change(lambda is_on: gr.update(visible=not is_on), is_random, seed, show_progress="hidden")
         stop.click(
-            lambda language: status(say(language, "stopped")),
-            language,
-            state,
-            cancels=[painting],
+            lambda: (status(said("stopped")), stop_button(False)),
+            None,
+            [state, stop],
+            cancels=painting,
             show_progress="hidden",
         )
+        language.change(shown, [painted, language], self.gallery, show_progress="hidden", queue=False)
 
     async def paint(
         self,
@@ -147,41 +175,63 @@ class PaintPage:
         seed: int | None,
         language: str,
         preset: str = PRESET_KEYS[0],
-        progress: gr.Progress = gr.Progress(),  # noqa: B008, gradio looks for it here
-    ) -> tuple[Any, Any, str]:
-        """Draws; the pictures with captions, their files, and the status."""
+    ) -> AsyncIterator[tuple[Any, Any, Any, str, Any]]:
+        """Draws.
+
+        Yields:
+            The pictures, the same for the eye, their files, the status, and what becomes of Stop.
+        """
         if not prompt.strip():
-            return gr.skip(), gr.skip(), status(say(language, "empty_prompt"))
+            yield gr.skip(), gr.skip(), gr.skip(), status(said("empty_prompt")), gr.skip()
+            return
         seed = random.randint(0, MAX_SEED) if is_random or seed is None else int(seed)
         request = PaintRequest(prompt, negative or None, seed)
         scheduler = preset_of(preset)["scheduler"]
         settings = DrawingSettings(int(candidates), int(size), int(size), int(steps), guidance, scheduler)
-        visitor = contextvars.copy_context()  # by which gradio knows whose progress it is, in the engine's thread too
+        progress = (0, int(steps))
 
         def on_step(done: int, total: int) -> None:
-            visitor.run(progress, (done, total), say(language, "denoising"))
+            nonlocal progress
+            progress = (done, total)
 
         begin = time.perf_counter()
+        yield gr.skip(), gr.skip(), gr.skip(), status(said("starting")), stop_button(True)
         try:
             await self.places.run(check_paint_request, self.engine.painter, request)
             drawing = self.engine.submit(Drawing(request, settings, on_step=on_step))
+            future, told = asyncio.wrap_future(drawing.result), progress
             try:
-                result = await asyncio.wrap_future(drawing.result)
+                while not (await asyncio.wait([future], timeout=SECONDS_BETWEEN_UPDATES))[0]:
+                    if progress != told:
+                        told = progress
+                        yield gr.skip(), gr.skip(), gr.skip(), painting_status(*told), gr.skip()
+                result = future.result()
             finally:
                 drawing.cancel()
+                future.cancel()
         except EXPECTED_ERRORS as error:
-            return [], gr.update(value=None, visible=False), report(error, language)
+            yield [], shown([], language), gr.update(value=None, visible=False), report(error), stop_button(False)
+            return
         seconds = time.perf_counter() - begin
-        shown = [index for index, is_flagged in enumerate(result.flags) if not is_flagged]
+        allowed = [index for index, is_flagged in enumerate(result.flags) if not is_flagged]
         withheld = [
-            say(language, "withheld", seed=result.seeds[index], reason=result.reasons[index])
+            said("withheld", seed=result.seeds[index], reason=result.reasons[index])
             for index, is_flagged in enumerate(result.flags)
             if is_flagged
         ]
-        files = await self.places.run(self._write, result, shown)
-        pictures = [(file, caption(result, index, language)) for file, index in zip(files, shown, strict=True)]
-        done = say(language, "painted", images=len(shown), seconds=seconds)
-        return pictures, gr.update(value=files, visible=bool(files)), status(done, *withheld, is_error=not shown)
+        files = await self.places.run(self._write, result, allowed)
+        painted = [
+            Painted(file, result.seeds[index], result.scores[index])
+            for file, index in zip(files, allowed, strict=True)
+        ]
+        done = said("painted", images=len(painted), seconds=seconds)
+        yield (
+            painted,
+            shown(painted, language),
+            gr.update(value=files, visible=bool(files)),
+            status(done, *withheld, is_error=not painted),
+            stop_button(False),
+        )
 
     def _write(self, result: PaintResult, indices: list[int]) -> list[str]:
         """Files of the pictures, where gradio serves them from and clears them away after a while."""
@@ -195,11 +245,25 @@ class PaintPage:
         ]
 
 
-def caption(result: PaintResult, index: int, language: str) -> str:
-    parts = [say(language, "candidate_seed", seed=result.seeds[index])]
-    if result.scores[index] is not None:
-        parts.append(say(language, "candidate_score", score=result.scores[index]))
+def shown(painted: list[Painted], language: str) -> dict[str, Any]:
+    """The gallery of pictures with captions."""
+    return gr.update(value=[(one.file, caption(one, language)) for one in painted], visible=bool(painted))
+
+
+def caption(painted: Painted, language: str) -> str:
+    parts = [say(language, "candidate_seed", seed=painted.seed)]
+    if painted.score is not None:
+        parts.append(say(language, "candidate_score", score=painted.score))
     return ", ".join(parts)
+
+
+def painting_status(done: int, total: int) -> str:
+    """How far a picture is, in words and as a bar; of the bar alone screen readers say every step when asked."""
+    text = said("painting", done=done, total=total)
+    return (
+        f'<div class="status"><div aria-hidden="true">{text}</div>'
+        f'<progress value="{done}" max="{total}" aria-label="{done} / {total}"></progress></div>'
+    )
 
 
 def preset_of(key: str) -> dict[str, Any]:

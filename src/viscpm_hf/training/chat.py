@@ -49,7 +49,7 @@ IDENTITY = (
     "mode", "data", "eval_data", "images", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "freeze_vision",
     "freeze_llm", "train_patches", "learning_rate", "batch_size", "accumulation", "warmup", "scheduler", "optimizer",
     "weight_decay", "adam_beta2", "max_grad_norm", "precision", "weights", "seed", "max_length", "group_by_length",
-    "image_size", "min_image_side", "augment",
+    "image_size", "min_image_side", "augment", "revision",
 )  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def train_chat(
         check_same_run(config, facts, output)
     elif arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CHECKPOINTS / SUMMARY, {"config": dataclasses.asdict(config), "facts": facts})
+        write_json(output / CHECKPOINTS / SUMMARY, {"config": config.recorded(), "facts": facts})
     first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
     # Ranks that are told at different times would wait for each other forever.
     can_stop = arguments.world_size == 1 and threading.current_thread() is threading.main_thread()
@@ -323,7 +323,7 @@ def check_same_run(
         before = {**known["config"], **known["facts"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{output} can't be resumed: the options of its run are missing ({error}).") from error
-    now = {**dataclasses.asdict(config), **facts}
+    now = {**config.recorded(), **facts}
     changed = [
         f"{name}: {before.get(name)} then, {now[name]} now"
         for name in (*identity, *facts)
@@ -392,29 +392,23 @@ def default_precision() -> str:
 
 
 def load_model(config: ChatTrainingConfig, arguments: TrainingArguments) -> tuple[Any, Any]:
-    """Chat's or a sibling's model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
+    """The model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     if config.model is None:
         raise ValueError("Say which model to fine-tune: model (--model MODEL).")
     precision = config.weights or ("fp32" if config.mode == "full" else config.precision or default_precision())
     is_quantized = config.mode == "qlora"
-    options: dict[str, Any] = {
-        "device": arguments.device if is_quantized else "cpu",
-        "dtype": DTYPES[precision],
-        "quantization": "nf4" if is_quantized else None,
-    }
-    if is_sibling(config.model):
-        chat = SiblingChat(config.model, **options)
-    else:
-        chat = VisCPMChat(
-            config.model,
-            config.llm_config,
-            vision_config_path=config.vision_config,
-            vocab_path=config.vocab,
-            **options,
-        )
+    chat = VisCPMChat(
+        config.model,
+        config.llm_config,
+        vision_config_path=config.vision_config,
+        vocab_path=config.vocab,
+        device=arguments.device if is_quantized else "cpu",
+        dtype=DTYPES[precision],
+        quantization="nf4" if is_quantized else None,
+        **config.hub,
+    )
     return chat.model, chat.processor
 
 
@@ -474,7 +468,7 @@ def kept_eval_loss(trainer: ChatTrainer) -> float | None:
 
 def summary(config: ChatTrainingConfig, result: ChatTrainingResult) -> dict[str, Any]:
     outcome = dataclasses.asdict(result) | {"output": os.fspath(result.output)}
-    return {"config": dataclasses.asdict(config), "result": outcome}
+    return {"config": config.recorded(), "result": outcome}
 
 
 def write_json(path: Path, content: Any) -> None:

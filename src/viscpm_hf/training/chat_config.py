@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .options import check_types, option
+from .options import HubOptions, check_types, option
 
 
 MODES = ("lora", "qlora", "full")
@@ -19,7 +19,7 @@ REFERENCE_MIN_IMAGE_SIDE = 128
 
 
 @dataclass
-class ChatTrainingConfig:
+class ChatTrainingConfig(HubOptions):
     """Options of [`train_chat`] and, by the same names, of `viscpm-hf train chat` and its YAML file.
 
     Raises:

@@ -23,6 +23,30 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata) -> An
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+@dataclasses.dataclass(kw_only=True)
+class HubOptions:
+    """Where a model of the Hub comes from, as fields of a dataclass."""
+
+    revision: str | None = option(None, "branch, tag or commit of MODEL's Hub repository / Hub 版本")
+    token: str | None = option(None, "of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
+    cache_dir: str | None = option(None, "for what the Hub sends / Hub 缓存目录", metavar="FOLDER")
+
+    @property
+    def hub(self) -> dict[str, str]:
+        """Those that are given.
+
+        Raises:
+            ValueError: if there are some, and the model is here.
+        """
+        from ..checkpoints.location import hub_arguments_for
+
+        return hub_arguments_for(self.model, revision=self.revision, token=self.token, cache_dir=self.cache_dir)
+
+    def recorded(self) -> dict[str, Any]:
+        """All options but the secret one."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "token"}
+
+
 def _value_type(annotation: Any) -> tuple[type, bool]:
     """The type of one value, and whether there may be several."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from ..checkpoints.location import chosen_file
 from ..loading.paint import find_folder, is_original_folder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
 from ..tiny.embedded import resolve_model
@@ -70,7 +71,7 @@ IDENTITY = (
     "mode", "data", "eval_data", "images", "freeze_unet", "train_projection", "lora_rank", "lora_alpha",
     "lora_targets", "image_size", "prompt_dropout", "snr_gamma", "noise_offset", "ema_decay", "learning_rate",
     "batch_size", "accumulation", "warmup", "scheduler", "optimizer", "weight_decay", "adam_beta2", "max_grad_norm",
-    "precision", "seed",
+    "precision", "seed", "revision",
 )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def train_paint(config: PaintTrainingConfig, *, callbacks: Sequence[TrainerCallb
         check_same_run(config, facts, output, IDENTITY)
     elif arguments.should_save:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CHECKPOINTS / SUMMARY, {"config": dataclasses.asdict(config), "facts": facts})
+        write_json(output / CHECKPOINTS / SUMMARY, {"config": config.recorded(), "facts": facts})
 
     cache_folder = Path(config.cache).expanduser() if config.cache else output / CACHE
     prompts = prompt_cache(cache_folder, model, is_projected=not config.train_projection)
@@ -226,7 +227,7 @@ def train_paint(config: PaintTrainingConfig, *, callbacks: Sequence[TrainerCallb
     if arguments.should_save and not stopper.is_asked:
         save_result(trainer, config, model, output)
         outcome = dataclasses.asdict(result) | {"output": os.fspath(output)}
-        write_json(output / SUMMARY, {"config": dataclasses.asdict(config), "result": outcome})
+        write_json(output / SUMMARY, {"config": config.recorded(), "result": outcome})
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -239,7 +240,7 @@ def model_folder(config: PaintTrainingConfig) -> Path:
     """
     if config.model is None:
         raise ValueError("Say which model to fine-tune: model (--model MODEL).")
-    folder = Path(find_folder(resolve_model(config.model, "paint"), {}))
+    folder = Path(find_folder(resolve_model(chosen_file(config.model, **config.hub), "paint"), config.hub))
     if is_original_folder(folder):
         raise ValueError(
             f"{config.model} is a checkpoint in the original's format. Training reads and writes folders in "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .options import check_types, option
+from .options import HubOptions, check_types, option
 
 
 MODES = ("full", "lora")
@@ -18,7 +18,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass
-class PaintTrainingConfig:
+class PaintTrainingConfig(HubOptions):
     """Options of [`train_paint`] and, by the same names, of `viscpm-hf train paint` and its YAML file.
 
     Raises:
