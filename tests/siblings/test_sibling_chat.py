@@ -80,6 +80,7 @@ def test_the_next_turn_goes_on(chat):
     ]
     assert context == chat.context_of([("What is <image>?", answer)])
     following = chat.ask(None, "Where?", context, image, **SHORT)
+    assert following.context == chat.context_of([("What is <image>?", answer), ("Where?", following.answer)])
     again = chat.ask(IMAGE, "Where?", context, **SHORT)
     assert (following.answer, following.context) == (again.answer, again.context)
     conversation = [*json.loads(context), {"role": "user", "content": "Where?"}]

@@ -127,7 +127,9 @@ def kernel() -> ctypes.CDLL | None:
     if compiler is None or platform.system() != "Linux":
         return None
     with contextlib.suppress(OSError):
-        machine = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line or "flags" in line]
+        machine = [
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line or "flags" in line
+        ]
         made_of = "\n".join([SOURCE, compiler, *FLAGS, *sorted(set(machine))])
         name = f"row_products_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser() / "viscpm_hf"
