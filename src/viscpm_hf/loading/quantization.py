@@ -39,6 +39,7 @@ from ..modeling.packed_linear import (
     pack_modules,
     quantize_into,
 )
+from ..modeling.row_products import use_row_products
 from ..names import QUANTIZATIONS
 from .file_order import empty_like, quantize_in_file_order
 
@@ -267,7 +268,11 @@ def _model_of(loaded: Any) -> PreTrainedModel:
 
 def _prepared(loaded: Any) -> Any:
     """What `from_pretrained` returns, ready to be run and saved."""
-    pack_on_cpu(_model_of(loaded))
+    model = _model_of(loaded)
+    pack_on_cpu(model)
+    head = model.get_output_embeddings()
+    if isinstance(model, CpmBeeGenerationMixin) and head is not None:  # a quantiser began with plain layers
+        use_row_products(head)
     logging.getLogger(CASTING_LOGGER).addFilter(_is_no_cast_warning)
     return loaded
 

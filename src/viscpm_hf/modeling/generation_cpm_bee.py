@@ -20,7 +20,8 @@ from .compatibility import CACHE, named_cache
 from .continuous_rows import RowState
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
-from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
+from .fast_decoding import check_fast_decoding
+from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
 from .sequences_cpm_bee import TokenSequences
@@ -115,7 +116,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
 
     def _decodes_fast(self, fast: bool | None) -> bool:
         if fast or (fast is None and self.fast_decoder.enabled):
-            check_fast_decoding(self)
+            check_fast_decoding(self.language_model(), self.lm_head)
             return True
         return False
 
@@ -249,7 +250,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
     def enable_fast_decoding(self) -> None:
         """See [`AnsweringMixin.enable_fast_decoding`]; projections of the same input are fused where the weights are
         plain."""
-        check_fast_decoding(self)
+        check_fast_decoding(self.language_model(), self.lm_head)
         if fusing_problem(self) is None:
             self.fuse_projections()
         self.fast_decoder.enabled = True

@@ -270,6 +270,10 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "hf_device_map" and isinstance(value, Mapping):
             check_whole_layers(self, value)
+        elif name == "is_quantized" and value:  # by which a quantiser begins, that replaces nothing but nn.Linear
+            for layer in self.modules():
+                if type(layer) is RowLinear:
+                    layer.__class__ = nn.Linear
         super().__setattr__(name, value)
 
     # diffusers reads the signature to see which arguments there are.

@@ -127,9 +127,8 @@ def kernel() -> ctypes.CDLL | None:
     if compiler is None or platform.system() != "Linux":
         return None
     with contextlib.suppress(OSError):
-        machine = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line or "flags" in line
-        ]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        machine = [line for line in lines if "name" in line or "flags" in line]
         made_of = "\n".join([SOURCE, compiler, *FLAGS, *sorted(set(machine))])
         name = f"row_products_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
         folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser() / "viscpm_hf"
@@ -208,6 +207,13 @@ def runs_in_kernel(linear: nn.Linear) -> bool:
     )
 
 
+def use_row_products(model: nn.Module) -> None:
+    """Makes the plain linear layers of a model of another library [`RowLinear`]s."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = RowLinear
+
+
 def row_product(hidden_states: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
     """`(..., in)`, of few rows, with `(out, in)` -> `(..., out)`, by the kernel."""
     num_out, width = weight.shape
@@ -245,4 +251,4 @@ def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
         begin += size
 
 
-__all__ = ["RowLinear", "put_into_huge_pages", "with_kernel"]
+__all__ = ["RowLinear", "put_into_huge_pages", "use_row_products", "with_kernel"]
