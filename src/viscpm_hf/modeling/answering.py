@@ -19,6 +19,9 @@ class Decoding(Protocol):
     def num_beams(self) -> int: ...
 
     @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
     def last_step(self) -> int:
         """The number of the last step there may be."""
 
@@ -40,8 +43,12 @@ class GenerateDecoding:
         return self.options.get("num_beams") or 1
 
     @property
-    def last_step(self) -> int:
+    def max_new_tokens(self) -> int:
         return self.options["max_new_tokens"]
+
+    @property
+    def last_step(self) -> int:
+        return self.max_new_tokens
 
     @property
     def can_stream(self) -> bool:
