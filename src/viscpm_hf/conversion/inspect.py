@@ -19,6 +19,7 @@ from ..checkpoints.location import (
     ORIGINAL_FOLDER,
     PAINT_MODEL_TYPE,
     Location,
+    find_original,
     llm_config_file,
     locate,
     original_files,
