@@ -12,6 +12,7 @@ from viscpm_hf import ChatRequest, SiblingChat, UnsafeImageError
 from viscpm_hf.chat.sibling_chat import EncodedImage
 from viscpm_hf.cli.main import main
 from viscpm_hf.modeling.decoding_presets import decoding_presets, default_preset
+from viscpm_hf.modeling.fast_decoding import has_kernel
 
 
 IMAGE, TALL = picture(90, 60), picture(40, 130, 1)
@@ -80,6 +81,7 @@ def test_the_next_turn_goes_on(chat):
     ]
     assert context == chat.context_of([("What is <image>?", answer)])
     following = chat.ask(None, "Where?", context, image, **SHORT)
+    assert following.context == chat.context_of([("What is <image>?", answer), ("Where?", following.answer)])
     again = chat.ask(IMAGE, "Where?", context, **SHORT)
     assert (following.answer, following.context) == (again.answer, again.context)
     conversation = [*json.loads(context), {"role": "user", "content": "Where?"}]
@@ -209,8 +211,7 @@ def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
         first = chat.ask(IMAGE, "What?", **SHORT)
         second = chat.ask(None, "Where?", first.context, first.vision_hidden_states, **SHORT)
         assert [line["answer"] for line in lines] == [first.answer, second.answer]
-    assert main([*arguments, "--fast"]) == 1
-    assert "has no fast decoding: leave out fast" in capsys.readouterr().err
+    assert main([*arguments, "--fast"]) == 0
     assert main([*arguments, "--vocab", str(image_file)]) == 1
     assert "the tokenizer of VisualCLA-7B is in its folder" in capsys.readouterr().err
 
@@ -238,3 +239,18 @@ def test_the_batch_command(whole_folders, sibling_chats, image_file, tmp_path):
     context = chat.context_of([("What?", "the")])
     asked = [(IMAGE, "What?", ""), (None, "Hi", ""), (IMAGE, "Where?", context)]
     assert found == [chat.ask(*request, **SHORT).answer for request in asked]
+
+
+def test_fast_answers_are_the_plain_ones(whole_folders, sibling_chats):
+    for name, folder in whole_folders.items():
+        chat, plain = SiblingChat(folder, device="cpu", fast=True), sibling_chats[name]
+        for mode in ("generate", "reference"):
+            first, second = (
+                own.ask(IMAGE, "What?", mode=mode, seed=0, max_new_tokens=8).answer for own in (chat, plain)
+            )
+            assert first == second
+        assert has_kernel(chat.model.language_model), name
+        requests = [ChatRequest(IMAGE, "What?"), ChatRequest(None, "Hi there")]
+        batches = [[turn.answer for turn in own.ask_batch(requests, **SHORT)] for own in (chat, plain)]
+        assert batches[0] == batches[1]
+        assert chat.ask(IMAGE, "What?", fast=False, **SHORT).answer == batches[1][0]

@@ -252,7 +252,10 @@ class VisCPMChat:
 
     def context_of(self, turns: Iterable[tuple[str, str]]) -> str:
         """The context of questions and their answers, as [`ask`] would have handed it on."""
-        return "".join(self.continue_context("", question, answer) for question, answer in turns)
+        context = ""
+        for question, answer in turns:
+            context = self.continue_context(context, question, answer)
+        return context
 
     def continue_context(self, context: str, question: str, answer: str) -> str:
         """The context with one more turn."""

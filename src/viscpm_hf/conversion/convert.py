@@ -29,6 +29,7 @@ from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
 from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
+from ..families.family import FAMILIES
 from ..loading.quantization import stored_quantization
 from ..version import __version__
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
@@ -147,7 +148,7 @@ def convert(
         )
 
     manifest = json_object(location.path / MANIFEST_NAME) if to == TO_ORIGINAL else {}
-    if to == TO_ORIGINAL and location.is_sibling and not manifest.get("original_configs"):
+    if to == TO_ORIGINAL and FAMILIES[location.kind].shares_model_type and not manifest.get("original_configs"):
         raise ConversionError(
             f"{location.name} has no {MANIFEST_NAME} of a conversion with the original's configuration, without which "
             "its format has no meaning: go back from the converted folder, or keep the original files."

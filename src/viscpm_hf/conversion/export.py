@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -26,6 +25,7 @@ from ..checkpoints.original import (
     VISION_SPELLINGS,
     VOCAB_NAME,
 )
+from ..checkpoints.processors import load_processor
 from ..checkpoints.tensor_files import dtype_name
 from .folder_files import save_code, write_index, write_json
 from .model_card import CARDS, sibling_card
@@ -75,8 +75,8 @@ def auto_map(config: Any, auto_classes: tuple[type, ...]) -> dict[str, str]:
 
 
 def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
-    if checkpoint.location.is_sibling:
-        AutoProcessor.from_pretrained(checkpoint.location.path, trust_remote_code=False).save_pretrained(folder)
+    if checkpoint.vocab is None:
+        load_processor(checkpoint.location.original, checkpoint.config).save_pretrained(folder)
         return
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
     from ..modeling.processing_viscpm_chat import VisCPMChatProcessor

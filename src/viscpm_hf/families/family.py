@@ -41,11 +41,13 @@ from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from ..modeling.processing_visualcla import VisualCLAProcessor
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
-from . import key_maps, sibling_key_maps
+from . import key_maps
 from .key_maps import KeyMap
 
 
-CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
+# How an original is read (`checkpoints.readers`).
+CPM_BEE_FORM, COMPOSITE_FORM = "cpm_bee", "composite"
+CHAT, CPM_BEE, PAINT, BEIT3 = "chat", "cpm_bee", "paint", "beit3"
 LANGUAGE_MODEL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -72,6 +74,11 @@ class Family:
     """Likewise of the image processor's."""
     releases: Mapping[str, str | None] = field(default_factory=dict)
     """Alternatives within the original repository by their released names: the `variant` that means each."""
+    form: str = CPM_BEE_FORM
+    """How originals are read: a key of `checkpoints.readers.READERS`."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Beginnings of an original's names, and the part of the model that they are of; all others are the language
+    model's."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
     language_model: str = "language_model.model"
@@ -101,9 +108,13 @@ class Family:
         return self.models[AutoModel]
 
     @property
-    def is_sibling(self) -> bool:
-        """Whether it is a tower, a resampler and a stock language model (`modeling_vision_resampler`)."""
-        return self.kind in SIBLINGS
+    def shares_model_type(self) -> bool:
+        """Whether our model type is the originals' too."""
+        return bool(self.key_maps) and not self.original_types
+
+    def part_of(self, name: str) -> str:
+        """The part of the model that an original tensor is of."""
+        return next((part for prefix, part in self.parts if name.startswith(prefix)), "language model")
 
 
 def _answering(model_class: type[PreTrainedModel], base_class: type[PreTrainedModel] | None = None) -> dict:
@@ -127,6 +138,7 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmChatBeeTokenizer",),
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
+            parts=(("query", "vision tower"), ("vpm.", "vision tower"), ("mapping.", "projector")),
             image_weights=r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)",
             # Of the last layer only the queries leave the tower.
             idle_weights=r"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|"
@@ -158,20 +170,23 @@ FAMILIES: dict[str, Family] = {
             original_types=("viscpmbee",),
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
+            parts=(("trans_block.", "projection"), ("unet.", "UNet")),
             language_model="model",
             half="float16",
             streams_layers=True,
         ),
-        Family("beit3", "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
+        Family(BEIT3, "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
             OmniLMMConfig.model_type,
             "OmniLMM-12B",
             OmniLMMConfig,
             _answering(OmniLMMForConditionalGeneration),
-            (sibling_key_maps.OMNILMM,),
+            (key_maps.OMNILMM,),
             OmniLMMProcessor,
             TokenizersBackend,
             VisCPMImageProcessor,
+            parts=(("model.vision_tower.", "vision tower"), ("model.resampler.", "resampler")),
+            form=COMPOSITE_FORM,
             placeholder=("<im_patch>", 9),
         ),
         Family(
@@ -179,26 +194,33 @@ FAMILIES: dict[str, Family] = {
             "MiniCPM-V",
             MiniCPMVConfig,
             _answering(MiniCPMVForConditionalGeneration),
-            (sibling_key_maps.MINICPMV,),
+            (key_maps.MINICPMV,),
             MiniCPMVProcessor,
             LegacySentencePieceTokenizer,
             MiniCPMVImageProcessor,
+            parts=(("vpm.", "vision tower"), ("resampler.", "resampler")),
+            form=COMPOSITE_FORM,
         ),
         Family(
             VisualCLAConfig.model_type,
             "VisualCLA-7B",
             VisualCLAConfig,
             _answering(VisualCLAForConditionalGeneration),
-            (sibling_key_maps.VISUALCLA,),
+            (key_maps.VISUALCLA,),
             VisualCLAProcessor,
             LegacySentencePieceTokenizer,
             VisCPMImageProcessor,
+            parts=(
+                ("vision_model.", "vision tower"),
+                ("visual_resampler.", "resampler"),
+                ("image_projection_layer.", "resampler"),
+            ),
+            form=COMPOSITE_FORM,
             placeholder=("<img_token>", 1),
             has_images_in_turns=True,
         ),
     )
 }
-SIBLINGS = (OmniLMMConfig.model_type, MiniCPMVConfig.model_type, VisualCLAConfig.model_type)
 # What answers questions about images.
 CHATS = tuple(kind for kind, family in FAMILIES.items() if family.processor_class is not None)
 

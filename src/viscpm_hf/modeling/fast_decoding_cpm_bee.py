@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE
-from .row_products import cpp_compiler, kernel, put_into_huge_pages, runs_in_kernel, with_kernel
+from .fast_decoding import compilation_problem, has_kernel
+from .row_products import put_into_huge_pages, with_kernel
 from .token_space_cpm_bee import write_slots
 
 
@@ -260,7 +261,7 @@ class FastDecoder:
         """The graph of that class, compiled now unless it is there already."""
         key = (shape, dtype, device, self.compile)
         if key not in self.graphs:
-            compile = self.compile and not has_kernel(model, device)
+            compile = self.compile and not has_kernel(model.language_model(), model.lm_head)
             problem = compilation_problem(model, device) if compile else None
             if problem is not None:
                 logger.warning_once(f"Fast decoding goes without compilation: {problem}.")
@@ -283,7 +284,7 @@ class FastDecoder:
         parameters = [*model.language_model().parameters(), model.lm_head.weight]
         if self._places_of(parameters) != self._weights:
             self.graphs.clear()
-            if has_kernel(model, parameters[0].device):
+            if has_kernel(model.language_model(), model.lm_head):
                 put_into_huge_pages(dict.fromkeys(parameters))
             self._weights = self._places_of(parameters)
         return FastDecoding(self, model, inputs, cache, queries)
@@ -383,52 +384,6 @@ def with_graphs(model, compiled_call: Callable[..., Any]) -> Callable[..., Any]:
         return compiled_call(input_ids=input_ids, **inputs)
 
     return call
-
-
-def has_kernel(model, device: torch.device) -> bool:
-    """Whether the products of a step are those of `row_products`, beside which compilation gains nothing."""
-    layers = [module for module in model.language_model().modules() if isinstance(module, nn.Linear)]
-    return device.type == "cpu" and all(map(runs_in_kernel, [*layers, model.lm_head])) and kernel() is not None
-
-
-def compilation_problem(model, device: torch.device) -> str | None:
-    """Why nothing can be compiled for the model on this device; None if it can."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_compileable:
-        return f"{quantizer.quantization_config.quant_method} weights can't be compiled"
-    if device.type == "cpu":
-        if cpp_compiler() is None:
-            return "there is no C++ compiler (g++, clang++, cl)"
-    elif device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            return "Triton is missing"
-    else:
-        return f"it isn't used on {device.type}"
-    return None
-
-
-def check_fast_decoding(model) -> None:
-    """Checks that the language model can be decoded in graphs.
-
-    Raises:
-        ValueError: for a model that is spread over several devices or offloaded.
-    """
-    language_model = model.language_model()
-    devices = {parameter.device for parameter in (*language_model.parameters(), *model.lm_head.parameters())}
-    if len(devices) > 1 or torch.device("meta") in devices:
-        names = ", ".join(sorted(str(device) for device in devices))
-        raise ValueError(
-            f"Fast decoding needs the whole language model on one device, but it is on {names} (meta: offloaded). "
-            "Load it without device_map, or quantised so that it fits, or decode with fast=False."
-        )
-    for name, module in language_model.named_modules():
-        if hasattr(module, "_hf_hook") or (name and (module._forward_pre_hooks or module._forward_hooks)):
-            raise ValueError(
-                f"Fast decoding can't run what offloading and streaming do between layers, but {name or 'the model'} "
-                "has hooks. Load it without device_map and layer streaming, or decode with fast=False."
-            )
 
 
 __all__ = ["DecodingShape", "FastDecoder", "FastDecoding", "FastDecodingCache"]

@@ -126,26 +126,25 @@ def kernel() -> ctypes.CDLL | None:
     compiler = cpp_compiler()
     if compiler is None or platform.system() != "Linux":
         return None
-    with contextlib.suppress(OSError):
-        machine = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "name" in line or "flags" in line]
-        made_of = "\n".join([SOURCE, compiler, *FLAGS, *sorted(set(machine))])
-        name = f"row_products_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser() / "viscpm_hf"
-        try:
-            if not (folder / name).is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                _compile(compiler, folder / name)
-            library = ctypes.CDLL(os.fspath(folder / name))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            logger.warning(f"Fast decoding goes without its own kernel: {' '.join(reason.split())[:300]}")
-            return None
-        for dtype in _DTYPES.values():
-            function = getattr(library, dtype)
-            function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_int]
-            function.restype = None
-        return library
-    return None
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        machine = sorted({line for line in lines if "name" in line or "flags" in line})
+        made_of = hashlib.sha256("\n".join([SOURCE, compiler, *FLAGS, *machine]).encode()).hexdigest()[:16]
+        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+        file = cache / "viscpm_hf" / f"row_products_{made_of}.so"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, file)
+        library = ctypes.CDLL(os.fspath(file))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning(f"Fast decoding goes without its own kernel: {' '.join(reason.split())[:300]}")
+        return None
+    for dtype in _DTYPES.values():
+        function = getattr(library, dtype)
+        function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_int]
+        function.restype = None
+    return library
 
 
 def _compile(compiler: str, target: Path) -> None:
@@ -206,6 +205,13 @@ def runs_in_kernel(linear: nn.Linear) -> bool:
     )
 
 
+def use_row_products(model: nn.Module) -> None:
+    """Makes the plain linear layers of a model of another library [`RowLinear`]s."""
+    for layer in model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = RowLinear
+
+
 def row_product(hidden_states: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
     """`(..., in)`, of few rows, with `(out, in)` -> `(..., out)`, by the kernel."""
     num_out, width = weight.shape
@@ -243,4 +249,4 @@ def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
         begin += size
 
 
-__all__ = ["RowLinear", "put_into_huge_pages", "with_kernel"]
+__all__ = ["RowLinear", "put_into_huge_pages", "use_row_products", "with_kernel"]
