@@ -65,6 +65,8 @@ TARGETS = (
     ("tokenizer_ratio_to_greedy", 5.0, False),
     ("tokenizer_megabyte_ratio", 1.5, True),
     ("tokenizer_load_seconds", 0.5, True),
+    ("tokenizer_load_ratio_to_plain", 1.0, True),
+    ("tokenizer_decode_ratio_to_plain", 1.0, False),
     ("import_seconds", 0.3, True),
 )
 
@@ -119,7 +121,7 @@ def build(
     torch.manual_seed(args.seed)
     config = VisCPMChatConfig(
         text_config={
-            "vocab_size": len(tokenizer),
+            "vocab_size": tokenizer.num_words,
             "hidden_size": args.hidden_size,
             "intermediate_size": args.hidden_size * 5 // 2,
             "num_hidden_layers": args.layers,
@@ -335,6 +337,53 @@ def greedy(text: str, words: set[str]) -> list[str]:
     return pieces
 
 
+class PlainTokenizer:
+    """Loading and decoding as a plain-Python tokenizer does them: one dictionary each way."""
+
+    def __init__(self, vocab_file: Path):
+        self.ids: dict[str, int] = {}
+        with open(vocab_file, encoding="utf-8") as file:
+            for line in file:
+                self.ids[line.removesuffix("\n")] = len(self.ids)
+        for name, token in (("</n>", "\n"), ("</_>", " ")):
+            self.ids[token] = self.ids.pop(name)
+        self.tokens = {index: token for token, index in self.ids.items()}
+
+    def decode(self, token_ids: list[int]) -> str:
+        pieces = []
+        for index in token_ids:
+            if index in self.tokens:
+                pieces.append(self.tokens[index])
+            else:
+                pieces.append("<unk>")
+        return "".join(pieces)
+
+
+def measure_detokenizing(tokenizer: CpmBeeTokenizer, vocab_file: Path, text: str, repeats: int) -> dict[str, float]:
+    """Loading and decoding beside a plain-Python tokenizer, in turn."""
+    plain = PlainTokenizer(vocab_file)
+    token_ids = tokenizer.encode_text(tokenizer.escape(text))[0]
+    if plain.decode(token_ids) != tokenizer.decode(token_ids, skip_special_tokens=True):
+        raise RuntimeError("The tokenizer and the plain one decode differently.")
+    loads = [
+        (seconds(lambda: PlainTokenizer(vocab_file)), seconds(lambda: CpmBeeTokenizer(vocab_file)))
+        for _ in range(repeats)
+    ]
+    decodings = [
+        (
+            seconds(lambda: plain.decode(token_ids)),
+            seconds(lambda: tokenizer.decode(token_ids, skip_special_tokens=True)),
+        )
+        for _ in range(3 * repeats)
+    ]
+    return {
+        "tokenizer_vocabulary_seconds": median(ours for _, ours in loads),
+        "tokenizer_load_ratio_to_plain": median(ours / theirs for theirs, ours in loads),
+        "tokenizer_decode_million_tokens_per_second": len(token_ids) / median(ours for _, ours in decodings) / 1e6,
+        "tokenizer_decode_ratio_to_plain": median(theirs / ours for theirs, ours in decodings),
+    }
+
+
 def measure_tokenizer(vocab_file: Path, num_characters: int, repeats: int) -> dict[str, float]:
     load_seconds = min(seconds(lambda: CpmBeeTokenizer(vocab_file).matcher) for _ in range(repeats))
     tokenizer = CpmBeeTokenizer(vocab_file)
@@ -361,11 +410,13 @@ def measure_tokenizer(vocab_file: Path, num_characters: int, repeats: int) -> di
         "tokenizer_ratio_to_greedy": median(ratios),
         "tokenizer_megabyte_seconds": long_seconds,
         "tokenizer_megabyte_ratio": long_seconds / len(long) / (short_seconds / len(short)),
+        **measure_detokenizing(tokenizer, vocab_file, text, repeats),
     }
 
 
 def measure_import(repeats: int) -> dict[str, float]:
-    """What `import viscpm_hf` costs over importing transformers' Auto classes, in fresh processes."""
+    """What `import viscpm_hf` costs, and what it adds to the first use of transformers' Auto classes, in fresh
+    processes."""
     auto_classes = (
         "from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, "
         "AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer"
@@ -376,12 +427,14 @@ def measure_import(repeats: int) -> dict[str, float]:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return float(result.stdout)
 
-    once("import viscpm_hf")  # page cache
-    samples = [(once(auto_classes), once("import viscpm_hf")) for _ in range(repeats)]
-    transformers_seconds, ours = (min(values) for values in zip(*samples, strict=True))
+    with_ours = f"import viscpm_hf; {auto_classes}"
+    once(with_ours)  # page cache
+    samples = [(once("import viscpm_hf"), once(auto_classes), once(with_ours)) for _ in range(repeats)]
+    ours, transformers_seconds, both = (min(values) for values in zip(*samples, strict=True))
     return {
-        "import_seconds": ours - transformers_seconds,
+        "import_seconds": ours,
         "import_transformers_seconds": transformers_seconds,
+        "first_use_seconds": both - transformers_seconds,
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from support import Golden, message
 
 from viscpm_hf import ChatRequest, OriginalCheckpointError, UnsafeImageError, VisCPMChat
-from viscpm_hf.chat.chat import REFUSAL
+from viscpm_hf.chat.turns import REFUSAL
 from viscpm_hf.loading.options import default_dtype
 from viscpm_hf.modeling import generation_cpm_bee
 from viscpm_hf.serving.preparing import PromptPreparer
@@ -488,6 +488,6 @@ def test_whoever_looks_at_a_picture_sees_the_same(golden, tmp_path):
             assert torch.equal(batched.vision_hidden_states, expected.vision_hidden_states)
             assert turn.answer == batched.answer == expected.answer
         prompt = PromptPreparer(chat).turn(PIL.Image.open(path), "颜色")
-        (pixel_values,) = (image.pixel_values for image in prompt.images)
+        (pixel_values,) = (image.views.pixel_values for image in prompt.images)
         assert torch.equal(pixel_values, chat.processor.image_processor(shown, return_tensors="pt")["pixel_values"])
         assert len(seen) == 9 and all(np.array_equal(image, np.asarray(shown.convert("RGB"))) for image in seen)

@@ -47,3 +47,12 @@ def test_files_that_travel_import_their_own_folder_alone():
     for name, others in imports().items():
         if name.startswith("modeling."):
             assert all(other.startswith("modeling.") for other in others), name
+
+
+def test_files_that_moved_are_found_by_their_old_paths():
+    """`viscpm_hf.conversion` held all that reads checkpoints."""
+    from viscpm_hf.checkpoints.weight_transforms import KeyMatcher
+    from viscpm_hf.conversion import key_maps
+    from viscpm_hf.conversion.weight_transforms import KeyMatcher as same
+
+    assert same is KeyMatcher and key_maps.FOLD_WIDTH == "fold_width"

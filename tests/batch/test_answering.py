@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from viscpm_hf import ChatRequest, UnsafeImageError
-from viscpm_hf.chat.chat import REFUSAL
+from viscpm_hf.chat.turns import REFUSAL
 
 
 LENGTH = 8

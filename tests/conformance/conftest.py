@@ -18,7 +18,7 @@ KNOWN = [re.compile(entry["reason"]) for entry in SKIPS["environment"] + SKIPS["
 
 # By this table the suite knows which models have no loss.
 for family in FAMILIES.values():
-    if family.is_sibling:
+    if family.shares_model_type:
         continue  # without a model that has no head, which the suite would take this table to name
     modeling_auto.MODEL_MAPPING_NAMES[family.config_class.model_type] = family.base_class.__name__
 

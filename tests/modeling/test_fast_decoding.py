@@ -11,7 +11,8 @@ from transformers import LogitsProcessor
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChat
 from viscpm_hf.modeling import fast_decoding_cpm_bee
-from viscpm_hf.modeling.fast_decoding_cpm_bee import DecodingShape, compilation_problem, room_for
+from viscpm_hf.modeling.fast_decoding import compilation_problem
+from viscpm_hf.modeling.fast_decoding_cpm_bee import DecodingShape, room_for
 
 
 QUESTIONS = ("图片是什么颜色？", "describe the picture 🙂 and ~ and 🙂, in a much longer question 😀", "^")

@@ -200,8 +200,10 @@ class Page:
         header.click()
         field = f"#paint-settings input[type=number][aria-label$='{say('en', key)}']"
         self.wait(lambda: self.find(field) and self.find(field)[0].is_displayed())
-        self.find(field)[0].send_keys(Keys.CONTROL + "a", value, Keys.TAB)
-        assert self.find(field)[0].get_attribute("value") == value
+        (number,) = self.find(field)
+        number.clear()
+        number.send_keys(value, Keys.TAB)
+        self.wait(lambda: number.get_attribute("value") == value)
         header.click()
 
     def overflow(self):

@@ -9,9 +9,10 @@ from test_image_processing_minicpmv import picture
 from transformers import pipeline
 
 from viscpm_hf import ChatRequest, SiblingChat, UnsafeImageError
-from viscpm_hf.chat.sibling_chat import EncodedImage, is_sibling
+from viscpm_hf.chat.sibling_chat import EncodedImage
 from viscpm_hf.cli.main import main
 from viscpm_hf.modeling.decoding_presets import decoding_presets, default_preset
+from viscpm_hf.modeling.fast_decoding import has_kernel
 
 
 IMAGE, TALL = picture(90, 60), picture(40, 130, 1)
@@ -80,6 +81,7 @@ def test_the_next_turn_goes_on(chat):
     ]
     assert context == chat.context_of([("What is <image>?", answer)])
     following = chat.ask(None, "Where?", context, image, **SHORT)
+    assert following.context == chat.context_of([("What is <image>?", answer), ("Where?", following.answer)])
     again = chat.ask(IMAGE, "Where?", context, **SHORT)
     assert (following.answer, following.context) == (again.answer, again.context)
     conversation = [*json.loads(context), {"role": "user", "content": "Where?"}]
@@ -95,7 +97,7 @@ def test_greedy_answers_are_the_references(sibling_chats):
     for name, chat in sibling_chats.items():
         system = make_system(name)
         inputs = chat.processor.apply_chat_template(
-            chat.conversation(ChatRequest(None, "What is the image?")), tokenize=True, add_generation_prompt=True
+            chat.processor.messages_of_turn("What is the image?"), tokenize=True, add_generation_prompt=True
         )
         expected = system.greedy(inputs[0], length=6, repetition_penalty=1.3, no_repeat_ngram_size=2)
         options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
@@ -174,16 +176,6 @@ def test_the_pipeline_answers(whole_folders, sibling_chats, image_file):
 # ------------------------------------------------------------------------------------------------------- the commands
 
 
-def test_what_is_a_sibling(whole_folders, golden, tmp_path):
-    assert all(is_sibling(folder) for folder in whole_folders.values())
-    assert not is_sibling(tmp_path) and not is_sibling(golden.weights)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    config = {"base_model_name_or_path": str(whole_folders["omnilmm"])}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert is_sibling(adapter)
-
-
 def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
     for name, folder in whole_folders.items():
         arguments = ["chat", str(folder), str(image_file), "What?", "Where?", "--device", "cpu", "--json"]
@@ -193,8 +185,7 @@ def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
         first = chat.ask(IMAGE, "What?", **SHORT)
         second = chat.ask(None, "Where?", first.context, first.vision_hidden_states, **SHORT)
         assert [line["answer"] for line in lines] == [first.answer, second.answer]
-    assert main([*arguments, "--fast"]) == 1
-    assert "--fast is for VisCPM-Chat" in capsys.readouterr().err
+    assert main([*arguments, "--fast"]) == 0
 
 
 def test_the_batch_command(whole_folders, sibling_chats, image_file, tmp_path):
@@ -220,3 +211,18 @@ def test_the_batch_command(whole_folders, sibling_chats, image_file, tmp_path):
     context = chat.context_of([("What?", "the")])
     asked = [(IMAGE, "What?", ""), (None, "Hi", ""), (IMAGE, "Where?", context)]
     assert found == [chat.ask(*request, **SHORT).answer for request in asked]
+
+
+def test_fast_answers_are_the_plain_ones(whole_folders, sibling_chats):
+    for name, folder in whole_folders.items():
+        chat, plain = SiblingChat(folder, device="cpu", fast=True), sibling_chats[name]
+        for mode in ("generate", "reference"):
+            first, second = (
+                own.ask(IMAGE, "What?", mode=mode, seed=0, max_new_tokens=8).answer for own in (chat, plain)
+            )
+            assert first == second
+        assert has_kernel(chat.model.language_model), name
+        requests = [ChatRequest(IMAGE, "What?"), ChatRequest(None, "Hi there")]
+        batches = [[turn.answer for turn in own.ask_batch(requests, **SHORT)] for own in (chat, plain)]
+        assert batches[0] == batches[1]
+        assert chat.ask(IMAGE, "What?", fast=False, **SHORT).answer == batches[1][0]

@@ -17,6 +17,7 @@ from test_sibling_remote_code import SCRIPT, local_outputs
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from viscpm_hf import OriginalCheckpointError, convert
+from viscpm_hf.checkpoints.errors import ConversionError
 from viscpm_hf.checkpoints.tensor_files import SafetensorsWriter
 from viscpm_hf.cli import main
 from viscpm_hf.conversion.inspect import inspect
@@ -162,6 +163,38 @@ def test_card_and_publishing(converted, name):
     assert f"viscpm-hf convert {converted[name].name}" in card
 
 
-def test_no_way_back(converted, tmp_path):
-    with pytest.raises(ValueError, match="no way back"):
-        convert(converted["omnilmm"], tmp_path / "back", to="original")
+def original_contents(folder: Path) -> dict[str, dict]:
+    """All files of an original folder but the tokenizer's model and our manifest: tensors, or JSON."""
+    contents = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in (".bin", ".safetensors"):
+            contents[name] = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+        elif path.suffix == ".json" and name != "conversion.json":
+            contents[name] = json.loads(path.read_text("utf-8"))
+    return contents
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_original_is_had_back_to_the_bit(name, converted, whole_folders, tmp_path):
+    """File by file, each with its own tensors, names and configuration; VisualCLA's are three."""
+    source, folder = whole_folders[name], converted[name]
+    back = tmp_path / "back"
+    convert(folder, back, to="original", verify=True)
+    before, after = original_contents(source), original_contents(back)
+    assert after.keys() == before.keys()
+    for file, content in before.items():
+        if not file.endswith((".bin", ".safetensors")):
+            assert after[file] == content, file
+            continue
+        assert after[file].keys() == content.keys()
+        for key, tensor in content.items():
+            assert after[file][key].dtype == tensor.dtype and torch.equal(after[file][key], tensor), key
+    assert AutoProcessor.from_pretrained(back).tokenizer.get_vocab()
+
+
+def test_a_folder_that_no_conversion_wrote_has_no_way_back(converted, tmp_path):
+    folder = Path(shutil.copytree(converted["omnilmm"], tmp_path / "saved"))
+    (folder / "conversion.json").unlink()
+    with pytest.raises(ConversionError, match="has no conversion.json"):
+        convert(folder, tmp_path / "never", to="original")

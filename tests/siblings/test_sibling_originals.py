@@ -12,19 +12,32 @@ from reference import omnilmm as small_omnilmm
 from reference import visualcla as small_visualcla
 from reference import write_json, write_visualcla_release
 from safetensors.torch import load_file, save_file
+from sibling_folders import write_folder
 from sibling_inputs import model_inputs, sample
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     GenerationConfig,
 )
 
-from viscpm_hf import OriginalCheckpointError
-from viscpm_hf.checkpoints.sibling_original import converted_tensors
+from viscpm_hf import (
+    LegacySentencePieceTokenizer,
+    MiniCPMVConfig,
+    MiniCPMVForConditionalGeneration,
+    MiniCPMVProcessor,
+    OriginalCheckpointError,
+)
+from viscpm_hf.checkpoints.readers import converted_tensors
 from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, revert_operation
-from viscpm_hf.families.family import FAMILIES, SIBLINGS
+from viscpm_hf.families import key_maps
+from viscpm_hf.families.family import COMPOSITE_FORM, FAMILIES, Family, _answering
+from viscpm_hf.loading.from_pretrained import register
+
+
+KINDS = tuple(kind for kind, family in FAMILIES.items() if family.form == COMPOSITE_FORM)
 
 
 # ------------------------------------------------------------------------------------------------------------ key maps
@@ -33,10 +46,10 @@ from viscpm_hf.families.family import FAMILIES, SIBLINGS
 @pytest.fixture(scope="module")
 def full_size_models():
     with torch.device("meta"):
-        return {kind: FAMILIES[kind].model_class(FAMILIES[kind].config_class()) for kind in SIBLINGS}
+        return {kind: FAMILIES[kind].model_class(FAMILIES[kind].config_class()) for kind in KINDS}
 
 
-@pytest.mark.parametrize("model_type", SIBLINGS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_every_original_tensor_has_one_place_or_a_reason(model_type, full_size_models):
     matcher = KeyMatcher(FAMILIES[model_type].key_maps[0])
     targets: Counter[str] = Counter()
@@ -50,7 +63,7 @@ def test_every_original_tensor_has_one_place_or_a_reason(model_type, full_size_m
     assert set(targets) == set(full_size_models[model_type].state_dict())
 
 
-@pytest.mark.parametrize("model_type", SIBLINGS)
+@pytest.mark.parametrize("model_type", KINDS)
 def test_shapes_at_full_size(model_type, full_size_models):
     original = {name: torch.empty(shape, device="meta") for name, shape in FULL_SIZE[model_type]().items()}
     shapes = {name: tensor.shape for name, tensor in converted_tensors(model_type, original).items()}
@@ -339,3 +352,40 @@ def test_bases_for_what_is_no_adapter(tmp_path):
     folder = small_visualcla().write(tmp_path)
     with pytest.raises(ValueError, match="is a whole model"):
         AutoModel.from_pretrained(folder, text_model=folder)
+
+
+# ------------------------------------------------------------------------------------------------------- a new family
+
+
+class CogVLMConfig(MiniCPMVConfig):
+    model_type = "cogvlm"
+
+
+class CogVLMForConditionalGeneration(MiniCPMVForConditionalGeneration):
+    config: CogVLMConfig
+
+
+def test_a_new_family_is_one_row(tmp_path, monkeypatch):
+    """The row of CONTRIBUTING.md, with another system's tensors."""
+    row = Family(
+        "cogvlm",
+        "CogVLM",
+        CogVLMConfig,
+        _answering(CogVLMForConditionalGeneration),
+        (key_maps.MINICPMV,),
+        MiniCPMVProcessor,
+        LegacySentencePieceTokenizer,
+        form=COMPOSITE_FORM,
+    )
+    monkeypatch.setitem(FAMILIES, "cogvlm", row)
+    register()
+    write_folder("minicpmv-1.0", tmp_path / "minicpmv")
+    folder = write_folder("minicpmv-1.0", tmp_path / "cogvlm")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "cogvlm"}), "utf-8")
+    model, other = (AutoModel.from_pretrained(tmp_path / name) for name in ("cogvlm", "minicpmv"))
+    assert type(model) is CogVLMForConditionalGeneration
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), atol=0, rtol=0)
+    assert AutoTokenizer.from_pretrained(folder)("a b").input_ids
+    model.save_pretrained(tmp_path / "saved")
+    assert type(AutoModel.from_pretrained(tmp_path / "saved")) is CogVLMForConditionalGeneration

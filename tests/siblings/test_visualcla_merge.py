@@ -12,7 +12,7 @@ from sibling_folders import make_system, write_tokenizer
 from sibling_inputs import model_inputs, sample
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
-from viscpm_hf import OriginalCheckpointError
+from viscpm_hf import OriginalCheckpointError, convert
 from viscpm_hf.chat import visualcla
 from viscpm_hf.cli import main
 from viscpm_hf.conversion.inspect import inspect
@@ -225,3 +225,13 @@ def test_split_takes_the_adapter_alone(release, tmp_path, capsys):
     arguments = ["--to", "text-generation-webui", "--lora-model", str(release.adapter), str(tmp_path / "out")]
     assert main(["merge", "visualcla", *arguments, "--verify", "--text-model", "x"]) == 1
     assert "leave out --text-model, --verify" in capsys.readouterr().err
+
+
+def test_a_merged_folder_goes_back_to_one_original_file(merged, tmp_path):
+    """The adapter's own file can't be had back, but the whole model can in its layout."""
+    convert(merged, tmp_path / "back", to="original")
+    assert {path.name for path in (tmp_path / "back").glob("*.bin")} == {"pytorch_model.bin"}
+    loaded, again = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (merged, tmp_path / "back")
+    )
+    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.items()) and again.keys() == loaded.keys()

@@ -1,36 +1,37 @@
-"""Several questions in one padded batch, each answered as it would be alone."""
+"""Questions in one padded batch, each answered as it would be alone."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
 import torch
-from transformers import BatchFeature
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.generation.streamers import BaseStreamer
 
-from ..modeling.document_cpm_bee import EncodedDocument
-from ..modeling.generation_cpm_bee import reference_decoding
-from ..modeling.processing_viscpm_chat import ChatPrompt
+from ..modeling.answering import Decoding, GenerateDecoding
+from ..modeling.chat_processing import ChatProcessing, EncodedImage, Grid, ImageViews, Prompt
 from ..pipelines.safety import UnsafeImageError
 from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
+
+
+Picture = str | os.PathLike | bytes | PIL.Image.Image
 
 
 @dataclass(frozen=True)
 class ChatRequest:
     """One question of a batch."""
 
-    image: str | os.PathLike | bytes | PIL.Image.Image | None
-    """The picture; None for none, or to go on with `vision_hidden_states`."""
+    image: Picture | Sequence[Picture] | None
+    """See [`VisCPMChat.ask`]."""
     question: str
     context: str = ""
     """What an earlier turn returned as its context, to go on with that conversation."""
-    vision_hidden_states: torch.Tensor | None = None
-    """Likewise, `(images, queries, hidden)`: then the image isn't encoded again."""
+    vision_hidden_states: Any = None
+    """Likewise: then the image isn't encoded again."""
 
 
 @dataclass
@@ -39,13 +40,15 @@ class _Row:
 
     request: ChatRequest
     seed: int | None
-    escaped: str = ""
-    document: EncodedDocument | None = None
-    picture: Any = None
-    """Which of the batch's different pictures it is; None without a picture to encode."""
-    vision_hidden_states: torch.Tensor | None = None
-    ids: list[int] | None = None
-    strings: Mapping[int, str] | None = None
+    earlier: list[EncodedImage] = field(default_factory=list)
+    """The conversation's images so far."""
+    new: list[Any] = field(default_factory=list)
+    """The images that come with this question; once they are open, their keys among the batch's different ones."""
+    num_own: int = 0
+    """How many of them the template puts into this question's message rather than the first one's."""
+    images: list[EncodedImage] = field(default_factory=list)
+    prompt: Prompt | None = None
+    ids: list[int] = field(default_factory=list)
     failure: Exception | None = None
     is_refused: bool = False
 
@@ -54,27 +57,6 @@ class _Row:
         return self.failure is None and not self.is_refused
 
 
-def encode_request(chat: Any, request: ChatRequest) -> EncodedDocument:
-    """The request's prompt as it goes into the model; its length is the prompt's. No picture is opened.
-
-    Raises:
-        ValueError: for values of the wrong type, context that is not document syntax, or a prompt that is too long.
-    """
-    for name in ("question", "context"):
-        value = getattr(request, name)
-        if not isinstance(value, str):
-            raise ValueError(f"A {name} is a str, got {type(value).__name__}.")
-    num_images = int(request.image is not None)
-    if request.vision_hidden_states is not None:
-        num_images = chat._check_vision_hidden_states(request.vision_hidden_states)
-    processor = chat.processor
-    document = {"context": request.context, "question": processor.tokenizer.escape(request.question), "<ans>": ""}
-    encoded = processor.encode_prompt(ChatPrompt(document, num_images))
-    processor.check_length(encoded)
-    return encoded
-
-
-@torch.no_grad()
 def answer_batch(
     chat: Any,
     requests: Sequence[ChatRequest],
@@ -82,17 +64,20 @@ def answer_batch(
     mode: str = "reference",
     seed: int | Sequence[int | None] | None = None,
     return_exceptions: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    fast: bool | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> list[ChatTurn]:
     """Answers several questions in one batch; every answer is that of `chat.ask` with the same seed.
 
-    Different pictures are encoded once each, all in one batch. A picture is recognised by its path, its bytes, or as
-    the same object.
+    Different images are encoded once each, all in one batch. An image is recognised by its path, its bytes, or as the
+    same object.
 
     Args:
-        chat: the model.
+        chat: a [`VisCPMChat`].
         requests: the questions.
-        mode, generation: see [`VisCPMChat.ask`].
+        mode, fast, generation: see [`VisCPMChat.ask`].
+        on_text: likewise, of a single question.
         seed: makes sampling repeatable: one for every request alone, or one for each (None: any). A row then draws on
             its own, whatever else is in the batch. Sampling with several beams (`num_beams` and `do_sample`) can't be
             told apart by rows: with the first row's seed it is repeatable for the same batch only.
@@ -102,30 +87,49 @@ def answer_batch(
     Returns:
         A turn for each request, in order. `seconds` is the time of the whole batch.
     """
-    generation = dict(generation or {})
-    if mode not in MODES:
-        raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
-    decoding = reference_decoding(generation) if mode == "reference" else None
-    check_generation(generation)
-    rows = [_Row(request, own) for request, own in zip(requests, _seeds(seed, len(requests)), strict=True)]
     begin = time.perf_counter()
-
-    pictures: dict[Any, Any] = {}
+    decoding = _decoding(chat, mode, dict(generation or {}), on_text)
+    rows = [_Row(request, own) for request, own in zip(requests, _seeds(seed, len(requests)), strict=True)]
+    views: dict[Any, ImageViews | None] = {}
     for row in rows:
         try:
-            _prepare(chat, row, pictures)
+            _read(chat, row)
+            _open_images(chat, row, views)
         except (ValueError, OSError) as error:
             if not return_exceptions:
                 raise
             row.failure = error
-    _encode_pictures(chat, [row for row in rows if row.is_open], pictures)
-    answered = [row for row in rows if row.is_open]
-    if answered and mode == "reference":
-        _search(chat, answered, decoding)
-    elif answered:
-        _generate(chat, answered, generation)
+    open_rows = [row for row in rows if row.is_open]
+    if open_rows:
+        _encode_images(chat, open_rows, views)
+        _answer(chat, open_rows, decoding, on_text, fast)
     seconds = time.perf_counter() - begin
     return [row.failure or _turn(chat, row, seconds) for row in rows]
+
+
+def prompt_of(chat: Any, request: ChatRequest) -> Prompt:
+    """The request's prompt as far as it is known before its image is opened: as if that had one view.
+
+    Raises:
+        ValueError: for values of the wrong type, a context that is none, or a prompt that is too long.
+    """
+    row = _Row(request, None)
+    _read(chat, row)
+    return row.prompt
+
+
+# -------------------------------------------------------------------------------------------------------------- before
+
+
+def _decoding(chat: Any, mode: str, generation: dict[str, Any], on_text: Any) -> Decoding:
+    if mode not in MODES:
+        raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
+    decoding = chat.model.chat_decoding(mode, generation)
+    check_generation(generation)
+    if on_text is not None and not decoding.can_stream:
+        needed = decoding.streaming_condition
+        raise ValueError(f"Beam search knows its answer only at the end: on_text needs {needed}.")
+    return decoding
 
 
 def _seeds(seed: int | Sequence[int | None] | None, count: int) -> list[int | None]:
@@ -137,87 +141,109 @@ def _seeds(seed: int | Sequence[int | None] | None, count: int) -> list[int | No
     return seeds
 
 
-# -------------------------------------------------------------------------------------------------------------- before
+def _read(chat: Any, row: _Row) -> None:
+    """Encodes a row's prompt, every new image with one view: what is wrong with the text is known before an image is
+    opened."""
+    image, handed_on = row.request.image, row.request.vision_hidden_states
+    if handed_on is not None:
+        row.earlier = chat.processor.handed_on(handed_on, chat.model.config.get_text_config(decoder=True).hidden_size)
+    if isinstance(image, (list, tuple)):
+        if not chat.family.has_images_in_turns:
+            raise ValueError(
+                f"A conversation with {chat.family.title} is about one image, got a list of {len(image)}."
+            )
+        row.new, row.num_own = list(image), len(image)
+    elif image is not None and handed_on is None:
+        row.new = [image]
+    _encode(chat, row, [(0, 0)] * len(row.new))
 
 
-def _prepare(chat: Any, row: _Row, pictures: dict[Any, Any]) -> None:
-    """Encodes a row's prompt, and opens and checks its picture unless that is known already."""
-    request = row.request
-    row.document = encode_request(chat, request)
-    row.escaped = chat.processor.tokenizer.escape(request.question)
-    row.vision_hidden_states = request.vision_hidden_states
-    if request.image is None or request.vision_hidden_states is not None:
-        return
-    image = request.image
-    key = image if isinstance(image, (str, bytes)) else str(image) if isinstance(image, os.PathLike) else id(image)
-    if key not in pictures:
-        picture = open_picture(image, chat.processor.image_processor)
-        if chat.image_safety_checker is not None and chat.image_safety_checker(picture):
-            pictures[key] = None
-        else:
-            pictures[key] = chat.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-    if pictures[key] is None:
+def _encode(chat: Any, row: _Row, new: list[Grid]) -> None:
+    grids = [*(image.grid for image in row.earlier), *new]
+    row.prompt = chat.processor.encode_turn(row.request.question, row.request.context, grids, row.num_own)
+
+
+def _open_images(chat: Any, row: _Row, views: dict[Any, ImageViews | None]) -> None:
+    """Opens and checks a row's images unless they are known already; `views` has None for flagged ones."""
+    for place, image in enumerate(row.new):
+        key = image if isinstance(image, (str, bytes)) else str(image) if isinstance(image, os.PathLike) else id(image)
+        if key not in views:
+            picture = open_picture(image, chat.processor.image_processor)
+            is_flagged = chat.image_safety_checker is not None and chat.image_safety_checker(picture)
+            views[key] = None if is_flagged else chat.processor.views_of(picture)
+        row.new[place] = key
+    row.is_refused = any(views[key] is None for key in row.new)
+    if row.is_refused:
         if chat.image_safety_policy == "raise":
             raise UnsafeImageError("The safety checker flagged the image, so the question about it isn't answered.")
-        row.is_refused = True
-    row.picture = key
-
-
-def _encode_pictures(chat: Any, rows: list[_Row], pictures: dict[Any, Any]) -> None:
-    keys = list(dict.fromkeys(row.picture for row in rows if row.picture is not None))
-    if not keys:
         return
-    pixel_values = torch.cat([pictures[key] for key in keys])
-    features = chat.model.get_image_features(pixel_values.to(chat.device)).pooler_output
-    by_key = dict(zip(keys, features.split(1), strict=True))
+    grids = [views[key].grid for key in row.new]
+    if any(grid != (0, 0) for grid in grids):
+        _encode(chat, row, grids)
+
+
+def _encode_images(chat: Any, rows: list[_Row], views: Mapping[Any, ImageViews | None]) -> None:
+    keys = list(dict.fromkeys(key for row in rows for key in row.new))
+    encoded = chat.processor.encode_images(chat.model, [views[key] for key in keys]) if keys else []
+    by_key = dict(zip(keys, encoded, strict=True))
     for row in rows:
-        if row.picture is not None:
-            row.vision_hidden_states = by_key[row.picture]
-
-
-def _inputs(chat: Any, rows: list[_Row], *, with_answer_start: bool) -> BatchFeature:
-    prompts = [row.document.prompt(open_slot=0 if with_answer_start else None) for row in rows]
-    inputs = chat.processor.tokenizer.collate(prompts, padding_side="left", return_tensors="pt").to(chat.device)
-    encoded = [row.vision_hidden_states for row in rows if row.vision_hidden_states is not None]
-    if encoded:
-        together = torch.cat([features.to(chat.device, chat.model.dtype) for features in encoded])
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=together)}
-    for row, strings in zip(rows, inputs.extension_strings, strict=True):
-        row.strings = strings
-    return inputs
+        row.images = [*row.earlier, *(by_key[key] for key in row.new)]
 
 
 # ----------------------------------------------------------------------------------------------------------- answering
 
 
-def _search(chat: Any, rows: list[_Row], decoding: Any) -> None:
-    inputs = _inputs(chat, rows, with_answer_start=False)
-    slots = [[row.document.answer_slots[0].segment_id] for row in rows]
-    for row, result in zip(rows, chat.model.reference_search(inputs, slots, decoding), strict=True):
-        row.ids = result.token_ids[0]
-
-
-def _generate(chat: Any, rows: list[_Row], generation: dict[str, Any]) -> None:
-    inputs = _inputs(chat, rows, with_answer_start=True)
-    with sampling([row.seed for row in rows], generation, chat.model.generation_config, chat.device) as options:
-        for row, ids in zip(rows, chat._generate_rows(inputs, {**generation, **options}), strict=True):
-            row.ids = ids
+def _answer(
+    chat: Any, rows: list[_Row], decoding: Decoding, on_text: Callable[[str], None] | None, fast: bool | None
+) -> None:
+    model, processor = chat.model, chat.processor
+    features = [[image.features.to(model.device) for image in row.images] for row in rows]
+    images = [torch.cat(own) if own else None for own in features]
+    inputs = processor.pad_prompts([row.prompt for row in rows], images, model)
+    given = decoding.options if isinstance(decoding, GenerateDecoding) else {"do_sample": False}
+    with sampling([row.seed for row in rows], given, model.generation_config, chat.device) as options:
+        if on_text is not None:
+            options["streamer"] = AnswerStreamer(processor, on_text, rows[0].prompt)
+        answers = model.answers(inputs, decoding, processor.tokenizer, fast=fast, **options)
+    for row, answer in zip(rows, answers, strict=True):
+        row.ids = answer.ids
 
 
 def _turn(chat: Any, row: _Row, seconds: float) -> ChatTurn:
-    request = row.request
+    request, processor = row.request, chat.processor
     if row.is_refused:
         return ChatTurn(request.question, REFUSAL, request.context, None, 0, seconds)
-    tokenizer = chat.processor.tokenizer
-    answer = tokenizer.decode(row.ids, extension_table=row.strings)
     return ChatTurn(
         question=request.question,
-        answer=tokenizer.unescape(answer),
-        context=f"{request.context}User: {row.escaped}\nAI: {answer}\n",
-        vision_hidden_states=row.vision_hidden_states,
+        answer=processor.answer_text(row.ids, row.prompt),
+        context=processor.next_context(request.context, request.question, row.ids, row.prompt, row.num_own),
+        vision_hidden_states=processor.hand_on(row.images) if row.new else request.vision_hidden_states,
         num_tokens=len(row.ids),
         seconds=seconds,
     )
 
 
-__all__ = ["ChatRequest", "answer_batch", "encode_request"]
+class AnswerStreamer(BaseStreamer):
+    """Hands every new piece of an answer to a function; together they are the answer."""
+
+    def __init__(self, processor: ChatProcessing, on_text: Callable[[str], None], prompt: Prompt | None = None):
+        self.on_text = on_text
+        self._text = processor.answer_stream(prompt)
+        self._ids: list[int] = []
+        self._has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
+            self._ids += value.flatten().tolist()
+            self._tell(self._text.new_text(self._ids))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        self._tell(self._text.new_text(self._ids, is_last=True))
+
+    def _tell(self, piece: str) -> None:
+        if piece:
+            self.on_text(piece)
+
+
+__all__ = ["AnswerStreamer", "ChatRequest", "answer_batch", "prompt_of"]

@@ -1,40 +1,25 @@
-"""VisCPM-Chat behind the original's own interface."""
+"""All models that chat, behind the original VisCPM-Chat's own interface."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 import torch
-from transformers import BatchFeature, TextStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import logging
 
 from ..checkpoints.adapters import AdapterFolder
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import Original, chosen_file, find_original, hub_arguments, original_of
-from ..families.family import CHAT
+from ..checkpoints.location import WHOLE, Original, chosen_file, find_original, hub_arguments, original_of
+from ..families.family import CHAT, CHATS, FAMILIES, Family, family_of
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions, find_original_file
-from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
-from ..modeling.fast_decoding_cpm_bee import check_fast_decoding
-from ..modeling.fused_projections_cpm_bee import fusing_problem
-from ..modeling.generation_cpm_bee import answer_generation, reference_decoding
-from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
-from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
-from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker, UnsafeImageError
+from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker
 from ..tiny.embedded import resolve_model
-from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
+from .answering import ChatRequest, answer_batch, prompt_of
+from .turns import ChatTurn
 
-
-if TYPE_CHECKING:
-    from .answering import ChatRequest
-
-logger = logging.get_logger(__name__)
 
 SAFETY_POLICIES = ("raise", "refuse")
 
@@ -123,56 +108,61 @@ class VisCPMChat:
         if adapter is not None:
             model_path = adapter.require_base()
         hub = hub_arguments(revision=revision, token=token, cache_dir=cache_dir)
-        model_path = resolve_model(chosen_file(model_path, **hub), "chat")
+        model_path = resolve_model(chosen_file(model_path, **hub), CHAT)
         original_file = find_original_file(model_path)
+        source: Any = model_path
         if original_file is not None:
-            source: Any = original_of(original_file, config_path, vision_config_path, vocab_path)
-        else:
-            if config_path is not None or vision_config_path is not None:
-                raise ValueError(
-                    "config_path and vision_config_path belong to an original file; "
-                    f"{model_path} is a folder or Hub id and has its own config.json."
-                )
-            source = find_original(model_path, **hub) or model_path
-        model, self.processor = self._load(source, vocab_path, hub)
-        tokens, rows = self.processor.tokenizer.num_words, model.config.text_config.num_words
-        if tokens != rows:
-            raise OriginalCheckpointError(
-                f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."
+            source = original_of(original_file, config_path, vision_config_path, vocab_path)
+        elif config_path is not None or vision_config_path is not None:
+            raise ValueError(
+                "config_path and vision_config_path belong to an original file; "
+                f"{model_path} is a folder or Hub id and has its own config.json."
             )
+        self.family, model, self.processor = self._load(find_original(source, **hub) or source, vocab_path, hub)
+        problem = self.processor.vocabulary_problem(model)
+        if problem is not None:
+            raise OriginalCheckpointError(problem)
         if adapter is not None:
             self.processor = adapter.apply(model, self.processor)
-        self.model: VisCPMChatForConditionalGeneration = self.options.place(model).eval()
+        self.model = self.options.place(model).eval()
         if fast:
-            check_fast_decoding(self.model)
-            if fusing_problem(self.model) is None:
-                self.model.fuse_projections()
-            self.model.fast_decoder.enabled = True
+            self.model.enable_fast_decoding()
         if device_map is not None:
             self.device = self.model.device
 
-    # ------------------------------------------------------------------------------------------------------- loading
-
     def _load(
         self, source: Original | str | os.PathLike, vocab_path: str | os.PathLike | None, hub: Mapping[str, Any]
-    ) -> tuple[VisCPMChatForConditionalGeneration, VisCPMChatProcessor]:
-        if isinstance(source, Original):
-            if source.family.is_sibling or (source.kind != CHAT and source.shapes is None):
-                raise OriginalCheckpointError(
-                    f"{source.name} is a {source.kind} checkpoint, but VisCPMChat needs one of VisCPM-Chat."
-                )
-            floating = (tensor.dtype for tensor in source.tensors.values() if tensor.is_floating_point())
-            stored, quantization = next(floating, None), None
-        else:
-            config = own_config(source, CHAT, **hub)
-            stored, quantization = config.dtype, getattr(config, "quantization_config", None)
+    ) -> tuple[Family, Any, Any]:
+        """The family that a checkpoint is of, its model and its processor."""
+        family, stored, quantization = self._stored(source, hub)
+        if vocab_path is not None and family.vocabulary_class is None:
+            raise ValueError(
+                f"vocab_path is a file of VisCPM-Chat's; the tokenizer of {family.title} is in its folder."
+            )
         dtype = self.options.choose_dtype(stored) if stored is not None else self.options.dtype or "auto"
         arguments = self.options.from_pretrained_arguments(dtype, quantization)
-        model = VisCPMChatForConditionalGeneration.from_pretrained(source, dtype=dtype, **hub, **arguments)
-        processor = VisCPMChatProcessor.from_pretrained(source, **hub)
+        model = family.model_class.from_pretrained(source, dtype=dtype, **hub, **arguments)
+        processor = family.processor_class.from_pretrained(source, **hub)
         if vocab_path is not None:
-            processor.tokenizer = CpmBeeTokenizer(os.fspath(vocab_path))
-        return model, processor
+            processor.tokenizer = family.vocabulary_class(os.fspath(vocab_path))
+        return family, model, processor
+
+    def _stored(
+        self, source: Original | str | os.PathLike, hub: Mapping[str, Any]
+    ) -> tuple[Family, torch.dtype | None, Mapping[str, Any] | None]:
+        """The family of a checkpoint, the dtype of its weights, and how they are quantised."""
+        if isinstance(source, Original) and source.layout == WHOLE:
+            if source.kind not in CHATS and source.shapes is None:  # else the tensors tell
+                raise OriginalCheckpointError(
+                    f"{source.name} is a {source.kind} checkpoint, but {type(self).__name__} needs one that chats: "
+                    f"{', '.join(FAMILIES[kind].title for kind in CHATS)}."
+                )
+            floating = (tensor.dtype for tensor in source.tensors.values() if tensor.is_floating_point())
+            family = FAMILIES[source.kind if source.kind in CHATS else CHAT]
+            return family, next(floating, None), source.config.get("quantization_config")
+        name = source.name if isinstance(source, Original) else source
+        config = own_config(name, *CHATS, **hub)
+        return family_of(config), config.dtype, getattr(config, "quantization_config", None)
 
     # ------------------------------------------------------------------------------------------------------ answering
 
@@ -228,39 +218,11 @@ class VisCPMChat:
             ValueError: for an image that can't be used, a prompt longer than `processor.tokenizer.model_max_length`
                 or a parameter outside its range.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode is one of {', '.join(MODES)}, got {mode!r}.")
-        if not isinstance(question, str):
-            raise ValueError(f"A question is a str, got {type(question).__name__}.")
-        if mode == "reference":
-            if on_text is not None:
-                raise ValueError('Beam search knows its answer only at the end: on_text needs mode="generate".')
-            decoding = reference_decoding(generation)
-        else:
-            check_generation(generation)
-        begin = time.perf_counter()
-        escaped = self.processor.tokenizer.escape(question)
-        if image is not None and vision_hidden_states is None:
-            picture = open_picture(image, self.processor.image_processor)
-            if self.image_safety_checker is not None and self.image_safety_checker(picture):
-                return self._refuse(question, context, begin)
-            vision_hidden_states = self.encode_image(picture)
-        document = {"context": context, "question": escaped, "<ans>": ""}
-        if mode == "reference":
-            ids, strings = self._reference(document, vision_hidden_states, decoding, fast)
-        else:
-            with sampling([seed], generation, self.model.generation_config, self.device) as options:
-                options = {**generation, **options, "fast": fast}
-                ids, strings = self._generate(document, vision_hidden_states, options, on_text)
-        answer = self.processor.tokenizer.decode(ids, extension_table=strings)
-        return ChatTurn(
-            question=question,
-            answer=self.processor.tokenizer.unescape(answer),
-            context=f"{context}User: {escaped}\nAI: {answer}\n",
-            vision_hidden_states=vision_hidden_states,
-            num_tokens=len(ids),
-            seconds=time.perf_counter() - begin,
+        request = ChatRequest(image, question, context, vision_hidden_states)
+        (turn,) = answer_batch(
+            self, [request], mode=mode, seed=seed, on_text=on_text, fast=fast, generation=generation
         )
+        return turn
 
     def ask_batch(
         self,
@@ -269,131 +231,43 @@ class VisCPMChat:
         mode: str = "reference",
         seed: int | Sequence[int | None] | None = None,
         return_exceptions: bool = False,
+        fast: bool | None = None,
         **generation,
     ) -> list[ChatTurn]:
         """Answers several questions at once, each as [`ask`] would alone; see [`answer_batch`]."""
-        from .answering import answer_batch
-
         return answer_batch(
-            self, requests, mode=mode, seed=seed, return_exceptions=return_exceptions, generation=generation
+            self,
+            requests,
+            mode=mode,
+            seed=seed,
+            return_exceptions=return_exceptions,
+            fast=fast,
+            generation=generation,
         )
 
     def prompt_length(self, request: ChatRequest) -> int:
-        """Tokens of the request's prompt; no picture is opened. Raises as [`encode_request`]."""
-        from .answering import encode_request
-
-        return len(encode_request(self, request))
+        """Tokens of the request's prompt, as far as they are known before its image is opened; raises as
+        [`prompt_of`]."""
+        return len(prompt_of(self, request))
 
     def context_of(self, turns: Iterable[tuple[str, str]]) -> str:
         """The context of questions and their answers, as [`ask`] would have handed it on."""
-        return "".join(self.continue_context("", question, answer) for question, answer in turns)
+        context = ""
+        for question, answer in turns:
+            context = self.continue_context(context, question, answer)
+        return context
 
     def continue_context(self, context: str, question: str, answer: str) -> str:
         """The context with one more turn."""
-        escape = self.processor.tokenizer.escape
-        return f"{context}User: {escape(question)}\nAI: {escape(answer)}\n"
+        return self.processor.next_context(context, question, answer)
 
-    @torch.no_grad()
-    def encode_image(self, image: PIL.Image.Image) -> torch.Tensor:
-        """The image as the language model sees it, `(1, queries, hidden)`."""
-        pixel_values = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        return self.model.get_image_features(pixel_values.to(self.device)).pooler_output
+    def encode_image(self, image: PIL.Image.Image) -> Any:
+        """The image as the language model sees it, as [`chat`] returns it and takes it."""
+        return self.processor.hand_on(self.processor.encode_images(self.model, [self.processor.views_of(image)]))
 
     def fill(self, documents: Sequence[Mapping[str, Any]], **generation) -> list[dict[str, Any]]:
         """Fills the answers of text documents with the language model; see `CpmBeeForCausalLM.fill`."""
         return self.model.fill(documents, self.processor.tokenizer, **generation)
-
-    def _refuse(self, question: str, context: str, begin: float) -> ChatTurn:
-        if self.image_safety_policy == "raise":
-            raise UnsafeImageError("The safety checker flagged the image, so the question about it isn't answered.")
-        return ChatTurn(question, REFUSAL, context, None, 0, time.perf_counter() - begin)
-
-    def _inputs(
-        self, document: Mapping[str, str], vision_hidden_states: torch.Tensor | None, *, with_answer_start: bool
-    ) -> tuple[BatchFeature, int]:
-        """Model inputs of one turn, and the segment of its answer."""
-        num_images = 0
-        if vision_hidden_states is not None:
-            num_images = self._check_vision_hidden_states(vision_hidden_states)
-        encoded = self.processor.encode_prompt(ChatPrompt(dict(document), num_images))
-        self.processor.check_length(encoded)
-        slot = encoded.answer_slots[0]
-        prompt = encoded.prompt(open_slot=0 if with_answer_start else None)
-        inputs = self.processor.tokenizer.collate([prompt], return_tensors="pt").to(self.device)
-        if vision_hidden_states is not None:
-            encoded_image = vision_hidden_states.to(self.device, self.model.dtype)
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=encoded_image)}
-        return inputs, slot.segment_id
-
-    def _check_vision_hidden_states(self, vision_hidden_states: torch.Tensor) -> int:
-        if not isinstance(vision_hidden_states, torch.Tensor):
-            raise ValueError(f"vision_hidden_states is a tensor, got {type(vision_hidden_states).__name__}.")
-        config = self.model.config
-        expected = (config.num_query_tokens, config.text_config.hidden_size)
-        if vision_hidden_states.ndim != 3 or tuple(vision_hidden_states.shape[1:]) != expected:
-            raise ValueError(
-                f"vision_hidden_states has shape {tuple(vision_hidden_states.shape)}, but this model's are "
-                f"(images, {expected[0]}, {expected[1]}): hand on what an earlier turn of the same model returned."
-            )
-        return vision_hidden_states.shape[0]
-
-    def _reference(
-        self,
-        document: Mapping[str, str],
-        vision_hidden_states: torch.Tensor | None,
-        decoding: ReferenceDecodingConfig,
-        fast: bool | None,
-    ) -> tuple[list[int], dict[int, str]]:
-        inputs, segment = self._inputs(document, vision_hidden_states, with_answer_start=False)
-        (result,) = self.model.reference_search(inputs, [[segment]], decoding, fast=fast)
-        return result.token_ids[0], inputs.extension_strings[0]
-
-    def _generate(
-        self,
-        document: Mapping[str, str],
-        vision_hidden_states: torch.Tensor | None,
-        generation: Mapping[str, Any],
-        on_text: Callable[[str], None] | None,
-    ) -> tuple[list[int], dict[int, str]]:
-        inputs, _ = self._inputs(document, vision_hidden_states, with_answer_start=True)
-        strings = inputs.extension_strings[0]
-        tokenizer = self.processor.tokenizer
-        streamer = CallbackStreamer(tokenizer, on_text, strings) if on_text is not None else None
-        (ids,) = self._generate_rows(inputs, generation, streamer=streamer)
-        return ids, strings
-
-    def _generate_rows(self, inputs: BatchFeature, generation: Mapping[str, Any], **options) -> list[list[int]]:
-        """The new tokens of every row of a batch, without what ends them."""
-        if generation.get("stop_strings") is not None:
-            options["tokenizer"] = self.processor.tokenizer
-        generation = answer_generation(self.model.generation_config, generation)
-        sequences = self.model.generate(**inputs, **generation, **options)[:, inputs["input_ids"].shape[1] :]
-        end = self.processor.tokenizer.eos_token_id
-        return [ids[: ids.index(end)] if end in ids else ids for ids in sequences.tolist()]
-
-
-class CallbackStreamer(TextStreamer):
-    """Hands every new piece of the answer to a function; together they are `ChatTurn.answer`."""
-
-    def __init__(self, tokenizer: CpmBeeTokenizer, on_text: Callable[[str], None], strings: Mapping[int, str]):
-        super().__init__(tokenizer, skip_prompt=True, extension_table=strings)
-        self.on_text = on_text
-        self._has_ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            ids = value.flatten().tolist()
-            if self._has_ended:
-                return
-            if self.tokenizer.eos_token_id in ids:  # what ends the answer is no part of it
-                self._has_ended = True
-                ids = ids[: ids.index(self.tokenizer.eos_token_id)]
-            value = torch.tensor(ids, dtype=torch.long)
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.on_text(self.tokenizer.unescape(text))  # pieces begin and end with whole tokens
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

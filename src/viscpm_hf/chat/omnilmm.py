@@ -11,8 +11,8 @@ from typing import Any
 from ..modeling.chat_minicpmv import read_messages
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig
 from ..modeling.decoding_presets import decoding_presets
-from .chat import open_picture
 from .sibling_chat import SiblingChat
+from .turns import open_picture
 
 
 IMAGE_ERROR = "Image decode error"

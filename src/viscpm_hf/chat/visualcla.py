@@ -29,15 +29,17 @@ from ..loading.from_pretrained import own_config
 from ..loading.options import default_device, default_dtype, usable_device
 from ..loading.quantization import quantization_config
 from ..loading.unmerged_visualcla import UnmergedVisualCLA
+from ..modeling.chat_processing import ImageViews
 from ..modeling.configuration_vision_resampler import VisualCLAConfig
 from ..modeling.decoding_presets import decoding_presets
 from ..modeling.modeling_vision_resampler import VisualCLAForConditionalGeneration
 from ..modeling.processing_visualcla import VisualCLAProcessor
-from .chat import open_picture
-from .sibling_chat import AnswerStreamer, EncodedImage, encode_images, model_inputs
+from .answering import AnswerStreamer
+from .turns import open_picture
 
 
 History = list[dict[str, Any]]
+Picture = str | os.PathLike | PIL.Image.Image | torch.Tensor
 
 
 def get_model_and_tokenizer_and_processor(
@@ -115,17 +117,18 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def chat(
     model: Any,
-    image: str | os.PathLike | PIL.Image.Image | torch.Tensor | None,
+    image: Picture | Sequence[Picture | None] | None,
     text: str,
     history: History | None = None,
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
 ) -> tuple[str, History]:
-    """Answers one question about the conversation's picture.
+    """Answers one question about the conversation's pictures.
 
     Args:
         model: what [`get_model_and_tokenizer_and_processor`] returned.
-        image: the picture: path, PIL image, or pixels as the image processor returns them; the same at every turn.
-            None for text alone.
+        image: the first question's picture: path, PIL image, or pixels as the image processor returns them; the same
+            at every turn. None for text alone. A list has one for every question of the conversation, None for those
+            without, as text-generation-webui's users gave them.
         text: the question.
         history: what an earlier turn returned; it is appended to in place, as ever. None begins a conversation: unlike
             the original, conversations that begin without one share nothing.
@@ -147,7 +150,7 @@ def chat(
 
 def chat_in_stream(
     model: Any,
-    image: str | os.PathLike | PIL.Image.Image | torch.Tensor | None,
+    image: Picture | Sequence[Picture | None] | None,
     text: str,
     history: History | None = None,
     generation_config: GenerationConfig | Mapping[str, Any] | None = None,
@@ -205,23 +208,32 @@ def _inputs(model: Any, image: Any, text: str, history: Sequence[Mapping[str, An
         *({"role": roles[entry["type"]], "content": entry["value"]} for entry in history),
         {"role": "user", "content": text},
     ]
-    if image is None:
-        return model_inputs(model, processor, [processor.encode_chat(conversation)], [None])
-    first = {"type": "text", "text": conversation[0]["content"]}
-    conversation[0] = {**conversation[0], "content": [{"type": "image"}, first]}
-    prompt = processor.encode_chat(conversation, [(0, 0)])  # before the picture, which takes longer
-    return model_inputs(model, processor, [prompt], [_encode(model, image).features])
+    questions = [message for message in conversation if message["role"] == "user"]
+    is_list = isinstance(image, (list, tuple))
+    images = list(image) if is_list else [image, *[None] * (len(questions) - 1)]
+    if len(images) != len(questions):
+        raise ValueError(
+            f"The list has {len(images)} pictures, but the conversation {len(questions)} questions: give one for "
+            "each, None for those without."
+        )
+    for question, own in zip(questions, images, strict=True):
+        if own is not None:
+            question["content"] = [{"type": "image"}, {"type": "text", "text": question["content"]}]
+    given = [own for own in images if own is not None]
+    prompt = processor.encode_chat(conversation, [(0, 0)] * len(given))  # before the pictures, which take longer
+    encoded = processor.encode_images(model, [_views(model, own) for own in given]) if given else []
+    features = torch.cat([own.features for own in encoded]) if encoded else None
+    return processor.pad_prompts([prompt], [features], model)
 
 
-@torch.no_grad()
-def _encode(model: Any, image: Any) -> EncodedImage:
+def _views(model: Any, image: Any) -> ImageViews:
     if not isinstance(image, torch.Tensor):
-        return encode_images(model, model.processor, [open_picture(image, model.image_processor)])[0]
+        return model.processor.views_of(open_picture(image, model.image_processor))
     pixel_values = image if image.ndim == 4 else image[None]
     size = model.config.vision_config.image_size
     if tuple(pixel_values.shape) != (1, 3, size, size):
         raise ValueError(f"Pixels of one picture are (1, 3, {size}, {size}), got {tuple(image.shape)}.")
-    return EncodedImage(model.get_image_features(pixel_values.to(model.device)).pooler_output)
+    return ImageViews(pixel_values)
 
 
 @torch.no_grad()

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
 
-from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from ..version import OLDEST, require
 from .errors import OriginalCheckpointError
 from .json_files import load_json
@@ -51,9 +50,7 @@ class AdapterFolder:
             )
         return self.base
 
-    def prepare(
-        self, model: VisCPMChatForConditionalGeneration, processor: VisCPMChatProcessor
-    ) -> VisCPMChatProcessor:
+    def prepare(self, model: PreTrainedModel, processor: ProcessorMixin) -> ProcessorMixin:
         """Makes a model ready for the adapter, in place: its image size is the one that the adapter was trained at.
 
         Returns:
@@ -76,11 +73,11 @@ class AdapterFolder:
             for key in weights.keys():
                 self._check_fit(modules, key, weights.get_slice(key).get_shape())
         if (self.path / PROCESSOR_CONFIG).is_file():
-            processor = VisCPMChatProcessor.from_pretrained(self.path)
-        model.model.vision_tower.set_image_size(processor.image_processor.size["height"])
+            processor = type(processor).from_pretrained(self.path)
+        model.take_images_of(processor)
         return processor
 
-    def apply(self, model: VisCPMChatForConditionalGeneration, processor: VisCPMChatProcessor) -> VisCPMChatProcessor:
+    def apply(self, model: PreTrainedModel, processor: ProcessorMixin) -> ProcessorMixin:
         """As [`prepare`], and puts the adapter on the model."""
         processor = self.prepare(model, processor)
         model.load_adapter(os.fspath(self.path))

@@ -113,8 +113,10 @@ def read_archive(path: Path) -> tuple[Any, dict[str, Record]]:
         RefusedError: if the pickle asks for anything but tensors, numbers, texts and containers of them.
         OriginalCheckpointError: if its records are compressed, overlap or leave the file, or there is too much of
             something.
+        OSError: if it can't be opened.
     """
     with path.open("rb") as file:
+        file.read(1)  # the system's own words for one that can't be read
         _check_directory(path, file)
         try:
             with zipfile.ZipFile(file) as archive:

@@ -19,7 +19,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers.utils.hub import cached_file
 
-from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, SIBLINGS, Family
+from ..families.family import BEIT3, CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
 from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .adapters import AdapterFolder
@@ -45,7 +45,6 @@ TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER = "transformers folder", "diffusers folder
 MANIFEST_NAME = "conversion.json"
 CONVERTED = (TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER)
 
-CONVERTED_MODEL_TYPES = {"viscpm_chat": "chat", "viscpm_cpm_bee": "cpm_bee"}
 PAINT_MODEL_TYPE = "viscpm_paint_text_encoder"
 
 # `owner/name`, as the Hub allows them, and a file within, or one of the released alternatives (`families`).
@@ -72,17 +71,14 @@ class Location:
     path: Path
     layout: str
     kind: str | None = None
-    """What the configuration says: of converted folders, and of the siblings'. Of VisCPM's original files only the
-    tensors tell."""
+    """What the configuration says: of converted folders, and of originals whose model type is ours. Of VisCPM's
+    original files only the tensors tell."""
+    original: Original | None = None
+    """What [`find_original`] would find; None for ours, and for a folder that has no configuration."""
 
     @property
     def is_converted(self) -> bool:
         return self.layout in CONVERTED
-
-    @property
-    def is_sibling(self) -> bool:
-        """Whether it is one of VisCPM's siblings."""
-        return self.kind in SIBLINGS
 
     @property
     def folder(self) -> Path:
@@ -124,28 +120,25 @@ def locate(
         return Location(name, path, ORIGINAL_FILE)
     if not os.access(path, os.R_OK | os.X_OK):
         raise PermissionError(f"The folder {path} can't be read: permission denied.")
-    layout, kind = layout_of(path)
-    return Location(name, path, layout, kind)
+    return location_of(path, name)
 
 
-def layout_of(folder: Path) -> tuple[str, str | None]:
-    """The layout of a folder, and the kind of a converted one."""
+def location_of(folder: Path, name: str | None = None) -> Location:
+    """What a folder holds. `name` is what the user calls it."""
+    name = os.fspath(folder) if name is None else name
     if json_object(folder / "text_encoder" / "config.json").get("model_type") == PAINT_MODEL_TYPE:
-        return DIFFUSERS_FOLDER, "paint"
+        return Location(name, folder, DIFFUSERS_FOLDER, PAINT)
     config = json_object(folder / "config.json")
     kind = config.get("model_type")
     if isinstance(kind, (list, dict)):
         raise OriginalCheckpointError(f"{folder / 'config.json'} names no model type but a {type(kind).__name__}.")
-    if kind in CONVERTED_MODEL_TYPES:
-        return TRANSFORMERS_FOLDER, CONVERTED_MODEL_TYPES[kind]
-    if kind in SIBLINGS:
-        if "resampler_config" in config:
-            return TRANSFORMERS_FOLDER, kind
-        if kind == MiniCPMVConfig.model_type:
-            refuse_later_minicpmv(config)
-        return ORIGINAL_FOLDER, kind
-    if original_files(folder) or kind_of(config) is not None:
-        return ORIGINAL_FOLDER, None
+    own = next((own for own, family in FAMILIES.items() if family.config_class.model_type == kind), None)
+    original = original_from(config, os.fspath(folder))
+    if original is None and own not in (None, PAINT, BEIT3):  # of the last two neither stands alone
+        return Location(name, folder, TRANSFORMERS_FOLDER, own)
+    if original is not None or original_files(folder):
+        named = original.kind if original is not None and original.family.shares_model_type else None
+        return Location(name, folder, ORIGINAL_FOLDER, named, original)
     raise OriginalCheckpointError(
         f"{folder} holds no VisCPM checkpoint: it has no {' or '.join(ORIGINAL_SUFFIXES)} file of the original, and "
         "no config.json of a converted one."
@@ -277,7 +270,8 @@ def _download(repo_id: str, file: str | None, release: str | None, where: dict[s
             return Path(hf_hub_download(repo_id, file, **where))
         if layout_is_converted(folder):
             return Path(snapshot_download(repo_id, **where))
-        if json_object(folder / "config.json").get("model_type") in SIBLINGS:
+        kind = kind_of(json_object(folder / "config.json"))
+        if kind is not None and FAMILIES[kind].shares_model_type:
             return Path(snapshot_download(repo_id, ignore_patterns=OTHER_FORMATS, **where))
         return Path(hf_hub_download(repo_id, _only_original(repo_id, folder, where), **where)).parent
     except (HfHubHTTPError, EntryNotFoundError, OSError) as error:  # offline mode's errors are among them
@@ -289,7 +283,7 @@ def _download(repo_id: str, file: str | None, release: str | None, where: dict[s
 
 def layout_is_converted(folder: Path) -> bool:
     try:
-        return layout_of(folder)[0] in CONVERTED
+        return location_of(folder).is_converted
     except OriginalCheckpointError:
         return False
 
@@ -352,6 +346,7 @@ class Original:
     weights: tuple[Path, ...] | None = None
     """Files of weights that were chosen; None for those that a repository has by their usual names."""
     vocab: Path | None = None
+    _json: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def family(self) -> Family:
@@ -376,15 +371,29 @@ class Original:
         return None if found is None else Path(found)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON file's object; empty if there is no such file."""
-        path = self.file(name)
-        return {} if path is None else read_json(path, f"The file {name}")
+        """A JSON file's object; empty if there is no such file. It is read once."""
+        if name not in self._json:
+            path = self.file(name)
+            self._json[name] = {} if path is None else read_json(path, f"The file {name}")
+        return self._json[name]
+
+    @cached_property
+    def part_folders(self) -> list[Path]:
+        """Of a merged VisualCLA, where its language model and its vision tower are; else none."""
+        if self.layout != MERGED:
+            return []
+        folder = download_repository(self.name, self.hub)
+        for name in (TEXT_FOLDER, VISION_FOLDER):
+            if not (folder / name).is_dir():
+                raise FileNotFoundError(f"{folder} lacks {name}/, one of the parts of a merged VisualCLA.")
+        return [folder / TEXT_FOLDER, folder / VISION_FOLDER]
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The files of weights, one or all shards, downloaded if need be; see [`weight_paths`]."""
+        """The files of weights, one or all shards, parts' last, downloaded if need be; see [`weight_paths`]."""
         if self.weights is not None:
             return list(self.weights)
+        parts = [path for folder in self.part_folders for path in weight_paths(folder)]
 
         def find(name: str) -> Path | None:
             if os.path.isdir(self.name):
@@ -392,16 +401,22 @@ class Original:
             found = find_repository_file(self.name, name, is_needed=True, **self.hub)
             return None if found is None else Path(found)
 
-        return weight_paths(self.folder, self.hub.get("variant"), find, self.name)
+        return [*weight_paths(self.folder, self.hub.get("variant"), find, self.name), *parts]
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by their original names, mapped: none is read before it is used."""
-        return tensors_of(self.weight_files)
+        if not self.part_folders:
+            return tensors_of(self.weight_files)
+        text, vision = self.part_folders
+        own = [path for path in self.weight_files if path.parent not in self.part_folders]
+        return {**text_tensors(text), **vision_tensors(vision), **tensors_of(own)}
 
     @property
     def shapes(self) -> dict[str, torch.Size] | None:
-        """Shapes of the tensors; None if the weights aren't on this machine."""
+        """Shapes of the tensors; None if the weights aren't on this machine, or are changes to others'."""
+        if self.layout == ADAPTER or (self.layout == MERGED and not os.path.isdir(self.name)):
+            return None
         if "tensors" not in self.__dict__ and self.weights is None and not os.path.isdir(self.name):
             if not any((self.folder / name).is_file() for name in WEIGHT_NAMES):
                 return None
@@ -425,6 +440,8 @@ def find_original(name_or_path: Any, /, **kwargs: Any) -> Original | None:
     """
     if isinstance(name_or_path, Original):
         return name_or_path
+    if isinstance(name_or_path, Location):
+        return name_or_path.original
     if not isinstance(name_or_path, (str, os.PathLike)) or os.path.isfile(name_or_path):
         return None
     hub = {key: kwargs[key] for key in (*HUB_ARGUMENTS, "variant") if kwargs.get(key) is not None}
@@ -437,12 +454,30 @@ def find_original(name_or_path: Any, /, **kwargs: Any) -> Original | None:
     if found is None:
         return None
     config = json_object(Path(found))  # of a damaged one transformers has its own words
+    return original_from(config, os.fspath(name_or_path), Path(found).parent, hub)
+
+
+def original_from(
+    config: Mapping[str, Any], name: str, folder: Path | None = None, hub: Mapping[str, Any] | None = None
+) -> Original | None:
+    """What a `config.json` makes of a checkpoint; None if it is none of an original's.
+
+    Args:
+        name: of the checkpoint.
+        folder: where the file is; if None, `name`, and of a Hub repository what the cache has.
+        hub: see [`find_original`].
+
+    Raises:
+        ValueError: as [`find_original`].
+    """
     kind = kind_of(config)
     if kind is None:
         return None
     if kind == MiniCPMVConfig.model_type:
         refuse_later_minicpmv(config)
-    return Original(os.fspath(name_or_path), Path(found).parent, kind, config, hub)
+    if hub is None:
+        hub = {} if os.path.isdir(name) else {"local_files_only": True}
+    return Original(name, Path(name) if folder is None else folder, kind, config, hub)
 
 
 def original_of(
@@ -473,8 +508,10 @@ def original_of(
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """Which system an original `config.json` is of; None if it is none of an original's."""
     model_type = config.get("model_type")
-    if model_type in SIBLINGS:
-        return None if "resampler_config" in config else model_type
+    shared = next((kind for kind, family in FAMILIES.items() if family.config_class.model_type == model_type), None)
+    if shared is not None:
+        is_original = FAMILIES[shared].shares_model_type and "resampler_config" not in config
+        return shared if is_original else None
     if model_type is None and sum(key in config for key in LLM_SIZE_KEYS) < 2:
         return None
     kind = next((kind for kind, family in FAMILIES.items() if model_type in family.original_types), None)
@@ -633,3 +670,20 @@ def tensors_of(files: list[Path]) -> dict[str, torch.Tensor]:
             raise OriginalCheckpointError(f"{file.parent} has {twice} twice; the second time in {file.name}.")
         tensors |= own
     return tensors
+
+
+# VisualCLA's names of its whole model begin with these; those of its parts' own files don't.
+TEXT_PREFIX, VISION_PREFIX = "text_model.", "vision_model."
+
+
+def text_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """A language model's folder, by the names of the whole VisualCLA."""
+    return {TEXT_PREFIX + name: tensor for name, tensor in tensors_of(weight_paths(folder)).items()}
+
+
+def vision_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """A vision tower's folder, or a whole CLIP's, by the names of the whole VisualCLA."""
+    tensors = tensors_of(weight_paths(folder))
+    if any(name.startswith(VISION_PREFIX) for name in tensors):
+        return {VISION_PREFIX + name: tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIX)}
+    return {2 * VISION_PREFIX + name: tensor for name, tensor in tensors.items()}

@@ -109,8 +109,6 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         OSError: if it can't be opened.
     """
     path = Path(path)
-    with path.open("rb") as file:  # the system's own words for a missing or forbidden file
-        file.read(1)
     try:
         content, records = read_archive(path)
     except RefusedError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, TokenizersBackend
@@ -24,6 +25,9 @@ from ..modeling.tokenization_legacy_sentencepiece import LegacySentencePieceToke
 from .errors import OriginalCheckpointError
 from .location import HUB_ARGUMENTS, Original
 from .original import VOCAB_NAME
+
+
+IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 
 
 # Arguments that say where files come from, and those of the Auto classes; the rest belongs to the object itself.
@@ -45,24 +49,23 @@ def without_source(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(original: Original, **kwargs: Any) -> Any:
-    """The tokenizer of an original checkpoint; the siblings' pad on the left, as generation needs it."""
-    own = without_source(kwargs)
-    if not original.family.is_sibling:
-        vocab = original.vocab or original.file(VOCAB_NAME)
-        if vocab is None:
-            raise OSError(f"{original.name} has no {VOCAB_NAME}, the vocabulary of the original checkpoint.")
-        return CpmBeeTokenizer(os.fspath(vocab), name_or_path=original.name, **own)
-    if original.kind == OmniLMMConfig.model_type and original.file("tokenizer.json") is not None:
-        options = {**original.hub, "padding_side": "left", **own}
-        return _with_omnilmm_tokens(TokenizersBackend.from_pretrained(original.name, **options), original)
-    vocab = original.file("tokenizer.model")
+    """The tokenizer of an original checkpoint; where it isn't CPM-Bee's it pads on the left, as generation needs."""
+    usual = _cpm_bee_tokenizer if original.family.tokenizer_class is CpmBeeTokenizer else _stock_tokenizer
+    return _TOKENIZERS.get(original.kind, usual)(original, without_source(kwargs))
+
+
+def _cpm_bee_tokenizer(original: Original, own: Mapping[str, Any]) -> CpmBeeTokenizer:
+    vocab = original.vocab or original.file(VOCAB_NAME)
     if vocab is None:
-        raise OSError(f"{original.name} has no tokenizer.model, the vocabulary of the original checkpoint.")
-    if original.kind == VisualCLAConfig.model_type:
-        return _visualcla_tokenizer(original, own)
-    if original.kind == OmniLMMConfig.model_type:
+        raise OSError(f"{original.name} has no {VOCAB_NAME}, the vocabulary of the original checkpoint.")
+    return CpmBeeTokenizer(os.fspath(vocab), name_or_path=original.name, **own)
+
+
+def _omnilmm_tokenizer(original: Original, own: Mapping[str, Any]) -> Any:
+    if original.file("tokenizer.json") is None:
         return _with_omnilmm_tokens(_stock_tokenizer(original, own), original)
-    return _stock_tokenizer(original, own)
+    options = {**original.hub, "padding_side": "left", **own}
+    return _with_omnilmm_tokens(TokenizersBackend.from_pretrained(original.name, **options), original)
 
 
 # In the order of their ids, which are the vocabulary's last ones.
@@ -95,6 +98,7 @@ def _with_omnilmm_tokens(tokenizer: Any, original: Original) -> Any:
 
 def _stock_tokenizer(original: Original, own: Mapping[str, Any]) -> LegacySentencePieceTokenizer:
     """As the library loads it, whatever we make of its class's `from_pretrained`."""
+    _sentencepiece_file(original)
     load = getattr(LegacySentencePieceTokenizer.from_pretrained, "__wrapped__", None)
     own = {**original.hub, "padding_side": "left", **own}
     if load is None:
@@ -108,7 +112,7 @@ def _visualcla_tokenizer(original: Original, own: Mapping[str, Any]) -> LegacySe
     The transformers of the release (4.30) did so with special tokens that are plain strings in
     `special_tokens_map.json`, which today's neither does nor can be told by that file.
     """
-    own = {"padding_side": "left", "pad_token": "<pad>", **own}
+    own, vocab = {"padding_side": "left", "pad_token": "<pad>", **own}, _sentencepiece_file(original)
     config = original.json("tokenizer_config.json")
     if "added_tokens_decoder" in config:  # saved later, with everything said
         return _stock_tokenizer(original, own)
@@ -128,12 +132,25 @@ def _visualcla_tokenizer(original: Original, own: Mapping[str, Any]) -> LegacySe
             token, lstrip=flags["lstrip"], rstrip=flags["rstrip"], normalized=False, special=True
         )
     return LegacySentencePieceTokenizer(
-        original.file("tokenizer.model"),
+        vocab,
         added_tokens_decoder=decoder,
         extra_special_tokens=[token for token in decoder.values() if str(token) != own["pad_token"]],
         name_or_path=original.name,
         **{"model_max_length": config.get("model_max_length", 2048), **own},
     )
+
+
+def _sentencepiece_file(original: Original) -> Path:
+    vocab = original.file("tokenizer.model")
+    if vocab is None:
+        raise OSError(f"{original.name} has no tokenizer.model, the vocabulary of the original checkpoint.")
+    return vocab
+
+
+_TOKENIZERS = {
+    OmniLMMConfig.model_type: _omnilmm_tokenizer,
+    VisualCLAConfig.model_type: _visualcla_tokenizer,
+}
 
 
 # --------------------------------------------------------------------------------------------------- image processors
@@ -147,47 +164,62 @@ def load_image_processor(
     Args:
         config: the model's, by our names.
     """
-    options = without_source(kwargs)
-    said_of = original.config
-    if original.kind == MiniCPMVConfig.model_type:
-        return MiniCPMVImageProcessor(**{**_minicpmv_views(said_of), **options})
-    if not original.family.is_sibling:
-        if getattr(config, "vision_config", None) is None:
-            raise OSError(f"{original.name} holds a language model alone; it needs no image processor.")
-        side = original.json("preprocessor_config.json").get("input_size", config.vision_config.image_size)
-        return VisCPMImageProcessor(**{"size": {"height": side, "width": side}, **options})
-    defaults: dict[str, Any] = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
-    if original.kind == OmniLMMConfig.model_type:
-        side = said_of.get("image_size")
-        if side is None:
-            raise OriginalCheckpointError(f"config.json of {original.name} lacks image_size.")
-        defaults["size"] = {"height": side, "width": side}
-        return VisCPMImageProcessor(**{**defaults, **options})
-    side = said_of["vision_config"].get("image_size", 224)
-    defaults |= {
+    said = _IMAGES.get(original.kind, _square_images)(original, config)
+    image_processor_class = original.family.image_processor_class or VisCPMImageProcessor
+    return image_processor_class(**{**said, **without_source(kwargs)})
+
+
+def _square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+def _square_images(original: Original, config: Any) -> dict[str, Any]:
+    if getattr(config, "vision_config", None) is None:
+        raise OSError(f"{original.name} holds a language model alone; it needs no image processor.")
+    return {"size": _square(original.json(IMAGE_PROCESSOR_NAME).get("input_size", config.vision_config.image_size))}
+
+
+def _omnilmm_images(original: Original, config: Any) -> dict[str, Any]:
+    side = original.config.get("image_size")
+    if side is None:
+        raise OriginalCheckpointError(f"config.json of {original.name} lacks image_size.")
+    return {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "size": _square(side)}
+
+
+def _visualcla_images(original: Original, config: Any) -> dict[str, Any]:
+    side = original.config["vision_config"].get("image_size", 224)
+    defaults = {
+        "image_mean": OPENAI_CLIP_MEAN,
+        "image_std": OPENAI_CLIP_STD,
         "size": {"shortest_edge": side},
         "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
+        "crop_size": _square(side),
     }
-    said = original.json("preprocessor_config.json")
+    said = original.json(IMAGE_PROCESSOR_NAME)
     names = (*defaults, "do_resize", "do_rescale", "do_normalize", "resample", "rescale_factor")
-    return VisCPMImageProcessor(**{**defaults, **{key: said[key] for key in names if key in said}, **options})
+    return {**defaults, **{key: said[key] for key in names if key in said}}
 
 
-def _minicpmv_views(original: Mapping[str, Any]) -> dict[str, Any]:
+def _minicpmv_images(original: Original, config: Any) -> dict[str, Any]:
     """1.0's configuration has no `slice_mode`; 2.0's has it true or false."""
-    side = original.get("image_size", 448)
-    views: dict[str, Any] = {"size": {"height": side, "width": side}, "slice_mode": "square"}
-    if "slice_mode" in original:
-        modes = {True: "adaptive", False: "whole"}
-        if not isinstance(original["slice_mode"], bool):
+    said = original.config
+    views: dict[str, Any] = {"size": _square(said.get("image_size", 448)), "slice_mode": "square"}
+    if "slice_mode" in said:
+        if not isinstance(said["slice_mode"], bool):
             raise OriginalCheckpointError(
-                f"slice_mode of the configuration is true or false, got {original['slice_mode']!r}."
+                f"slice_mode of the configuration is true or false, got {said['slice_mode']!r}."
             )
-        views["slice_mode"] = modes[original["slice_mode"]]
+        views["slice_mode"] = "adaptive" if said["slice_mode"] else "whole"
         names = ("max_slice_nums", "scale_resolution", "patch_size")
-        views |= {name: original[name] for name in names if name in original}
+        views |= {name: said[name] for name in names if name in said}
     return views
+
+
+_IMAGES = {
+    OmniLMMConfig.model_type: _omnilmm_images,
+    MiniCPMVConfig.model_type: _minicpmv_images,
+    VisualCLAConfig.model_type: _visualcla_images,
+}
 
 
 # --------------------------------------------------------------------------------------------------------- processors
@@ -196,15 +228,14 @@ def _minicpmv_views(original: Mapping[str, Any]) -> dict[str, Any]:
 def load_processor(original: Original, config: Any, **kwargs: Any) -> VisCPMChatProcessor | VisionResamplerProcessor:
     """The processor of an original checkpoint; see [`load_image_processor`]."""
     own = without_source(kwargs)
-    if not original.family.is_sibling:
-        tokenizer, image_processor = load_tokenizer(original, **own), load_image_processor(original, config, **own)
-        return VisCPMChatProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
-    options: dict[str, Any] = {"num_query_tokens": config.num_query_tokens}
+    options = {name: own.pop(name) for name in ("chat_template", "max_input_length") if name in own}
     if isinstance(config, MiniCPMVConfig):
         options |= {
             "image_token_id": config.image_token_id,
             "image_start_id": original.config.get("im_start_token_id", 101),
             "image_end_id": original.config.get("im_end_token_id", 102),
         }
-    options |= {name: own[name] for name in ("chat_template", "max_input_length") if name in own}
-    return original.family.processor_class(load_image_processor(original, config), load_tokenizer(original), **options)
+    image_processor = load_image_processor(original, config, **own)
+    return (original.family.processor_class or VisCPMChatProcessor)(
+        image_processor, load_tokenizer(original, **own), num_query_tokens=config.num_query_tokens, **options
+    )

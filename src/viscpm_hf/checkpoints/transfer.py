@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,13 @@ class TensorTransfer:
     target: TensorSpec
     operation: str = KEEP
     is_reverted: bool = False
+    others: tuple[str, ...] = ()
+    """Of a tensor that was split, the names of the parts whose rows come after those of `source`."""
+
+    def tensor(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What is on its way, of the source's tensors."""
+        first = tensors[self.source.name]
+        return torch.cat([first, *(tensors[name] for name in self.others)]) if self.others else first
 
     @property
     def is_narrowed(self) -> bool:

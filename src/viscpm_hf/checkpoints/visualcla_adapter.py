@@ -17,9 +17,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .errors import OriginalCheckpointError
-from .location import ADAPTER_CONFIG_NAME, model_folder
+from .location import ADAPTER_CONFIG_NAME, TEXT_PREFIX, model_folder, text_tensors, vision_tensors
 from .original import load_state_dict, read_json
-from .sibling_original import TEXT_PREFIX, text_tensors, vision_tensors
 from .tensor_files import mapped_tensors
 
 

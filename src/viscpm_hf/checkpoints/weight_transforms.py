@@ -74,6 +74,13 @@ def shape_after(operation: str, shape: torch.Size) -> torch.Size:
     return shape
 
 
+def shape_before(operation: str, shape: torch.Size) -> torch.Size:
+    """Shape of one of our tensors -> the original's, of one that was split the part's; see [`revert_operation`]."""
+    if operation == WITHOUT_BATCH:
+        return torch.Size((1, *shape))
+    return shape[::-1] if operation == TRANSPOSED else shape
+
+
 def revert_operation(operation: str, tensor: torch.Tensor, num_words: int | None = None) -> torch.Tensor:
     """Our tensor -> the original's; of one that was split, the part. `num_words` are the rows that `TOKEN_ROWS`
     leaves: a padded embedding doesn't say how many of its rows are words."""

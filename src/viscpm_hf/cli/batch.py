@@ -215,16 +215,18 @@ def check_places(arguments: argparse.Namespace) -> None:
 def model_kind(arguments: argparse.Namespace) -> str:
     """`"chat"` or `"paint"`: what the model is; of one that is both, or not yet here, what the rows ask for."""
     from ..batch.rows import read_rows
-    from ..chat.sibling_chat import is_sibling
+    from ..checkpoints.adapters import AdapterFolder
     from ..conversion.inspect import inspect
+    from ..families.family import CHATS
     from ..tiny.embedded import EMBEDDED_NAME
 
     kind, hub = None, hub_options(arguments)
+    if AdapterFolder.find(arguments.model) is not None:
+        return "chat"
     if arguments.model != EMBEDDED_NAME:
-        if is_sibling(arguments.model, **hub):
-            return "chat"
         configs = {"llm_config": arguments.config, "vision_config": arguments.vision_config}
         kind = inspect(arguments.model, **configs, **hub).kind
+        kind = "chat" if kind in CHATS else kind
     if kind is None:
         row = next((row for row in read_rows(arguments.input) if row.error is None), None)
         kind = "paint" if row is not None and "prompt" in row.values else "chat"

@@ -12,7 +12,6 @@ from ..names import QUANTIZATIONS, full_dtype_name
 
 if TYPE_CHECKING:
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat
     from ..paint.paint import VisCPMPaint
 
 
@@ -143,26 +142,17 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
-def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | SiblingChat:
-    """`VisCPMChat` of `arguments.model`, or `SiblingChat` if it is a sibling; `options` are further arguments.
+def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat:
+    """`VisCPMChat` of `arguments.model`; `options` are further arguments.
 
     Raises:
         ValueError: for options of another kind of model, or of a check that isn't made.
     """
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
-    hub = hub_options(arguments)
     if arguments.image_checker and not arguments.check_image:
         raise ValueError(f"--image-checker {arguments.image_checker} checks nothing without --check-image.")
     options = {"image_safety_checker": arguments.check_image and (arguments.image_checker or True), **options}
-    if is_sibling(arguments.model, **hub):
-        others = {"fast": "fast", "config": "config", "vocab": "vocab", "vision_config": "vision-config"}
-        given = [f"--{option}" for name, option in others.items() if getattr(arguments, name)]
-        if given:
-            raise ValueError(f"{', '.join(given)} is for VisCPM-Chat, which {arguments.model} is not.")
-        common = {name: value for name, value in _common(arguments).items() if name != "fast"}
-        return SiblingChat(arguments.model, quantize_vision=arguments.quantize_vision, **common, **hub, **options)
     return VisCPMChat(
         arguments.model,
         arguments.config,
@@ -170,7 +160,7 @@ def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat | Sib
         vocab_path=arguments.vocab,
         quantize_vision=arguments.quantize_vision,
         **_common(arguments),
-        **hub,
+        **hub_options(arguments),
         **options,
     )
 

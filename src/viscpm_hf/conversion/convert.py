@@ -29,6 +29,7 @@ from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
 from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
+from ..families.family import FAMILIES
 from ..loading.quantization import stored_quantization
 from ..version import __version__
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
@@ -141,13 +142,17 @@ def convert(
         if to == TO_ORIGINAL:
             raise ConversionError(f"{location.name} is in the original's format already.")
         return _nothing_to_do(location, location.path, f"{location.name} is a converted folder already.")
-    if to == TO_ORIGINAL and location.is_sibling:
-        raise ConversionError(f"There is no way back for {location.name}: keep the original files.")
     if to == TO_ORIGINAL and (quantization := stored_quantization(location.path)) is not None:
         raise ConversionError(
             f"{location.name} is quantised to {quantization}; the original's values can't be had back from it."
         )
 
+    manifest = json_object(location.path / MANIFEST_NAME) if to == TO_ORIGINAL else {}
+    if to == TO_ORIGINAL and FAMILIES[location.kind].shares_model_type and not manifest.get("original_configs"):
+        raise ConversionError(
+            f"{location.name} has no {MANIFEST_NAME} of a conversion with the original's configuration, without which "
+            "its format has no meaning: go back from the converted folder, or keep the original files."
+        )
     checkpoint = (
         open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
         if to == TO_HUGGINGFACE
@@ -156,7 +161,7 @@ def convert(
     plan = (
         plan_conversion(checkpoint, wanted, shard_bytes)
         if to == TO_HUGGINGFACE
-        else plan_original(checkpoint, wanted, json_object(location.path / MANIFEST_NAME), ORIGINAL_WEIGHTS_NAME)
+        else plan_original(checkpoint, wanted, manifest, ORIGINAL_WEIGHTS_NAME)
     )
     return run_plan(
         checkpoint,
@@ -276,8 +281,8 @@ class _Conversion:
         writer = writer_class(path, [tensor.target for tensor in file.tensors])
         try:
             for tensor in file.tensors:
-                source = self.checkpoint.tensors[tensor.source.name]
                 self.check_source()  # a mapped file that became shorter would end the process
+                source = tensor.tensor(self.checkpoint.tensors)
                 writer.write(tensor.target.name, converted_pieces(source, tensor, report))
                 self._source_bytes += tensor.source.nbytes
             digest = writer.finish()
@@ -361,6 +366,7 @@ class _Conversion:
                     "source": tensor.source.name,
                     "target": tensor.target.name,
                     "file": file.path,
+                    **checkpoint.place_of(tensor.source.name),
                     "operation": tensor.operation,
                     "source_dtype": dtype_name(tensor.source.dtype),
                     "dtype": dtype_name(tensor.target.dtype),
@@ -371,7 +377,12 @@ class _Conversion:
                 for tensor in file.tensors
             ],
             "dropped": [
-                {"source": name, "reason": reason, "kept_in": plan.file_of_dropped(name)}
+                {
+                    "source": name,
+                    "reason": reason,
+                    "kept_in": plan.file_of_dropped(name),
+                    **checkpoint.place_of(name),
+                }
                 for name, reason in plan.dropped.items()
             ],
         }

@@ -12,7 +12,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
-    AutoProcessor,
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -26,6 +25,7 @@ from ..checkpoints.original import (
     VISION_SPELLINGS,
     VOCAB_NAME,
 )
+from ..checkpoints.processors import load_processor
 from ..checkpoints.tensor_files import dtype_name
 from .folder_files import save_code, write_index, write_json
 from .model_card import CARDS, sibling_card
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 VISION_LANGUAGE = (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM)
 AUTO_CLASSES = {CPM_BEE: (AutoModel, AutoModelForCausalLM)}
+# Files of an original tokenizer that a converted folder has as they were.
+KEPT_FILES = ("tokenizer.model",)
 ORIGINAL_MODEL_TYPE = {CHAT: "viscpmchatbee", CPM_BEE: "cpmbee", PAINT: "cpmbee"}
 
 
@@ -73,8 +75,8 @@ def auto_map(config: Any, auto_classes: tuple[type, ...]) -> dict[str, str]:
 
 
 def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
-    if checkpoint.location.is_sibling:
-        AutoProcessor.from_pretrained(checkpoint.location.path, trust_remote_code=False).save_pretrained(folder)
+    if checkpoint.vocab is None:
+        load_processor(checkpoint.location.original, checkpoint.config).save_pretrained(folder)
         return
     from ..modeling.image_processing_viscpm import VisCPMImageProcessor
     from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
@@ -99,6 +101,15 @@ def save_processor(folder: Path, checkpoint: Checkpoint) -> None:
 def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> None:
     """Completes an original file to a folder in the layout of its Hub repository."""
     before = _original_configs(checkpoint)
+    if checkpoint.vocab is None:
+        for name, content in before.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write_json(folder / name, content)
+        for name in KEPT_FILES:
+            if (checkpoint.location.path / name).is_file():
+                shutil.copyfile(checkpoint.location.path / name, folder / name)
+        write_json(folder / MANIFEST_NAME, manifest)
+        return
     config = {"model_type": ORIGINAL_MODEL_TYPE[checkpoint.kind], **_original_sizes(checkpoint)}
     write_json(folder / "config.json", {**config, **before.get("config.json", {})})
     for name in (VISION_CONFIG_NAME, GENERATION_CONFIG_NAME):

@@ -10,12 +10,12 @@ from typing import Any
 from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import (
+    ADAPTER,
     DIFFUSERS_FOLDER,
     ORIGINAL_FILE,
     ORIGINAL_FOLDER,
     PAINT_MODEL_TYPE,
     Location,
-    find_original,
     llm_config_file,
     locate,
     original_files,
@@ -32,7 +32,10 @@ from ..checkpoints.original import (
     key_map_of,
     load_state_dict,
 )
+from ..checkpoints.readers import converted_tensors, problems_of, reader_of
 from ..checkpoints.tensor_files import TensorSpec, safetensors_header, weight_files
+from ..checkpoints.visualcla_adapter import ADAPTER_FILES, read_adapter
+from ..families.family import FAMILIES
 from ..loading.quantization import stored_quantization
 from .inspection import (
     KINDS,
@@ -41,6 +44,8 @@ from .inspection import (
     inspection,
     sizes_of,
 )
+from .plan import spec_of
+from .planning import merge_command
 
 
 DIFFUSION_PARTS = ("UNet", "VAE")
@@ -69,10 +74,8 @@ def inspect(
     location = locate(source, revision, token, with_weights=False, cache_dir=cache_dir)
     if location.is_converted:
         return _inspect_converted(location)
-    if location.is_sibling:
-        from .sibling_inspect import inspect_sibling
-
-        return inspect_sibling(location)
+    if location.kind is not None:  # of all others only the tensors tell
+        return _inspect_adapter(location) if location.original.layout == ADAPTER else _inspect_named(location)
     files = original_files(location.path) if location.layout == ORIGINAL_FOLDER else [location.path]
     models = [file for file in files if file.name not in VAE_NAMES]
     if len(models) > 1:
@@ -94,7 +97,7 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
             f"({', '.join(list(state_dict)[:3])})."
         )
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()]
-    parts = [(_original_part(spec.name), spec) for spec in specs]
+    parts = [(FAMILIES[kind].part_of(spec.name), spec) for spec in specs]
     config, problems = original_config(location, kind, state_dict, llm_config, vision_config)
     missing, surplus = [], []
     if config is not None and kind != PAINT:
@@ -131,21 +134,6 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
     )
 
 
-def _original_part(name: str) -> str:
-    prefix = name.partition(".")[0]
-    return {
-        "llm": "language model",
-        "encoder": "language model",
-        "input_embedding": "language model",
-        "position_bias": "language model",
-        "query": "vision tower",
-        "vpm": "vision tower",
-        "mapping": "projector",
-        "trans_block": "projection",
-        "unet": "UNet",
-    }.get(prefix, "other")
-
-
 def original_config(location: Location, kind: str, state_dict, llm_config, vision_config) -> tuple[Any, list[str]]:
     """The configuration, or what is wrong with it."""
     from ..checkpoints.original import chat_config, read_json, text_config, text_encoder_config
@@ -160,6 +148,87 @@ def original_config(location: Location, kind: str, state_dict, llm_config, visio
         return (text_encoder_config if kind == PAINT else text_config)(llm, shapes), []
     except (ValueError, TypeError) as error:
         return None, [" ".join(str(error).split())]
+
+
+def _inspect_named(location: Location) -> Inspection:
+    """An original folder whose configuration says of which system it is, or of a Hub repository that alone."""
+    original, family = location.original, location.original.family
+    missing = _missing_tokenizer(location)
+    files: dict[str, int] = {}
+    specs: dict[str, TensorSpec] = {}
+    problems: list[str] = []
+    try:
+        files = {path.relative_to(location.path).as_posix(): path.stat().st_size for path in original.weight_files}
+        specs = {name: spec_of(name, tensor) for name, tensor in original.tensors.items()}
+    except FileNotFoundError as error:
+        missing.append(str(error))
+    except (ConversionError, OriginalCheckpointError) as error:
+        problems.append(str(error))
+    config, surplus = None, []
+    try:
+        config = reader_of(original.kind).config(original, shapes=original.shapes if specs else None)
+    except ValueError as error:
+        problems.append(" ".join(str(error).split()))
+    if config is not None and specs:
+        converted = converted_tensors(original.kind, original.tensors)
+        found = problems_of(converted, family.model_class, config)
+        missing += found.missing
+        surplus = list(found.unexpected)
+        problems += [*found.misshaped, *found.mistyped]
+    return inspection(
+        location,
+        original.kind,
+        files,
+        [(family.part_of(name), spec) for name, spec in specs.items()],
+        config,
+        is_sharded=len(files) > 1 + len(original.part_folders),
+        missing=missing,
+        surplus=surplus,
+        problems=problems,
+        next_command=convert_command(location.name.rstrip("/"), []),
+    )
+
+
+BASES = (
+    "text_model (Chinese-Alpaca-Plus-7B, which the adapter changes)",
+    "vision_model (openai/clip-vit-large-patch14, likewise)",
+)
+
+
+def _inspect_adapter(location: Location) -> Inspection:
+    """VisualCLA's changes alone: what they are changes to is missing."""
+    original = location.original
+    missing = [*BASES, *_missing_tokenizer(location)]
+    files = {name: (location.path / name).stat().st_size for name in ADAPTER_FILES if (location.path / name).is_file()}
+    specs: dict[str, TensorSpec] = {}
+    problems = []
+    try:
+        adapter = read_adapter(location.path)
+        specs = {name: spec_of(name, tensor) for name, tensor in adapter.own.items()}
+        for name, change in adapter.changes.items():
+            specs |= {f"{name}.{side}": spec_of(name, half) for side, half in (("A", change.a), ("B", change.b))}
+    except FileNotFoundError as error:
+        missing.append(str(error))
+    except OriginalCheckpointError as error:
+        problems.append(str(error))
+    return inspection(
+        location,
+        original.kind,
+        files,
+        [(original.family.part_of(name), spec) for name, spec in specs.items()],
+        reader_of(original.kind).config(original),
+        missing=missing,
+        problems=problems,
+        next_command=merge_command(location.name),
+    )
+
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
+
+def _missing_tokenizer(location: Location) -> list[str]:
+    has_one = any((location.path / name).is_file() for name in TOKENIZERS)
+    return [] if has_one else [f"tokenizer ({' or '.join(TOKENIZERS)})"]
 
 
 def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
@@ -189,10 +258,8 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
 
 def _inspect_without_weights(location: Location) -> Inspection:
     """A folder, or a Hub repository, of which only the configuration is at hand."""
-    from ..loading.from_pretrained import original_config as config_of
-
-    original = find_original(location.path)
-    config = None if original is None else config_of(original)
+    original = location.original
+    config = None if original is None else reader_of(original.kind).config(original)
     kind = CHAT if original is not None and original.kind == CHAT else None
     return Inspection(
         source=location.name,
@@ -247,7 +314,7 @@ def _inspect_converted(location: Location) -> Inspection:
         except (ConversionError, OSError) as error:
             problems.append(str(error))
     name = shlex.quote(location.name)
-    chats = location.kind == CHAT or location.is_sibling
+    chats = FAMILIES[location.kind].processor_class is not None
     command = f"viscpm-hf chat {name} IMAGE" if chats else f"viscpm-hf publish {name} REPO_ID --dry-run"
     return inspection(
         location,

@@ -19,6 +19,8 @@ from ..checkpoints.original import (
     PAINT,
 )
 from ..checkpoints.tensor_files import TensorSpec, dtype_name
+from ..families.systems import system_of
+from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from .model_card import LICENCE
 
 
@@ -99,9 +101,7 @@ def inspection(location: Location, kind: str | None, files: dict[str, int], part
         parameters[part] += spec.numel
         dtypes[dtype_name(spec.dtype)] += spec.numel
     system, licence = KINDS.get(kind, ""), LICENCE if kind in KINDS else ""
-    if location.is_sibling and config is not None:
-        from ..families.systems import system_of
-
+    if isinstance(config, VisionResamplerConfig):
         facts = system_of(config)
         system, licence = facts.name, facts.licence
     return Inspection(

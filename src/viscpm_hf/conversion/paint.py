@@ -17,9 +17,9 @@ from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import MANIFEST_NAME, Location, file_beside, json_object
 from ..checkpoints.original import PAINT, VOCAB_NAME, check_state_dict, load_state_dict, read_json, text_encoder_config
+from ..checkpoints.readers import reader_of
 from ..checkpoints.tensor_files import SafetensorsFolder, dtype_name, mapped_tensors
 from ..families import key_maps
-from ..loading.from_pretrained import check_original_weights
 from ..loading.paint import (
     DIFFUSION_CONFIG_NAME,
     UNET_CONFIG,
@@ -89,7 +89,7 @@ def open_original_paint(
     if given:
         original_configs[DIFFUSION_CONFIG_NAME] = given
     config = text_encoder_config(llm, shapes)
-    check_original_weights(tensors, VisCPMPaintTextEncoder, config, weights)
+    reader_of(PAINT).state_dict(tensors, VisCPMPaintTextEncoder, config, weights)
     check_vocabulary(vocab, config)
     vae_place = vae or next(
         (place for place in (location.folder / VAE, location.folder / VAE_NAME) if place.exists()), None

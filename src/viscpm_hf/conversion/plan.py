@@ -16,10 +16,11 @@ from ..checkpoints.errors import OriginalCheckpointError
 from ..checkpoints.location import (
     Location,
 )
+from ..checkpoints.readers import reader_of
 from ..checkpoints.tensor_files import TensorSpec
 from ..checkpoints.transfer import TensorTransfer
-from ..checkpoints.weight_transforms import KeyMatcher
 from ..families import key_maps
+from ..families.family import FAMILIES, Family
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 
 
@@ -29,6 +30,9 @@ TRANSFORMERS_WEIGHTS, DIFFUSERS_WEIGHTS = "model", "diffusion_pytorch_model"
 
 # The model has no use for these tensors; with them the original file can be had back.
 EXTRAS_NAME = "original_extras.safetensors"
+
+# Of a generation_config.json that today's rules refuse; the rest of such a one is the originals' presets anyhow.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Checkpoint:
     tensors: Mapping[str, torch.Tensor]
     parts: list[Part]
     weight_files: list[Path]
-    config: PreTrainedConfig
+    config: PreTrainedConfig | None
     """Of the model, for Paint of its text encoder."""
     vocab: Path | None
     """`vocab.txt`; None where the vocabulary is of another kind."""
@@ -60,26 +64,52 @@ class Checkpoint:
     """The original's JSON files by their names, to be given back on the way back."""
     diffusion: Any = None
     """Paint's UNet, VAE and scheduler configurations."""
+    places: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Of the original tensors, the file within the folder and the name in it; empty if there is one file, or they
+    come from elsewhere."""
+    made_by: list[str] = field(default_factory=list)
+    """The command but for the new folder's name, if it isn't `convert`."""
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.kind]
 
     @property
     def command(self) -> list[str]:
         """What it is converted by, up to the name of the new folder."""
-        return ["viscpm-hf", "convert", self.weight_files[0].name]
+        source = self.location.path if self.family.shares_model_type else self.weight_files[0]
+        return self.made_by or ["viscpm-hf", "convert", source.name]
 
     def specs(self) -> dict[str, TensorSpec]:
         """Names, dtypes and shapes of the tensors, of which none is read."""
         return {name: spec_of(name, tensor) for name, tensor in self.tensors.items()}
 
+    def empty_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors without values."""
+        return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in self.specs().items()}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tensors as `from_pretrained` takes them."""
-        matcher = KeyMatcher(self.parts[0].key_map)
-        return {name: tensor for name, tensor in self.tensors.items() if matcher.dropped_reason(name) is None}
+        return reader_of(self.kind).state_dict(self.tensors, self.family.model_class, self.config, self.location.name)
 
     def generation_config(self) -> GenerationConfig | None:
         """The checkpoint's own, if it has one."""
         if not (self.location.folder / GENERATION_CONFIG_NAME).is_file():
             return None
-        return GenerationConfig.from_pretrained(self.location.folder)
+        config = GenerationConfig.from_pretrained(self.location.folder)
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            return GenerationConfig(**{name: getattr(config, name) for name in TOKEN_IDS})
+        return config
+
+    def place_of(self, name: str) -> dict[str, str]:
+        """For the manifest: the file of an original tensor and its name there, where the tensor's own name doesn't
+        tell them."""
+        if name not in self.places:
+            return {}
+        file, key = self.places[name]
+        return {"source_file": file} | ({"source_key": key} if key != name else {})
 
     def set_generation(self, model: Any) -> None:
         """Gives a model of the checkpoint its generation configuration."""

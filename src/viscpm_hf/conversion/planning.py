@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..checkpoints.configurations import read_config
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
 from ..checkpoints.location import (
+    ADAPTER,
+    TEXT_PREFIX,
+    VISION_PREFIX,
     Location,
     file_beside,
+    json_object,
     llm_config_file,
     original_weight_files,
     tensors_of,
@@ -30,11 +35,12 @@ from ..checkpoints.original import (
     read_json,
     text_config,
 )
+from ..checkpoints.readers import reader_of
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..checkpoints.transfer import TensorTransfer
-from ..checkpoints.weight_transforms import KeyMatcher, shape_after
-from ..families import key_maps
-from ..families.key_maps import TOKEN_ROWS
+from ..checkpoints.weight_transforms import KeyMatcher, shape_after, shape_before
+from ..families.family import FAMILIES
+from ..families.key_maps import KEEP, THIRDS, TOKEN_ROWS
 from ..modeling.token_space_cpm_bee import padded_vocab_size
 from .plan import (
     EXTRAS_NAME,
@@ -66,10 +72,9 @@ def open_original(
         OriginalCheckpointError: if it isn't, or its configurations are of another one.
         FileNotFoundError: if a file is missing.
     """
-    if location.is_sibling:
-        from .sibling_checkpoint import open_sibling
-
-        return open_sibling(location)
+    if location.kind is not None:  # of all others only the tensors tell
+        given = {"llm_config": llm_config, "vision_config": vision_config, "diffusion_config": diffusion_config}
+        return _open_named(location, given | {"vae": vae, "vocab": vocab})
     vae_file = Path(vae) if vae is not None else None
     files = original_weight_files(location, except_for=vae_file)
     weights, tensors = files[0], tensors_of(files)
@@ -99,16 +104,71 @@ def open_original(
     if vae is not None or diffusion_config is not None:
         raise OriginalCheckpointError(f"{weights} is a {kind.replace('_', '-')} checkpoint: it has no VAE, no UNet.")
 
-    from ..loading.from_pretrained import check_original_weights
-    from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
-    from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-
     config = chat_config(llm, vision, shapes) if kind == CHAT else text_config(llm, shapes)
-    model_class = VisCPMChatForConditionalGeneration if kind == CHAT else CpmBeeForCausalLM
-    check_original_weights(tensors, model_class, config, weights)
+    reader_of(kind).state_dict(tensors, FAMILIES[kind].model_class, config, weights)
     check_vocabulary(words, config)
     part = Part("", TRANSFORMERS_WEIGHTS, key_map_of(kind, tensors))
     return Checkpoint(location, kind, tensors, [part], files, config, words, original_configs)
+
+
+def _open_named(location: Location, given: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint whose own configuration says of which system it is; all that belongs to it is in its folder."""
+    original = location.original
+    surplus = [name for name, value in given.items() if value is not None]
+    if surplus:
+        raise OriginalCheckpointError(
+            f"{', '.join(surplus)} is for files of VisCPM and CPM-Bee, and {location.name} is none: leave it out."
+        )
+    if original.layout == ADAPTER:
+        raise OriginalCheckpointError(
+            f"{location.name} is VisualCLA's adapter alone, which holds changes to two base models; merge it with "
+            f"them: {merge_command(location.name)}"
+        )
+    prefixes = {location.path: "", **dict(zip(original.part_folders, (TEXT_PREFIX, VISION_PREFIX), strict=False))}
+    places = {}
+    for path in original.weight_files:
+        file, prefix = path.relative_to(location.path).as_posix(), prefixes[path.parent]
+        for key in tensors_of([path]):
+            # CLIP's tensors may lack the word that its whole model has before them.
+            name = next((name for name in (prefix + key, 2 * prefix + key) if name in original.tensors), None)
+            if name is not None:
+                places[name] = (file, key)
+    checkpoint = checkpoint_of(Checkpoint, location, original.tensors, original.weight_files, places=places)
+    # All that lies beside the weights and isn't written anew from them, to be given back on the way back.
+    for folder in prefixes:
+        for path in sorted(folder.glob("*.json")):
+            checkpoint.original_configs[path.relative_to(location.path).as_posix()] = json_object(path)
+    return checkpoint
+
+
+def merge_command(adapter: str) -> str:
+    return (
+        "viscpm-hf merge visualcla --text-model CHINESE-ALPACA-PLUS-7B --vision-model CLIP-VIT-LARGE-PATCH14 "
+        f"--lora-model {adapter} OUT"
+    )
+
+
+def checkpoint_of(
+    checkpoint_class: type[Checkpoint],
+    location: Location,
+    tensors: Mapping[str, torch.Tensor],
+    weight_files: list[Path],
+    **own: Any,
+) -> Checkpoint:
+    """A checkpoint of original tensors with the configuration that they need, checked; `own` are fields of its class.
+
+    Raises:
+        OriginalCheckpointError: if tensors are missing, unknown, or of another shape.
+    """
+    original, family = location.original, location.original.family
+    part = Part("", TRANSFORMERS_WEIGHTS, family.key_maps[0])
+    configs = {"config.json": dict(original.config)}
+    checkpoint = checkpoint_class(location, original.kind, tensors, [part], weight_files, None, None, configs, **own)
+    empty = checkpoint.empty_tensors()
+    shapes = {name: tensor.shape for name, tensor in empty.items()}
+    checkpoint.config = reader_of(original.kind).config(original, shapes=shapes)
+    reader_of(original.kind).state_dict(empty, family.model_class, checkpoint.config, location.path)
+    return checkpoint
 
 
 def plan_conversion(checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_bytes: int) -> ConversionPlan:
@@ -171,12 +231,9 @@ def open_converted(location: Location) -> Checkpoint:
     Raises:
         ConversionError, OSError: if it is damaged or incomplete.
     """
-    if location.is_sibling:
-        from .sibling_checkpoint import open_converted_sibling
-
-        return open_converted_sibling(location)
+    family = FAMILIES[location.kind]
     words = file_beside(location, None, ("vocab.txt", "tokenizer/vocab.txt"), "vocabulary")
-    if words is None:
+    if words is None and not family.shares_model_type:
         raise FileNotFoundError(f"{location.name} has no vocab.txt.")
     if location.kind == PAINT:
         from .paint import open_converted_paint
@@ -184,8 +241,7 @@ def open_converted(location: Location) -> Checkpoint:
         return open_converted_paint(location, words)
     config = read_config(location.path)
     weights = SafetensorsFolder(location.path, TRANSFORMERS_WEIGHTS)
-    key_map = key_maps.CHAT if location.kind == CHAT else key_maps.CPM_BEE
-    part = Part("", TRANSFORMERS_WEIGHTS, key_map)
+    part = Part("", TRANSFORMERS_WEIGHTS, family.key_maps[0])
     tensors, extras = weights.state_dict(), extra_tensors(location.path)
     files = [location.path / file for file in weights.files]
     return Checkpoint(location, location.kind, {**tensors, **extras}, [part], files, config, words)
@@ -196,37 +252,60 @@ def plan_original(
 ) -> ConversionPlan:
     """From our names to the original's.
 
-    Without `dtype` every tensor gets the dtype that it had in the original file.
+    Without `dtype` every tensor gets the dtype that it had in the original file. Several original files are had back
+    as several.
     """
     known = {entry["target"]: entry for entry in _entries(manifest)}
-    transfers: dict[str, TensorTransfer] = {}
+    dropped_before = {entry["source"]: entry for entry in _entries(manifest, "dropped")}
+    done: set[str] = set()
+    files: dict[str, dict[str, TensorTransfer]] = {}
+
+    def add(name: str, before: Mapping[str, Any], target: TensorSpec, operation: str = KEEP) -> None:
+        done.add(name)
+        file = files.setdefault(before.get("source_file", weights_name), {})
+        target = replace(target, name=before.get("source_key", target.name))
+        if operation in THIRDS and target.name in file:
+            first = file[target.name]
+            rows = first.target.shape[0] + target.shape[0]
+            target = replace(first.target, shape=(rows, *target.shape[1:]))
+            file[target.name] = replace(first, target=target, others=(*first.others, name))
+        else:
+            source = spec_of(name, checkpoint.tensors[name])
+            file[target.name] = TensorTransfer(source, target, operation, is_reverted=operation != KEEP)
+
     for part in checkpoint.parts:
         matcher = KeyMatcher(part.key_map)
-        for name, tensor in checkpoint.tensors.items():
-            if not name.startswith(part.source_prefix) or name in transfers:
-                continue
-            match = matcher.match_target(name.removeprefix(part.source_prefix))
-            if match is None:
-                continue
-            original, entry = match
-            before = known.get(name.removeprefix(part.source_prefix), {}).get("source_dtype")
-            new_dtype = dtype or (getattr(torch, before) if before else tensor.dtype)
-            shape = tuple(tensor.shape)
+        found = {
+            name: match
+            for name in checkpoint.tensors
+            if name.startswith(part.source_prefix)
+            and name not in done
+            and (match := matcher.match_target(name.removeprefix(part.source_prefix))) is not None
+        }
+        # The thirds of a tensor in their order, whatever order the files have them in.
+        for name, (original, entry) in sorted(found.items(), key=lambda item: _third(item[1][1].operation)):
+            tensor = checkpoint.tensors[name]
+            before = known.get(name.removeprefix(part.source_prefix), {})
+            new_dtype = dtype or (getattr(torch, before["source_dtype"]) if "source_dtype" in before else tensor.dtype)
+            shape = tuple(shape_before(entry.operation, tensor.shape))
             if entry.operation == TOKEN_ROWS:
                 shape = (num_words_of(checkpoint), *shape[1:])
-            target = TensorSpec(original, new_dtype, shape)
-            transfers[name] = TensorTransfer(spec_of(name, tensor), target, entry.operation, is_reverted=True)
-    dropped_before = {entry["source"] for entry in _entries(manifest, "dropped")}
+            add(name, before, TensorSpec(original, new_dtype, shape), entry.operation)
     for name, tensor in checkpoint.tensors.items():
-        if name not in transfers and (name in dropped_before or _is_extra(name, checkpoint.parts)):
-            transfers[name] = TensorTransfer(spec_of(name, tensor), spec_of(name, tensor))
-    strange = [name for name in checkpoint.tensors if name not in transfers]
+        if name not in done and (name in dropped_before or _is_extra(name, checkpoint.parts)):
+            add(name, dropped_before.get(name, {}), spec_of(name, tensor))
+    strange = [name for name in checkpoint.tensors if name not in done]
     if strange:
         raise ConversionError(
             f"{checkpoint.location.name} has {len(strange)} tensors that the original doesn't know "
             f"({', '.join(strange[:3])}): was it saved with an adapter, or quantised?"
         )
-    return ConversionPlan((FilePlan(weights_name, tuple(transfers.values())),), {}, dtype)
+    plans = tuple(FilePlan(file, tuple(transfers.values())) for file, transfers in files.items())
+    return ConversionPlan(plans, {}, dtype)
+
+
+def _third(operation: str) -> int:
+    return THIRDS.index(operation) if operation in THIRDS else 0
 
 
 def num_words_of(checkpoint: Checkpoint) -> int:

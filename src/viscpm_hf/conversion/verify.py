@@ -96,7 +96,7 @@ def verify_files(
             for transfer in file.tensors:
                 num_tensors += 1
                 name = transfer.target.name
-                found = compare(source[transfer.source.name], written.pop(name, None), transfer, progress.update)
+                found = compare(transfer.tensor(source), written.pop(name, None), transfer, progress.update)
                 if not found.is_equal:
                     differing.append(name)
                 if found.num_nonfinite_source:

@@ -23,9 +23,10 @@ from ..checkpoints.location import (
     find_original,
     hub_arguments_for,
     model_folder,
+    text_tensors,
+    vision_tensors,
     weight_paths,
 )
-from ..checkpoints.sibling_original import text_tensors, vision_tensors
 from ..checkpoints.tensor_files import TensorSpec
 from ..checkpoints.visualcla_adapter import (
     ADAPTER_FILES,
@@ -36,9 +37,8 @@ from ..checkpoints.visualcla_adapter import (
     without_revision,
 )
 from .convert import ConversionResult, parse_dtype, parse_size, run_plan
-from .plan import spec_of
-from .planning import plan_conversion
-from .sibling_checkpoint import SiblingCheckpoint, checkpoint_of
+from .plan import Checkpoint, spec_of
+from .planning import checkpoint_of, plan_conversion
 
 
 class MergedTensors(Mapping[str, torch.Tensor]):
@@ -87,7 +87,7 @@ class MergedTensors(Mapping[str, torch.Tensor]):
 
 
 @dataclass
-class MergedCheckpoint(SiblingCheckpoint):
+class MergedCheckpoint(Checkpoint):
     """A checkpoint of [`MergedTensors`]."""
 
     names: dict[Path, str] = field(default_factory=dict)
@@ -190,10 +190,8 @@ def open_release(
         names[path] = f"lora_model/{path.name}" if number == 1 else f"lora_model_{number}/{path.name}"
     command = ["viscpm-hf", "merge", "visualcla", "--text-model", text.name, "--vision-model", vision.name]
     command += ["--lora-model", ",".join(folder.name for folder in folders)]
-    location = Location(lora_models[-1], folders[-1], ORIGINAL_FOLDER, sibling.kind)
-    checkpoint = checkpoint_of(
-        location, sibling, tensors, list(names), command, checkpoint_class=MergedCheckpoint, names=names
-    )
+    location = Location(lora_models[-1], folders[-1], ORIGINAL_FOLDER, sibling.kind, sibling)
+    checkpoint = checkpoint_of(MergedCheckpoint, location, tensors, list(names), made_by=command, names=names)
     return checkpoint, [text, vision, *folders]
 
 

@@ -15,9 +15,16 @@ from typing import Any
 import torch
 
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import ADAPTER, ADAPTER_CONFIG_NAME, find_original, hub_arguments_for, model_folder
+from ..checkpoints.location import (
+    ADAPTER,
+    ADAPTER_CONFIG_NAME,
+    TEXT_PREFIX,
+    VISION_PREFIX,
+    find_original,
+    hub_arguments_for,
+    model_folder,
+)
 from ..checkpoints.original import read_json
-from ..checkpoints.sibling_original import TEXT_PREFIX, VISION_PREFIX
 from ..checkpoints.tensor_files import ArchiveWriter, pieces
 from ..checkpoints.visualcla_adapter import NAME_PREFIX, Adapter, read_adapter
 from .folder_files import write_json

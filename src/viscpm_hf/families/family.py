@@ -41,11 +41,14 @@ from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from ..modeling.processing_visualcla import VisualCLAProcessor
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
-from . import key_maps, sibling_key_maps
+from . import key_maps
 from .key_maps import KeyMap
 
 
-CHAT, CPM_BEE, PAINT = "chat", "cpm_bee", "paint"
+# How an original is read (`checkpoints.readers`).
+CPM_BEE_FORM, COMPOSITE_FORM = "cpm_bee", "composite"
+CHAT, CPM_BEE, PAINT, BEIT3 = "chat", "cpm_bee", "paint", "beit3"
+LANGUAGE_MODEL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Family:
     """A system."""
 
     kind: str
+    title: str
+    """Its name, for people."""
     config_class: type[PreTrainedConfig]
     models: Mapping[type, type[PreTrainedModel]]
     """Auto class -> model class, of our own folders."""
@@ -69,8 +74,29 @@ class Family:
     """Likewise of the image processor's."""
     releases: Mapping[str, str | None] = field(default_factory=dict)
     """Alternatives within the original repository by their released names: the `variant` that means each."""
+    form: str = CPM_BEE_FORM
+    """How originals are read: a key of `checkpoints.readers.READERS`."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Beginnings of an original's names, and the part of the model that they are of; all others are the language
+    model's."""
     placeholder: tuple[str, int] | None = None
     """The image's token, and how far it is from the vocabulary's end if no file of the tokenizer tells."""
+    language_model: str = "language_model.model"
+    """Where the language model without its head is within the model."""
+    half: str = "bfloat16"
+    """The half precision that the weights were released in."""
+    streams_layers: bool = False
+    """Whether the language model's layers can be streamed to a GPU (`loading.layer_streaming`)."""
+    image_weights: str = r"vision_tower\."
+    """Of an image alone, as a regular expression: what fine-tuning that leaves the vision as it is doesn't train."""
+    idle_weights: str = "$^"
+    """What never gets a gradient, likewise; `{last}` is the tower's last layer."""
+    lora_targets: tuple[str, ...] = (rf"language_model\..*\.({'|'.join(LANGUAGE_MODEL_LINEAR)})",)
+    """Every linear layer of the language model: names, or one regular expression."""
+    vocabulary_class: type | None = None
+    """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
+    has_images_in_turns: bool = False
+    """Whether its users asked about several images in one conversation, each with a question of its own."""
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
@@ -82,9 +108,13 @@ class Family:
         return self.models[AutoModel]
 
     @property
-    def is_sibling(self) -> bool:
-        """Whether it is a tower, a resampler and a stock language model (`modeling_vision_resampler`)."""
-        return self.kind in SIBLINGS
+    def shares_model_type(self) -> bool:
+        """Whether our model type is the originals' too."""
+        return bool(self.key_maps) and not self.original_types
+
+    def part_of(self, name: str) -> str:
+        """The part of the model that an original tensor is of."""
+        return next((part for prefix, part in self.parts if name.startswith(prefix)), "language model")
 
 
 def _answering(model_class: type[PreTrainedModel], base_class: type[PreTrainedModel] | None = None) -> dict:
@@ -97,6 +127,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             CHAT,
+            "VisCPM-Chat",
             VisCPMChatConfig,
             _answering(VisCPMChatForConditionalGeneration, VisCPMChatModel),
             (key_maps.CHAT,),
@@ -107,17 +138,31 @@ FAMILIES: dict[str, Family] = {
             tokenizer_names=("VisCpmChatBeeTokenizer",),
             image_processor_name="VisCpmChatBeeImageProcessor",
             releases={"balance": None, "v1.1": "v1", "zhplus": "zhplus"},
+            parts=(("query", "vision tower"), ("vpm.", "vision tower"), ("mapping.", "projector")),
+            image_weights=r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)",
+            # Of the last layer only the queries leave the tower.
+            idle_weights=r"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|"
+            r"self_attn\.[kv]_experts).*\.image\.)",
+            lora_targets=LANGUAGE_MODEL_LINEAR,  # the tower's have other names
+            language_model="model.language_model",
+            half="float16",
+            streams_layers=True,
+            vocabulary_class=CpmBeeTokenizer,
         ),
         Family(
             CPM_BEE,
+            "CPM-Bee",
             CpmBeeConfig,
             {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
             tokenizer_class=CpmBeeTokenizer,
             original_types=("cpmbee",),
+            language_model="model",
+            half="float16",
         ),
         Family(
             PAINT,
+            "VisCPM-Paint",
             VisCPMPaintTextEncoderConfig,
             {AutoModel: VisCPMPaintTextEncoder},
             (key_maps.PAINT_TEXT_ENCODER,),
@@ -125,37 +170,61 @@ FAMILIES: dict[str, Family] = {
             original_types=("viscpmbee",),
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
+            parts=(("trans_block.", "projection"), ("unet.", "UNet")),
+            language_model="model",
+            half="float16",
+            streams_layers=True,
         ),
-        Family("beit3", Beit3Config, {AutoModel: Beit3Model}),
+        Family(BEIT3, "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
             OmniLMMConfig.model_type,
+            "OmniLMM-12B",
             OmniLMMConfig,
             _answering(OmniLMMForConditionalGeneration),
-            (sibling_key_maps.OMNILMM,),
+            (key_maps.OMNILMM,),
             OmniLMMProcessor,
             TokenizersBackend,
             VisCPMImageProcessor,
+            parts=(("model.vision_tower.", "vision tower"), ("model.resampler.", "resampler")),
+            form=COMPOSITE_FORM,
             placeholder=("<im_patch>", 9),
         ),
         Family(
             MiniCPMVConfig.model_type,
+            "MiniCPM-V",
             MiniCPMVConfig,
             _answering(MiniCPMVForConditionalGeneration),
-            (sibling_key_maps.MINICPMV,),
+            (key_maps.MINICPMV,),
             MiniCPMVProcessor,
             LegacySentencePieceTokenizer,
             MiniCPMVImageProcessor,
+            parts=(("vpm.", "vision tower"), ("resampler.", "resampler")),
+            form=COMPOSITE_FORM,
         ),
         Family(
             VisualCLAConfig.model_type,
+            "VisualCLA-7B",
             VisualCLAConfig,
             _answering(VisualCLAForConditionalGeneration),
-            (sibling_key_maps.VISUALCLA,),
+            (key_maps.VISUALCLA,),
             VisualCLAProcessor,
             LegacySentencePieceTokenizer,
             VisCPMImageProcessor,
+            parts=(
+                ("vision_model.", "vision tower"),
+                ("visual_resampler.", "resampler"),
+                ("image_projection_layer.", "resampler"),
+            ),
+            form=COMPOSITE_FORM,
             placeholder=("<img_token>", 1),
+            has_images_in_turns=True,
         ),
     )
 }
-SIBLINGS = (OmniLMMConfig.model_type, MiniCPMVConfig.model_type, VisualCLAConfig.model_type)
+# What answers questions about images.
+CHATS = tuple(kind for kind, family in FAMILIES.items() if family.processor_class is not None)
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a configuration by our names."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config_class)

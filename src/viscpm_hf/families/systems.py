@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedConfig
+
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.decoding_presets import system_name
+from .family import family_of
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,8 @@ SYSTEMS = {
 
 def system_of(config: VisionResamplerConfig) -> System:
     return SYSTEMS[system_name(config)]
+
+
+def title_of(config: PreTrainedConfig) -> str:
+    """A system's name, its release included where a family has several."""
+    return system_of(config).name if isinstance(config, VisionResamplerConfig) else family_of(config).title

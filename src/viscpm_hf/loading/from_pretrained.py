@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,42 +38,22 @@ from ..checkpoints.errors import OriginalCheckpointError
 from ..checkpoints.location import (
     ADAPTER,
     HUB_ARGUMENTS,
-    MERGED,
     Original,
     download_repository,
     find_original,
     kind_of,
     model_folder,
+    original_from,
 )
-from ..checkpoints.original import (
-    ORIGINAL_WEIGHTS_NAME,
-    VISION_CONFIG_NAME,
-    VISION_HEAD_DIM,
-    chat_config,
-    check_state_dict,
-    checkpoint_kind,
-    key_map_of,
-    load_state_dict,
-    text_config,
-    text_encoder_config,
-)
+from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, load_state_dict
 from ..checkpoints.processors import load_image_processor, load_processor, load_tokenizer, without_source
-from ..checkpoints.sibling_original import (
-    check_tensors,
-    converted_shapes,
-    converted_tensors,
-    original_tensors,
-    with_stored_sizes,
-)
+from ..checkpoints.readers import converted_shapes, reader_of, with_stored_sizes
 from ..checkpoints.tensor_files import check_weight_files
 from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases, without_revision
-from ..checkpoints.weight_transforms import KeyMatcher, name_pattern, register_key_map
-from ..families.family import CHAT, CPM_BEE, FAMILIES, PAINT, Family
-from ..modeling.configuration_cpm_bee import CpmBeeConfig
+from ..checkpoints.weight_transforms import name_pattern, register_key_map
+from ..families.family import FAMILIES, PAINT, Family
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
-from ..modeling.modeling_cpm_bee import CpmBeeModel
-from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from .placement import load_with_device_map
 from .quantization import load_quantized
@@ -113,9 +94,9 @@ def _register_models(family: Family) -> None:
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = family.model_class.__name__
     if not family.key_maps:
         return
-    if family.is_sibling:
-        _hook(config_class, "from_dict", _sibling_config_from_dict)
-    else:
+    if family.shares_model_type:
+        _hook(config_class, "from_dict", _config_from_dict)
+    if reader_of(family.kind).renames_while_loading:
         register_key_map(config_class.model_type, *family.key_maps)
         for model_class in set(family.models.values()):
             model_class._keys_to_ignore_on_load_unexpected = [
@@ -153,7 +134,7 @@ def _register_processors(family: Family) -> None:
         names.append(_OmniLMMTokenizer)
     for named in (tokenizer_class, *names):
         AutoTokenizer.register(_Named, tokenizer_class=named, exist_ok=True)
-    if family.is_sibling:
+    if family.shares_model_type:
         # The originals name a class of the library's that reads their files otherwise than they were read in training.
         tokenization_auto.TOKENIZER_MAPPING_NAMES[config_class.model_type] = (names or [tokenizer_class])[-1].__name__
         tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(config_class.model_type)
@@ -191,12 +172,10 @@ def _original_config_class(model_type: str) -> type[PreTrainedConfig]:
     """What AutoConfig finds by the model type of an original; what it makes is a configuration of ours."""
 
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        name = kwargs.get("name_or_path", "")
-        original = find_original(name) if os.path.isdir(name) else None
-        if original is None:  # of the Hub: sizes that this file lacks are known when the model's weights are here
-            kind = kind_of(config_dict)
-            original = Original(name, Path(name), kind, config_dict, {"local_files_only": True})
-        return _with_arguments(original_config(original, shapes=original.shapes), kwargs)
+        original = original_from(config_dict, kwargs.get("name_or_path", ""))
+        # Of the Hub: sizes that this file lacks are known when the model's weights are here.
+        result = _with_arguments(reader_of(original.kind).config(original, shapes=original.shapes), kwargs)
+        return _handed_on(result, original)
 
     members = {"model_type": model_type, "from_dict": classmethod(from_dict), "__module__": __name__}
     return type(f"Original_{model_type}", (PreTrainedConfig,), members)
@@ -219,42 +198,26 @@ def _hook(own_class: type, name: str, function: Callable[..., Any]) -> None:
 # ----------------------------------------------------------------------------------------------------- configurations
 
 
-def original_config(
-    original: Original, config_class: type | None = None, shapes: Mapping[str, torch.Size] | None = None
-) -> PreTrainedConfig:
-    """An original's configuration by our names.
-
-    Args:
-        config_class: what a model needs, which may be a part of the checkpoint; the checkpoint's own if None.
-        shapes: of the tensors by their original names: sizes that the files lack come from them, and otherwise are
-            those of the released model.
-    """
-    if original.family.is_sibling:
-        config = original.family.config_class.from_dict(dict(original.config))
-        if original.layout == ADAPTER or shapes is None:
-            return config
-        return with_stored_sizes(config, converted_shapes(original.kind, shapes), original)
-    kind = (checkpoint_kind(shapes) if shapes else None) or original.kind
-    if config_class is None:
-        config_class = FAMILIES[kind].config_class
-    if config_class is VisCPMPaintTextEncoderConfig:
-        config = text_encoder_config(original.config, shapes)
-    elif config_class is CpmBeeConfig or kind != CHAT:
-        config = text_config(original.config, shapes)
-    else:
-        # The released repository has no such file, and its tower's width needs none.
-        is_said = original.config.get("vision_dim", 1) % VISION_HEAD_DIM == 0 and not os.path.isdir(original.name)
-        vision = {} if is_said else original.json(VISION_CONFIG_NAME)
-        config = chat_config(original.config, vision, shapes)
-    config.name_or_path, config.tokenizer_class = original.name, FAMILIES[CHAT].tokenizer_class.__name__
-    return config
+# What an Auto class has opened for a configuration, by that object, until the model's `from_pretrained` asks for it.
+_opened: dict[int, Original] = {}
 
 
-def shapes_of(original: Original) -> dict[str, torch.Size] | None:
-    """Shapes by original names, of a merged VisualCLA with its parts; None if the weights aren't on this machine."""
-    if original.layout == MERGED and os.path.isdir(original.name):
-        return {name: tensor.shape for name, tensor in original_tensors(original).items()}
-    return None if original.layout == ADAPTER else original.shapes
+def _handed_on(result: Any, original: Original) -> Any:
+    """What a `from_dict` returns, a configuration alone or with unused arguments; the checkpoint stays open for it."""
+    config = result[0] if isinstance(result, tuple) else result
+    if os.path.isdir(original.name):
+        _opened[id(config)] = original
+        weakref.finalize(config, _opened.pop, id(config), None)
+    return result
+
+
+def _find(name: Any, config: PreTrainedConfig | None, **kwargs: Any) -> Original | None:
+    """As [`find_original`]; if the configuration was read of this very checkpoint, what was opened for it."""
+    opened = _opened.pop(id(config), None)
+    if opened is not None and isinstance(name, (str, os.PathLike)) and os.fspath(name) == opened.name:
+        if not any(kwargs.get(argument) for argument in ("variant", "subfolder")):
+            return opened
+    return find_original(name, **kwargs)
 
 
 def _with_arguments(config: PreTrainedConfig, kwargs: dict[str, Any]) -> Any:
@@ -269,20 +232,24 @@ def _config_from_pretrained(stock: Callable[..., Any], cls: type, pretrained_mod
         return stock(cls, pretrained_model_name_or_path, **kwargs)
     returns_unused = {key: kwargs[key] for key in ("return_unused_kwargs",) if key in kwargs}
     kwargs = {**without_source(kwargs), **returns_unused}
-    return _with_arguments(original_config(original, shapes=shapes_of(original)), kwargs)
+    return _with_arguments(config_of(original), kwargs)
 
 
-def _sibling_config_from_dict(stock: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs) -> Any:
+def _config_from_dict(stock: Callable[..., Any], cls: type, config_dict: dict[str, Any], **kwargs) -> Any:
     """The sizes that an original `config.json` lacks come from the tensors, if they are here."""
     result = stock(cls, config_dict, **kwargs)
     name = kwargs.get("name_or_path", "")
-    original = find_original(name) if os.path.isdir(name) else None
-    shapes = None if original is None else shapes_of(original)
-    if shapes is None:
+    original = original_from(config_dict, name) if os.path.isdir(name) else None
+    if original is None or original.shapes is None:
         return result
     config, *others = result if isinstance(result, tuple) else (result,)
-    config = with_stored_sizes(config, converted_shapes(original.kind, shapes), original)
-    return (config, *others) if others else config
+    config = with_stored_sizes(config, converted_shapes(original.kind, original.shapes), original)
+    return _handed_on((config, *others) if others else config, original)
+
+
+def config_of(original: Original) -> PreTrainedConfig:
+    """An original's configuration by our names, with the sizes of its tensors if they are here."""
+    return reader_of(original.kind).config(original, shapes=original.shapes)
 
 
 def own_config(name_or_path: str | os.PathLike, *kinds: str, **kwargs: Any) -> PreTrainedConfig:
@@ -340,7 +307,7 @@ def _image_processor_from_pretrained(
     original = find_original(pretrained_model_name_or_path, **kwargs)
     if original is None:
         return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
-    return load_image_processor(original, original_config(original, shapes=shapes_of(original)), **kwargs)
+    return load_image_processor(original, config_of(original), **kwargs)
 
 
 def _processor_from_pretrained(
@@ -351,7 +318,7 @@ def _processor_from_pretrained(
         # Its parts are found by Auto classes, which would ask whether to run the folder's code.
         kwargs.setdefault("trust_remote_code", False)
         return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
-    return load_processor(original, original_config(original, shapes=shapes_of(original)), **kwargs)
+    return load_processor(original, config_of(original), **kwargs)
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -385,7 +352,7 @@ def _model_from_pretrained(
         text_model, vision_model: the bases of VisualCLA's adapter.
     """
     path, state_dict = pretrained_model_name_or_path, kwargs.pop("state_dict", None)
-    original = find_original(path, **kwargs) if state_dict is None else None
+    original = _find(path, config, **kwargs) if state_dict is None else None
     bases = {"text_model": text_model, "vision_model": vision_model}
     if original is None:
         if text_model is not None or vision_model is not None:
@@ -397,8 +364,7 @@ def _model_from_pretrained(
         if is_auto and cls is original.family.base_class and cls is not original.family.model_class:
             # The repository's own AutoModel is the model that answers.
             return original.family.model_class.from_pretrained(original, *args, config=config, **kwargs)
-        read = _read_sibling if original.family.is_sibling else _read
-        config, state_dict = read(original, cls, config, is_auto, bases, kwargs)
+        config, state_dict = _read(original, cls, config, is_auto, bases)
         path, kwargs = None, {key: value for key, value in kwargs.items() if key not in _SOURCE}
     source = {key: kwargs[key] for key in _SOURCE if key in kwargs and key != "adapter_kwargs"}
     shape = config or cls.config_class.from_pretrained(path, **source)
@@ -425,33 +391,14 @@ def _read(
     config: PreTrainedConfig | None,
     is_auto: bool,
     bases: Mapping[str, Any],
-    kwargs: Mapping[str, Any],
 ) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """The configuration and the tensors, by their original names, that a model of VisCPM's needs; both are checked.
+    """The configuration and the tensors that a model needs, of VisualCLA's adapter together with its bases; both are
+    checked.
 
     Args:
         config: as the user, or an Auto class, gave it.
         is_auto: whether an Auto class asks, which has read `config.json` alone.
     """
-    shapes = {name: tensor.shape for name, tensor in original.tensors.items()}
-    stored = original_config(original, model_class.config_class, shapes)
-    if config is None:
-        config = stored
-    elif is_auto and type(config) is type(stored):
-        _complete(config, original_config(original, model_class.config_class), stored)
-    check_original_weights(original.tensors, model_class, config, original.weight_files[0])
-    return config, needed_tensors(original.tensors, model_class)
-
-
-def _read_sibling(
-    original: Original,
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig | None,
-    is_auto: bool,
-    bases: Mapping[str, Any],
-    kwargs: Mapping[str, Any],
-) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
-    """As [`_read`], by our names; of VisualCLA's adapter together with its bases."""
     if original.layout == ADAPTER:
         check_bases(original.folder, **bases)
         folders = [model_folder(path, without_revision(original.hub)) for path in bases.values()]
@@ -461,16 +408,17 @@ def _read_sibling(
             f"text_model and vision_model belong to VisualCLA's adapter, but {original.name} is a whole model."
         )
     else:
-        tensors = original_tensors(original)
-    tensors = converted_tensors(original.kind, tensors)
-    said = original.family.config_class.from_dict(dict(original.config))
-    stored = with_stored_sizes(said, {name: tensor.shape for name, tensor in tensors.items()}, original)
+        tensors = original.tensors
+    reader = reader_of(original.kind)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    stored = reader.config(original, model_class.config_class, shapes)
     if config is None:
         config = stored
-    elif is_auto:
-        _complete(config, said, stored)
-    check_tensors(tensors, model_class, config, original.folder)
-    return config, tensors
+    elif is_auto and type(config) is type(stored):
+        _complete(config, reader.config(original, model_class.config_class), stored)
+    files = [] if original.layout == ADAPTER else original.weight_files
+    source = files[0] if len(files) == 1 else original.folder
+    return config, reader.state_dict(tensors, model_class, config, source)
 
 
 def needs_placement(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
@@ -512,79 +460,9 @@ def _is_quantized(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
     return kwargs.get("quantization_config") is not None or hasattr(config, "quantization_config")
 
 
-# --------------------------------------------------------------------------------------------------- VisCPM's tensors
-
-
-def check_original_weights(
-    state_dict: dict[str, torch.Tensor], model_class: type, config: Any, path: str | os.PathLike
-) -> None:
-    """Raises [`OriginalCheckpointError`] unless the state dict is what `model_class` of `config` needs."""
-    kind, wants = checkpoint_kind(state_dict), _wanted_kind(model_class)
-    if wants == CPM_BEE and kind in (CHAT, PAINT):  # both files hold a language model
-        kind = CPM_BEE
-    if kind is None:
-        raise OriginalCheckpointError(
-            f"{path} is no VisCPM or CPM-Bee checkpoint: its {len(state_dict)} tensors have other names "
-            f"({', '.join(list(state_dict)[:3])})."
-        )
-    if kind == CHAT and wants == PAINT:
-        raise OriginalCheckpointError(
-            f"{path} is a VisCPM-Chat checkpoint (it has vpm.* tensors) and can't paint: VisCPM-Paint needs the file "
-            "of openbmb/VisCPM-Paint."
-        )
-    if kind == PAINT and wants != PAINT:
-        raise OriginalCheckpointError(
-            f"{path} is a VisCPM-Paint checkpoint (it has unet.* tensors), not a {wants.replace('_', '-')} one: "
-            "VisCPM-Chat needs the file of openbmb/VisCPM-Chat."
-        )
-    if kind != wants:
-        raise OriginalCheckpointError(
-            f"{path} is a {kind.replace('_', '-')} checkpoint, but {model_class.__name__} with a "
-            f"{type(config).__name__} was asked for."
-        )
-    with torch.device("meta"):
-        model = model_class(config)
-    # The maps know the language model's parts by their names within `...ForCausalLM`, and so on.
-    prefix = "model." if isinstance(model, (CpmBeeModel, VisCPMChatModel)) else ""
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
-    expected = {prefix + name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-    _check_tied(state_dict, path)
-    problems = check_state_dict(state_dict, key_map_of(kind, state_dict), expected)
-    if problems:
-        raise OriginalCheckpointError(
-            f"{path} doesn't fit its configuration: {problems}. Check that the file is complete, and that the "
-            "configuration is this checkpoint's."
-        )
-
-
-def _check_tied(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike) -> None:
-    """Raises [`OriginalCheckpointError`] if there is a head of its own, which CPM-Bee doesn't have."""
-    head, embedding = state_dict.get("lm_head.weight"), state_dict.get("cpmbee.input_embedding.weight")
-    if head is None or embedding is None or head.data_ptr() == embedding.data_ptr() or torch.equal(head, embedding):
-        return
-    raise OriginalCheckpointError(
-        f"{path} has lm_head.weight besides the embedding, and its values are others: CPM-Bee's head is the embedding."
-    )
-
-
-def needed_tensors(
-    state_dict: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel]
-) -> dict[str, torch.Tensor]:
-    """A checked state dict without what the model has no use for."""
-    matcher = KeyMatcher(key_map_of(_wanted_kind(model_class), state_dict))
-    return {name: tensor for name, tensor in state_dict.items() if matcher.dropped_reason(name) is None}
-
-
-def _wanted_kind(model_class: type[PreTrainedModel]) -> str:
-    if issubclass(model_class, (VisCPMChatForConditionalGeneration, VisCPMChatModel)):
-        return CHAT
-    return PAINT if issubclass(model_class, VisCPMPaintTextEncoder) else CPM_BEE
-
-
 def load_original_text_encoder(
     path: str | os.PathLike, config: VisCPMPaintTextEncoderConfig, state_dict: dict[str, torch.Tensor], **kwargs
 ) -> VisCPMPaintTextEncoder:
     """Loads the text encoder of a mapped original Paint file; `kwargs` go to `from_pretrained`."""
-    check_original_weights(state_dict, VisCPMPaintTextEncoder, config, path)
-    own = needed_tensors(state_dict, VisCPMPaintTextEncoder)
+    own = reader_of(PAINT).state_dict(state_dict, VisCPMPaintTextEncoder, config, path)
     return VisCPMPaintTextEncoder.from_pretrained(None, config=config, state_dict=own, **kwargs)

@@ -306,7 +306,7 @@ def _quantized_layers(model: nn.Module, config: QuantizationConfigMixin) -> dict
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept)
+        if isinstance(module, nn.Linear) and should_convert_module(name, kept)
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.weight_transforms import name_pattern, target_pattern
-from ..families.sibling_key_maps import VISUALCLA
+from ..families.key_maps import VISUALCLA
 from ..modeling.modeling_vision_resampler import VisualCLAForConditionalGeneration
 
 

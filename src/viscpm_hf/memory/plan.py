@@ -168,7 +168,7 @@ class _Precision:
 
 
 def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Precision:
-    half = torch.float16 if on_gpu and not sizes.is_sibling else torch.bfloat16
+    half = getattr(torch, sizes.family.half) if on_gpu else torch.bfloat16
     dtype = torch.float32 if name == FP32 else half
     quantization = QUANTIZATIONS.get(name)
     # On a CPU UNet and VAE stay as they are stored.
@@ -185,7 +185,7 @@ def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Preci
 def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterator[MemoryRow]:
     on_gpu, on_cpu = (_precision(sizes, work, name, is_gpu) for is_gpu in (True, False))
     yield _row(sizes, machine, work, on_gpu, GPU, gpu=on_gpu.total)
-    plan = None if sizes.is_sibling or sizes.kind == CPM_BEE else _streaming(on_gpu, machine)
+    plan = _streaming(on_gpu, machine) if sizes.family.streams_layers else None
     if plan is not None:
         yield _row(
             sizes, machine, work, on_gpu, GPU_STREAMED, gpu=on_gpu.outside_layers + plan.device_bytes,
@@ -277,7 +277,7 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
         # Unpacked before every product: written and read once more.
         read += 2 * precision.dtype.itemsize * 2 * layers
     step = read / bandwidth
-    has_fast = not sizes.is_sibling and row.placement == GPU and precision.name in (FP32, HALF)
+    has_fast = sizes.has_fast_decoding and row.placement == GPU and precision.name in (FP32, HALF)
     fast = step if has_fast else None
     if on_gpu:
         step = max(step, launches)
@@ -306,14 +306,13 @@ def _command(sizes: ModelSizes, work: Work, precision: _Precision, placement: st
     if sizes.kind == CPM_BEE:
         return _python(sizes, precision, placement)
     words = ["viscpm-hf", "chat", sizes.name, "IMAGE"]
-    layers = "language_model.model.layers" if sizes.is_sibling else "model.language_model.layers"
     if sizes.kind == PAINT:
-        words, layers = ["viscpm-hf", "paint", sizes.name, "PROMPT", "-o", "out.png"], "model.layers"
+        words = ["viscpm-hf", "paint", sizes.name, "PROMPT", "-o", "out.png"]
     words += ["--dtype", str(precision.dtype).removeprefix("torch.")]
     if precision.name in QUANTIZATIONS:
         words += ["--quantization", QUANTIZATIONS[precision.name]]
     if placement == DISK:
-        words += ["--device-map", json.dumps({"": "cpu", layers: "disk"})]
+        words += ["--device-map", json.dumps({"": "cpu", f"{sizes.family.language_model}.layers": "disk"})]
     else:
         words += ["--device", "cpu" if placement == CPU else "cuda"]
     if placement == GPU_OFFLOAD:
@@ -327,7 +326,7 @@ def _python(sizes: ModelSizes, precision: _Precision, placement: str) -> str:
     """CPM-Bee alone has no command; this is how it is loaded."""
     device_map: Any = "cpu" if placement == CPU else "cuda"
     if placement == DISK:
-        device_map = {"": "cpu", "model.layers": "disk"}
+        device_map = {"": "cpu", f"{sizes.family.language_model}.layers": "disk"}
     dtype = str(precision.dtype).removeprefix("torch.")
     options = [f'dtype="{dtype}"', f"device_map={json.dumps(device_map)}"]
     if precision.name == INT8:

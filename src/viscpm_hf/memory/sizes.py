@@ -34,10 +34,11 @@ from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
 from ..conversion.inspect import original_config
 from ..conversion.paint import empty_part, empty_parts
 from ..conversion.verify import empty_model
-from ..families.family import FAMILIES
-from ..families.systems import system_of
+from ..families.family import FAMILIES, Family, family_of
+from ..families.systems import title_of
 from ..loading.paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
 from ..loading.quantization import kept_modules
+from ..modeling.answering import AnsweringMixin
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
@@ -77,7 +78,6 @@ BLOCK, NESTED_BLOCK = 64, 256
 # Tables of the 16 values of 4-bit codes and the 256 ones of the scales' codes, and the scales' mean, all fp32.
 TABLE_BYTES = 4 * (16 + 256 + 1)
 
-TITLES = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
 PARTS = ("layers", "embedding", "vision tower", "resampler", "projection", "UNet", "VAE")
 
 
@@ -109,24 +109,31 @@ class ModelSizes:
     vae: nn.Module | None = None
 
     @property
-    def is_sibling(self) -> bool:
-        """Whether it is one of VisCPM's siblings."""
-        return isinstance(self.model.config, VisionResamplerConfig)
+    def family(self) -> Family:
+        return family_of(self.model.config)
 
     @property
     def title(self) -> str:
         """The system's name."""
-        return system_of(self.model.config).name if self.is_sibling else TITLES[self.kind]
+        return title_of(self.model.config)
 
     @property
     def text_config(self) -> Any:
         return self.model.config.get_text_config(decoder=True)
 
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the language model is CPM-Bee."""
+        return isinstance(self.text_config, CpmBeeConfig)
+
+    @property
+    def has_fast_decoding(self) -> bool:
+        enable = getattr(type(self.model), "enable_fast_decoding", AnsweringMixin.enable_fast_decoding)
+        return enable is not AnsweringMixin.enable_fast_decoding
+
     @cached_property
     def language_model(self) -> nn.Module:
-        if self.is_sibling:
-            return self.model.language_model.model
-        return self.model.model.language_model if self.kind == CHAT else self.model.model
+        return self.model.get_submodule(self.family.language_model)
 
     @cached_property
     def parameters(self) -> dict[str, int]:
@@ -187,7 +194,7 @@ class ModelSizes:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+    return isinstance(module, nn.Linear)
 
 
 def _part(name: str) -> str:
@@ -224,12 +231,10 @@ def model_sizes(source: str | os.PathLike, kind: str | None = None, **hub: Any) 
         if name == EMBEDDED_NAME:
             path = resolve_model(name, kind or CHAT)
         location = locate(path, with_weights=False)
-        if location.is_sibling:
-            sizes = _chat(name, read_config(location.path))
-        else:
-            sizes = _converted(name, location) if location.is_converted else _original(name, location)
+        is_said = location.is_converted or location.kind is not None
+        sizes = _converted(name, location) if is_said else _original(name, location)
     if kind not in (None, sizes.kind):
-        raise ValueError(f"{name} is {sizes.title}, not {TITLES.get(kind, kind)}.")
+        raise ValueError(f"{name} is {sizes.title}, not {FAMILIES[kind].title if kind in FAMILIES else kind}.")
     return sizes
 
 

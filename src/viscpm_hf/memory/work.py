@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..checkpoints.original import CPM_BEE, PAINT
+from ..modeling.answering import Decoding
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
-from ..modeling.decoding_presets import default_preset, system_name
 from .activations import peak_bytes
 from .sizes import ModelSizes
 
@@ -26,9 +26,8 @@ PAINT_PROMPT_LENGTH = 64
 # That bitsandbytes' CPU kernels need for each value of a weight while they use it; measured with 0.50.
 UNPACKED_BYTES_ON_CPU = {"8bit": 10, "4bit": 4}
 VAE_SCALE = 8
-# Of the siblings: pixels of a view's sides where the tower takes any, the most views of an image that is cut into
-# tiles (nine and the overview), and tokens of a prompt beside its image's.
-VIEW_SIDE, MOST_VIEWS, TEXT_LENGTH = 448, 10, 100
+# Pixels of a view's sides where the tower takes any, and tokens of a prompt beside its image's.
+VIEW_SIDE, TEXT_LENGTH = 448, 100
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,12 @@ class Work:
     @classmethod
     def of(cls, sizes: ModelSizes, **given: int) -> Work:
         """Work as a model's original does it, but for what is given."""
-        if not sizes.is_sibling:
+        if sizes.kind == PAINT:
             return cls(**given)
-        config = sizes.model.config
-        preset = default_preset(config)
-        prompt_length = num_views(sizes) * config.num_query_tokens + TEXT_LENGTH
-        usual = {"length": preset["max_new_tokens"], "beams": preset.get("num_beams", 1)}
-        return cls(**{"prompt_length": prompt_length, **usual, **given})
+        config, decoding = sizes.model.config, usual_decoding(sizes)
+        image_length = num_views(sizes) * getattr(config, "num_query_tokens", 64)
+        usual = {"length": decoding.max_new_tokens, "beams": decoding.num_beams}
+        return cls(**{"prompt_length": image_length + TEXT_LENGTH, **usual, **given})
 
     def check(self, sizes: ModelSizes) -> None:
         """Raises `ValueError` for numbers that make no sense."""
@@ -74,20 +72,13 @@ class Work:
     def options(self, sizes: ModelSizes) -> list[str]:
         """What differs from the commands' defaults, as their options."""
         given = []
-        if sizes.is_sibling:
-            usual = Work.of(sizes)
-            if self.beams != usual.beams:
-                given += ["--num-beams", str(self.beams)]
-            if self.length != usual.length:
-                given += ["--max-new-tokens", str(self.length)]
-            return given
         if sizes.kind != PAINT:
-            defaults = ReferenceDecodingConfig()
-            if self.beams == 1:
+            usual = usual_decoding(sizes)
+            if self.beams == 1 and isinstance(usual, ReferenceDecodingConfig):
                 given += ["--mode", "generate"]
-            elif self.beams != defaults.num_beams:
+            elif self.beams != usual.num_beams:
                 given += ["--num-beams", str(self.beams)]
-            if self.length != defaults.max_new_tokens:
+            if self.length != usual.max_new_tokens:
                 given += ["--max-new-tokens", str(self.length)]
             return given
         for name, default in (("size", None), ("steps", 50), ("candidates", 4)):
@@ -96,9 +87,14 @@ class Work:
         return given
 
 
+def usual_decoding(sizes: ModelSizes) -> Decoding:
+    """How a model's original answers."""
+    return sizes.model.chat_decoding("reference", {})
+
+
 def num_views(sizes: ModelSizes) -> int:
-    """The most views of one image of a sibling."""
-    return MOST_VIEWS if system_name(sizes.model.config) == "minicpmv-2.0" else 1
+    """The most views of one image."""
+    return getattr(sizes.model.config, "most_views", 1)
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ def cache_places(prompt_length: int, new_places: int, step: int) -> int:
 def kv_bytes(sizes: ModelSizes, work: Work, dtype: torch.dtype) -> int:
     """Keys and values of all layers at the end of the longest answer."""
     config = sizes.text_config
-    if sizes.is_sibling:
+    if not sizes.reads_documents:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         places = min(work.prompt_length + work.length, getattr(config, "sliding_window", None) or sys.maxsize)
         places *= work.batch * work.beams
@@ -194,19 +190,15 @@ def _in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
 
 
 def _encode_images(sizes: ModelSizes, dtype: torch.dtype, rows: int) -> Callable[[], Any]:
-    if sizes.is_sibling:
-        config = sizes.model.config
-        side = VIEW_SIDE if config.interpolate_pos_encoding else config.vision_config.image_size
-        views = rows * max(1, num_views(sizes) - 1)  # tiles of one size together, the overview apart
-        return partial(_in(dtype, sizes.model).get_image_features, _empty(views, 3, side, side, dtype=dtype))
-    tower = _in(dtype, sizes.model.model.vision_tower)
-    side = tower.config.image_size
-    return partial(tower, _empty(rows, 3, side, side, dtype=dtype))
+    config = sizes.model.config
+    side = VIEW_SIDE if getattr(config, "interpolate_pos_encoding", False) else config.vision_config.image_size
+    views = rows * max(1, num_views(sizes) - 1)  # tiles of one size together, the overview apart
+    return partial(_in(dtype, sizes.model).get_image_features, _empty(views, 3, side, side, dtype=dtype))
 
 
 def _read_prompt(sizes: ModelSizes, dtype: torch.dtype, rows: int, length: int) -> Callable[[], Any]:
     embeddings = _empty(rows, length, sizes.text_config.hidden_size, dtype=dtype)
-    if sizes.is_sibling:
+    if not sizes.reads_documents:
         # A finished mask: making one looks at values. Plain causal attention needs none in the end.
         mask = _empty(rows, 1, length, length, dtype=torch.bool)
         language_model = _in(dtype, sizes.language_model)

@@ -19,6 +19,9 @@ class Decoding(Protocol):
     def num_beams(self) -> int: ...
 
     @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
     def last_step(self) -> int:
         """The number of the last step there may be."""
 
@@ -40,8 +43,12 @@ class GenerateDecoding:
         return self.options.get("num_beams") or 1
 
     @property
-    def last_step(self) -> int:
+    def max_new_tokens(self) -> int:
         return self.options["max_new_tokens"]
+
+    @property
+    def last_step(self) -> int:
+        return self.max_new_tokens
 
     @property
     def can_stream(self) -> bool:
@@ -72,6 +79,21 @@ class AnsweringMixin:
             ValueError: for what the original's decoding hasn't, or a value outside its range.
         """
         raise NotImplementedError
+
+    def enable_fast_decoding(self) -> None:
+        """Sets the model up for compiled graphs: whatever doesn't say `fast=False` is then decoded with them.
+
+        Raises:
+            ValueError: for a model that can't be decoded so.
+        """
+        raise ValueError(f"{type(self).__name__} has no fast decoding: leave out fast.")
+
+    def fill(self, documents: Sequence[Mapping[str, Any]], *args: Any, **options: Any) -> list[dict[str, Any]]:
+        """Fills the answers of documents; of CPM-Bee's models only."""
+        raise ValueError(f"{type(self).__name__} fills no documents: ask it questions.")
+
+    def take_images_of(self, processor: Any) -> None:
+        """Makes the model ready for images of the size that a processor gives them."""
 
     @torch.no_grad()
     def answers(

@@ -22,6 +22,10 @@ Prompt: TypeAlias = Sized
 Grid: TypeAlias = tuple[int, int]
 
 
+# That go through the tower together.
+MOST_VIEWS = 32
+
+
 @dataclass(frozen=True, eq=False)
 class ImageViews:
     """An image as the vision tower takes it."""
@@ -52,6 +56,14 @@ class ChatProcessing:
     image_processor: Any
     num_query_tokens: int
     """Placeholders of one view."""
+
+    def vocabulary_problem(self, model: Any) -> str | None:
+        """Why a model can't be the one that the tokenizer is of; None if it can."""
+        tokens, rows = len(self.tokenizer), model.config.get_text_config(decoder=True).vocab_size
+        return self._other_vocabulary(tokens, rows) if tokens > rows else None
+
+    def _other_vocabulary(self, tokens: int, rows: int) -> str:
+        return f"The vocabulary has {tokens:,} tokens, but the model {rows:,}: they are not of the same checkpoint."
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
@@ -167,7 +179,17 @@ class ChatProcessing:
 
     @torch.no_grad()
     def encode_images(self, model: Any, images: Sequence[ImageViews]) -> list[EncodedImage]:
-        """Images through a model's tower, all views together."""
+        """Images through a model's tower, a few dozen views at a time."""
+        groups, count = [[]], 0
+        for image in images:
+            count += len(image.pixel_values)
+            if count > MOST_VIEWS and groups[-1]:
+                groups.append([])
+                count = len(image.pixel_values)
+            groups[-1].append(image)
+        return [encoded for group in groups for encoded in self._encode_images(model, group)]
+
+    def _encode_images(self, model: Any, images: Sequence[ImageViews]) -> list[EncodedImage]:
         height, width = (max(image.pixel_values.shape[axis] for image in images) for axis in (-2, -1))
         views = [image.pixel_values for image in images]
         padded = [pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])) for own in views]

@@ -151,6 +151,11 @@ class VisionResamplerConfig(PreTrainedConfig):
         """Placeholders of one view."""
         return self.resampler_config.num_query_tokens
 
+    @property
+    def most_views(self) -> int:
+        """Of one image."""
+        return 1
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Also takes an original's flat `config.json`."""
@@ -222,6 +227,11 @@ class MiniCPMVConfig(VisionResamplerConfig):
     model_type = "minicpmv"
 
     text_embedding_scale: float | int = 12
+
+    @property
+    def most_views(self) -> int:
+        """Of one image: 2.0 cuts it into up to nine tiles and keeps an overview."""
+        return 10 if self.resampler_config.key_positions == "computed" else 1
 
     @classmethod
     def from_original_dict(cls, original: dict[str, Any]) -> dict[str, Any]:

@@ -25,10 +25,12 @@ class RowState:
     """`(rows, places)` each, one value for each place of the cache; `attention_mask` is among them."""
     tables: dict[str, torch.Tensor]
     """`(rows, ...)` each, whatever the number of places; filled up with zeros at the end of every axis."""
+    kept: Any = None
+    """What the model has worked out of the tables, for as long as the rows are the same."""
 
     @property
     def visible(self) -> torch.Tensor:
-        """`(rows, places)`: 0 for padding."""
+        """`(rows, places)`: False for padding."""
         return self.places["attention_mask"]
 
     def grow(self) -> None:
@@ -99,7 +101,7 @@ class ContinuousRowsMixin:
             The rows, and the logits of their next tokens `(rows, vocab_size)` in fp32.
         """
         places, tables = ({name: inputs[name] for name in names} for names in (self.row_places, self.row_tables))
-        state = RowState(CpmBeeCache(), places, tables)
+        state = RowState(CpmBeeCache(), {**places, "attention_mask": places["attention_mask"].bool()}, tables)
         return state, self._row_logits(state, inputs)
 
     @torch.no_grad()
@@ -114,7 +116,7 @@ class ContinuousRowsMixin:
         return {"position_ids": (state.visible.cumsum(-1) - 1).clamp(min=0)[:, -count:]}
 
     def row_logits(self, state: RowState, logits: torch.Tensor) -> torch.Tensor:
-        """`(rows, vocab_size)` in fp32, with minus infinity where a row can't have a token; in place."""
+        """`(rows, vocab_size)` in fp32 without what a row can't have; in place."""
         return logits
 
     def _row_logits(self, state: RowState, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -12,8 +12,6 @@ values are copied. An answer that outgrows the places of its class moves on to t
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -27,6 +25,8 @@ from transformers.utils import logging
 
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE
+from .fast_decoding import compilation_problem, has_kernel
+from .row_products import put_into_huge_pages, with_kernel
 from .token_space_cpm_bee import write_slots
 
 
@@ -236,7 +236,8 @@ class DecodingGraph:
     def __call__(self) -> torch.Tensor:
         """A step with what is in `inputs`; the logits are valid until the next."""
         if self._replay is None:
-            return self._run(*self.inputs)
+            with with_kernel():
+                return self._run(*self.inputs)
         self._replay.replay()
         return self._logits
 
@@ -260,26 +261,32 @@ class FastDecoder:
         """The graph of that class, compiled now unless it is there already."""
         key = (shape, dtype, device, self.compile)
         if key not in self.graphs:
-            problem = compilation_problem(model, device) if self.compile else None
+            compile = self.compile and not has_kernel(model.language_model(), model.lm_head)
+            problem = compilation_problem(model, device) if compile else None
             if problem is not None:
                 logger.warning_once(f"Fast decoding goes without compilation: {problem}.")
             graph = DecodingGraph(model, shape, dtype, device)
-            graph.warm_up(compile=self.compile and problem is None)
+            graph.warm_up(compile=compile and problem is None)
             self.graphs[key] = graph
             while len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
+    @staticmethod
+    def _places_of(parameters: list[nn.Parameter]) -> tuple[int, ...]:
+        return tuple(parameter.data_ptr() for parameter in parameters)
+
     @in_place
     def begin(self, model, inputs: Mapping[str, Any], cache: CpmBeeCache, queries: int = 1) -> FastDecoding:
         """A request whose prompts have been read into `cache`; `inputs` are those of the prompts."""
-        language_model = model.language_model()
         # Captured graphs read the weights where they were: none may outlive a moved, cast, fused or adapted model.
-        weights = tuple(parameter.data_ptr() for parameter in (*language_model.parameters(), model.lm_head.weight))
-        if weights != self._weights:
+        parameters = [*model.language_model().parameters(), model.lm_head.weight]
+        if self._places_of(parameters) != self._weights:
             self.graphs.clear()
-            self._weights = weights
+            if has_kernel(model.language_model(), model.lm_head):
+                put_into_huge_pages(dict.fromkeys(parameters))
+            self._weights = self._places_of(parameters)
         return FastDecoding(self, model, inputs, cache, queries)
 
 
@@ -377,47 +384,6 @@ def with_graphs(model, compiled_call: Callable[..., Any]) -> Callable[..., Any]:
         return compiled_call(input_ids=input_ids, **inputs)
 
     return call
-
-
-def compilation_problem(model, device: torch.device) -> str | None:
-    """Why nothing can be compiled for the model on this device; None if it can."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not quantizer.is_compileable:
-        return f"{quantizer.quantization_config.quant_method} weights can't be compiled"
-    if device.type == "cpu":
-        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-        if not any(shutil.which(compiler) for compiler in compilers):
-            return f"there is no C++ compiler ({', '.join(compilers)})"
-    elif device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        if not has_triton():
-            return "Triton is missing"
-    else:
-        return f"it isn't used on {device.type}"
-    return None
-
-
-def check_fast_decoding(model) -> None:
-    """Checks that the language model can be decoded in graphs.
-
-    Raises:
-        ValueError: for a model that is spread over several devices or offloaded.
-    """
-    language_model = model.language_model()
-    devices = {parameter.device for parameter in (*language_model.parameters(), *model.lm_head.parameters())}
-    if len(devices) > 1 or torch.device("meta") in devices:
-        names = ", ".join(sorted(str(device) for device in devices))
-        raise ValueError(
-            f"Fast decoding needs the whole language model on one device, but it is on {names} (meta: offloaded). "
-            "Load it without device_map, or quantised so that it fits, or decode with fast=False."
-        )
-    for name, module in language_model.named_modules():
-        if hasattr(module, "_hf_hook") or (name and (module._forward_pre_hooks or module._forward_hooks)):
-            raise ValueError(
-                f"Fast decoding can't run what offloading and streaming do between layers, but {name or 'the model'} "
-                "has hooks. Load it without device_map and layer streaming, or decode with fast=False."
-            )
 
 
 __all__ = ["DecodingShape", "FastDecoder", "FastDecoding", "FastDecodingCache"]

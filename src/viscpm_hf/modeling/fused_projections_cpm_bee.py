@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .row_products import RowLinear
+
 
 class FusibleModule(nn.Module):
     """A module with projections that can be fused.
@@ -48,8 +50,8 @@ class FusibleModule(nn.Module):
         delattr(self, fused)
 
 
-def bias_free_linear(weight: torch.Tensor, requires_grad: bool) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+def bias_free_linear(weight: torch.Tensor, requires_grad: bool) -> RowLinear:
+    linear = RowLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
     return linear
 
@@ -69,7 +71,7 @@ def fusing_problem(model: nn.Module) -> str | None:
             projection = module._modules.get(part)
             if projection is None:  # fused already
                 continue
-            is_plain = type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
+            is_plain = type(projection) is RowLinear and type(projection.weight) is nn.Parameter
             if not is_plain or projection.weight.is_meta or hasattr(projection, "_hf_hook"):
                 return (
                     f"only plain weights in memory can be fused, but {name}.{part} is a {type(projection).__name__} "

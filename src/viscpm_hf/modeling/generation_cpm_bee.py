@@ -14,13 +14,15 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from .answering import Answer, Decoding, GenerateDecoding
-from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, SlotAnswers
+from .beam_search_cpm_bee import ReferenceBeamSearch, ReferenceDecodingConfig, RowVocabulary, SlotAnswers
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE, named_cache
 from .continuous_rows import RowState
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
-from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache, check_fast_decoding
+from .fast_decoding import check_fast_decoding
+from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
+from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
@@ -103,9 +105,28 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         """Nothing: only differences of places within a segment count."""
         return {}
 
+    def row_vocabulary(self, state: RowState) -> RowVocabulary:
+        if state.kept is None:
+            state.kept = RowVocabulary(self, state.tables["extension_table"])
+        return state.kept
+
     def row_logits(self, state: RowState, logits: torch.Tensor) -> torch.Tensor:
-        allowed = AllowedTokens(self.config.get_text_config(decoder=True), state.tables["extension_table"])
-        return allowed.forbid(logits[:, None], -torch.inf)[:, 0]
+        return self.row_vocabulary(state).forbid(logits[:, None])[:, 0]
+
+    @torch.no_grad()
+    def step_rows(self, state: RowState, tokens: Sequence[int]) -> torch.Tensor:
+        """See [`ContinuousRowsMixin.step_rows`]. Nothing is looked up in the tables at each step, or checked: it would
+        take a twentieth of a small model's time."""
+        state.grow()
+        model, vocabulary, segments = self.language_model(), self.row_vocabulary(state), state.places["segment_ids"]
+        embeddings = vocabulary.embed(torch.tensor(tokens, device=segments.device)[:, None])
+        places = torch.arange(segments.shape[1], device=segments.device)[None]
+        bias = model.position_bias(
+            places[:, -1:], places, segments[:, -1:], segments, state.tables["segment_relations"]
+        )
+        bias = model.merge_bias(bias, state.visible[:, None], embeddings.dtype)
+        outputs = model(inputs_embeds=embeddings, position_bias=bias, cache=state.cache, use_cache=True)
+        return vocabulary.forbid(vocabulary.logits(outputs.last_hidden_state))[:, 0]
 
     @property
     def fast_decoder(self) -> FastDecoder:
@@ -114,7 +135,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
 
     def _decodes_fast(self, fast: bool | None) -> bool:
         if fast or (fast is None and self.fast_decoder.enabled):
-            check_fast_decoding(self)
+            check_fast_decoding(self.language_model(), self.lm_head)
             return True
         return False
 
@@ -244,6 +265,14 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         ]
         fill = partial(self._fill_by_reference, tokenizer=tokenizer, decoding=decoding, fast=fast)
         return fill_in_batches(documents, encoded, fill)
+
+    def enable_fast_decoding(self) -> None:
+        """See [`AnsweringMixin.enable_fast_decoding`]; projections of the same input are fused where the weights are
+        plain."""
+        check_fast_decoding(self.language_model(), self.lm_head)
+        if fusing_problem(self) is None:
+            self.fuse_projections()
+        self.fast_decoder.enabled = True
 
     def chat_decoding(self, mode: str, options: Mapping[str, Any]) -> Decoding:
         """See [`AnsweringMixin.chat_decoding`]; the original's is [`ReferenceDecodingConfig`]'s search."""

@@ -27,6 +27,7 @@ from .image_processing_viscpm import images_in_order
 from .modeling_beit3 import Beit3Model
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_vocabulary
 from .processing_viscpm_chat import IMAGE_TOKEN, VisCPMChatProcessor
+from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
 
 
@@ -178,7 +179,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
     def __init__(self, config: VisCPMChatConfig):
         super().__init__(config)
         self.model = VisCPMChatModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = RowLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.set_default_generation()
         self.post_init()
 
@@ -246,6 +247,9 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`VisCPMChatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    def take_images_of(self, processor: Any) -> None:
+        self.model.vision_tower.set_image_size(processor.image_processor.size["height"])
 
     def project(self, hidden_states: torch.Tensor, extension_table: torch.Tensor | None) -> torch.Tensor:
         """`(batch, sequence, hidden)` -> logits `(batch, sequence, vocab_size)`."""

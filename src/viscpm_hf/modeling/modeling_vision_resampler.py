@@ -16,16 +16,21 @@ from transformers.cache_utils import Cache
 from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 
 from .answering import Answer, GenerateDecoding
 from .chat_minicpmv import MiniCPMVChatMixin
 from .compatibility import CACHE, CACHE_NAMES, WithImageOutputs, only_known_arguments, takes_cache
 from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisionResamplerConfig, VisualCLAConfig
 from .decoding_presets import default_preset
+from .fast_decoding import check_fast_decoding, compilation_problem, has_kernel
 from .generation_images import ImageGenerationMixin, with_drawing_last
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
+from .row_products import put_into_huge_pages, use_row_products, with_kernel
 from .sibling_towers import VISION_TOWERS
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -106,6 +111,7 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Im
             self.language_model.set_input_embeddings(
                 ScaledEmbedding(*embedding.weight.shape, embedding.padding_idx, config.text_embedding_scale)
             )
+        self._is_fast = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -257,6 +263,43 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Im
             **kwargs,
         )
         return VisionResamplerCausalLMOutputWithPast(**outputs, image_outputs=image_outputs)
+
+    def enable_fast_decoding(self) -> None:
+        """See [`AnsweringMixin.enable_fast_decoding`]."""
+        check_fast_decoding(self.language_model)
+        self._is_fast = True
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args, fast: bool | None = None, **kwargs):
+        """As `GenerationMixin.generate`. `fast` decodes on a GPU with the language model's own static cache and
+        compiled graphs, on a CPU with the products of `row_products`; if None, as `enable_fast_decoding` set it up."""
+        if not (self._is_fast if fast is None else fast):
+            return super().generate(inputs, *args, **kwargs)
+        check_fast_decoding(self.language_model)
+        if self.device.type == "cpu":
+            self._use_kernel()
+            with with_kernel():
+                return super().generate(inputs, *args, **kwargs)
+        problem = compilation_problem(self, self.device)
+        if problem is not None:
+            logger.warning_once(f"Fast decoding goes without compilation: {problem}.")
+        elif kwargs.get(CACHE) is None:
+            kwargs.setdefault("cache_implementation", "static")
+        return super().generate(inputs, *args, **kwargs)
+
+    def _use_kernel(self) -> None:
+        use_row_products(self.language_model)
+        if not has_kernel(self.language_model):
+            logger.warning_once(
+                "Fast decoding has nothing to gain here: on a CPU it needs plain weights in float32 or bfloat16, and "
+                "a C++ compiler (g++, clang++) on Linux."
+            )
+            return
+        parameters = dict.fromkeys(self.language_model.parameters())
+        places = tuple(parameter.data_ptr() for parameter in parameters)
+        if self.__dict__.get("_places") != places:
+            put_into_huge_pages(parameters)
+            self._places = tuple(parameter.data_ptr() for parameter in parameters)
 
     def chat_decoding(self, mode: str, options: Mapping[str, Any]) -> GenerateDecoding:
         """See [`AnsweringMixin.chat_decoding`]; the original's is the first of its presets."""

@@ -369,6 +369,11 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
         self.check_length(encoded)
         return encoded.prompt(open_slot=0)
 
+    def vocabulary_problem(self, model: Any) -> str | None:
+        """A vocabulary of another number of words is another one, whatever room there is."""
+        tokens, rows = self.tokenizer.num_words, model.config.text_config.num_words
+        return self._other_vocabulary(tokens, rows) if tokens != rows else None
+
     def next_context(
         self,
         context: str,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, filterfalse
 from typing import Any
 
 import torch
@@ -53,14 +55,17 @@ def load_vocab(vocab_file: str | os.PathLike) -> dict[str, int]:
         lines.pop()
     if all(line.endswith("\r") for line in lines[:-1]):  # checked out with CRLF line ends; the last may have none
         lines = [line.removesuffix("\r") for line in lines]
-    vocab = {VOCAB_FILE_NAMES_OF_WHITESPACE.get(line, line): index for index, line in enumerate(lines)}
-    missing = [token for token in (*SPECIAL_TOKENS, "\n", " ") if token not in vocab]
+    for name, token in VOCAB_FILE_NAMES_OF_WHITESPACE.items():
+        if name in lines:
+            lines[lines.index(name)] = token
+    vocab = dict(zip(lines, range(len(lines)), strict=True))
+    missing = [token for token in (*SPECIAL_TOKENS, *VOCAB_FILE_NAMES_OF_WHITESPACE.values()) if token not in vocab]
     if missing:
         raise ValueError(
             f"{vocab_file} is not a CPM-Bee vocabulary: it has {len(lines):,} lines and lacks "
             f"{', '.join(repr(token) for token in missing)}."
         )
-    if len(vocab) != len(lines):
+    if len(vocab) != len(lines) or not vocab.keys().isdisjoint(VOCAB_FILE_NAMES_OF_WHITESPACE):
         raise ValueError(f"{vocab_file} repeats a token: {len(lines):,} lines, {len(vocab):,} different tokens.")
     return vocab
 
@@ -69,11 +74,22 @@ class LongestMatch:
     """Greedy longest match from the left, in time linear in the text.
 
     Every prefix of every word has an entry `(token, length, extendable)`: the longest word that the prefix starts
-    with, and whether a longer prefix exists. A match walks from prefix to longer prefix until none is left.
+    with, and whether a longer prefix exists. A match walks from prefix to longer prefix until none is left. The
+    entries of words with the same first character are made when the first text has it.
     """
 
     def __init__(self, words: Iterable[str]):
-        words = set(words)
+        self.words: defaultdict[str, list[str]] = defaultdict(list)
+        """By their first character."""
+        for word in words:
+            self.words[word[0]].append(word)
+        self.prefixes: dict[str, tuple[str | None, int, bool]] = {}
+
+    def _first_entry(self, character: str) -> tuple[str | None, int, bool] | None:
+        """Makes the entries of all words that begin so; None if there are none."""
+        if character not in self.words:
+            return None
+        words = set(self.words[character])
         extendable: set[str] = set()
         for word in words:
             for end in range(len(word) - 1, 0, -1):
@@ -88,7 +104,8 @@ class LongestMatch:
             else:
                 token, length, _ = prefixes[prefix[:-1]] if len(prefix) > 1 else (None, 0, True)
                 prefixes[prefix] = (token, length, True)
-        self.prefixes = prefixes
+        self.prefixes.update(prefixes)  # at once: another thread sees all of them or none
+        return prefixes[character]
 
     def split(self, text: str) -> list[str]:
         """Splits `text` into words, and runs of characters that no word starts with."""
@@ -99,7 +116,8 @@ class LongestMatch:
             end = begin + 2  # most words have two characters or more: look there first
             entry = get(text[begin:end]) or get(text[begin])
             if entry is None:
-                begin += 1
+                if self._first_entry(text[begin]) is None:
+                    begin += 1
                 continue
             while entry[2] and end < end_of_text:
                 end += 1
@@ -118,6 +136,15 @@ class LongestMatch:
         if unknown < end_of_text:
             append(text[unknown:])
         return pieces
+
+
+class Pieces(dict[int, str]):
+    """What ids are in a text; `unknown` for all others."""
+
+    unknown = ""
+
+    def __missing__(self, index: int) -> str:
+        return self.unknown
 
 
 class CpmBeeEncoding(BatchEncoding):
@@ -169,6 +196,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         self._tokens = [*self.vocab, *slots, IMAGE_TOKEN]
         self._matcher: LongestMatch | None = None
         self._special_ids: frozenset[int] | None = None
+        self._pieces: dict[bool, Pieces] = {}
         # Written in older folders for other tokenizers; here only document syntax decides.
         for name in ("additional_special_tokens", "add_bos_token", "add_eos_token", "token_type_ids_pattern"):
             kwargs.pop(name, None)
@@ -205,7 +233,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         return image_token_id(self.num_words)
 
     def get_vocab(self) -> dict[str, int]:
-        return {**{token: index for index, token in enumerate(self._tokens)}, **self._added_tokens_encoder}
+        return {**self.vocab, **self._other_ids, **self._added_tokens_encoder}
 
     def _convert_token_to_id(self, token: str) -> int:
         index = self.vocab.get(token)
@@ -229,13 +257,14 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
         self._matcher = self._special_ids = None
+        self._pieces = {}
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
     @property
     def matcher(self) -> LongestMatch:
         if self._matcher is None:
-            specials = {token for token in SPECIAL_TOKENS if token in self.vocab}
-            self._matcher = LongestMatch((self.vocab.keys() | self._added_tokens_encoder.keys()) - specials)
+            words = chain(self.vocab, self._added_tokens_encoder)
+            self._matcher = LongestMatch(filterfalse(frozenset(SPECIAL_TOKENS).__contains__, words))
         return self._matcher
 
     @property
@@ -486,6 +515,8 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
                 return [self.decode(row, skip_special_tokens, **kwargs) for row in token_ids]
             kwargs["extension_table"] = next(iter(token_ids.extension_strings), None)
             token_ids = token_ids.tolist()
+        if isinstance(token_ids, list) and set(map(type, token_ids)) == {int}:  # the library looks at each of them
+            return self._decode(token_ids, skip_special_tokens, **kwargs)
         return super().decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, *args, **kwargs) -> list[str]:
@@ -512,23 +543,34 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
         is no id, are `<unk>`.
         """
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        specials, table = self.special_ids, extension_table or {}
-        slots = range(self.num_words, self.image_token_id)
-        pieces = []
-        for index in map(int, token_ids):
-            if index in table:
-                token = table[index]
-                is_special = len(token) > 1 and token.startswith("<") and token.endswith(">")
-            elif index in slots or not 0 <= index < len(self):
-                token, is_special = str(self.unk_token), True
-            else:
+        pieces = self._pieces_of(skip_special_tokens)
+        if not extension_table:
+            return "".join(map(pieces.__getitem__, token_ids))
+        own = {
+            index: self._piece(
+                token, len(token) > 1 and token.startswith("<") and token.endswith(">"), skip_special_tokens
+            )
+            for index, token in extension_table.items()
+        }
+        return "".join([own[index] if index in own else pieces[index] for index in token_ids])
+
+    def _pieces_of(self, skip_special_tokens: bool) -> Pieces:
+        pieces = self._pieces.get(skip_special_tokens)
+        if pieces is None:
+            words = self._tokens[: self.num_words] if skip_special_tokens else map(self.escape, self._tokens)
+            pieces = Pieces(zip(range(self.num_words), words, strict=False))
+            pieces.unknown = self._piece(str(self.unk_token), True, skip_special_tokens)
+            for index in {*self.special_ids, *range(self.image_token_id, len(self))}:
                 token = self.convert_ids_to_tokens(index)
-                is_special = index in specials
-            if not is_special:
-                pieces.append(token if skip_special_tokens else self.escape(token))
-            elif not skip_special_tokens:
-                pieces.append(token)
-        return "".join(pieces)
+                pieces[index] = self._piece(token, index in self.special_ids, skip_special_tokens)
+            self._pieces[skip_special_tokens] = pieces
+        return pieces
+
+    def _piece(self, token: str, is_special: bool, skip_special_tokens: bool) -> str:
+        """What a token is in a text."""
+        if is_special:
+            return "" if skip_special_tokens else token
+        return token if skip_special_tokens else self.escape(token)
 
 
 __all__ = ["CpmBeeTokenizer"]

@@ -56,7 +56,7 @@ class _Replica:
 @serve.deployment
 @serve.ingress()
 class ChatDeployment(_Replica):
-    """VisCPM-Chat or a sibling; see [`chat`]."""
+    """A model that chats; see [`chat`]."""
 
     def __init__(
         self,
@@ -70,11 +70,9 @@ class ChatDeployment(_Replica):
         other_names: Sequence[str] = (),
     ):
         from ..chat.chat import VisCPMChat
-        from ..chat.sibling_chat import SiblingChat, is_sibling
 
         self.configure(model, name, aliases, settings, api_key_file)
-        chat_class = SiblingChat if is_sibling(model) else VisCPMChat
-        self.engine = ChatEngine(chat_class(model, **load or {}), EngineLimits(**limits or {}))
+        self.engine = ChatEngine(VisCPMChat(model, **load or {}), EngineLimits(**limits or {}))
         self.other_names = other_names
 
     def __serve_build_asgi_app__(self):
@@ -120,8 +118,8 @@ def chat(arguments: dict[str, Any]) -> Application:
     """The Chat application.
 
     Args:
-        arguments: `model`; optionally `name`, `aliases` (further names), `load` (arguments of `VisCPMChat` or
-            `SiblingChat`), `limits` (of `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of
+        arguments: `model`; optionally `name`, `aliases` (further names), `load` (arguments of
+            `VisCPMChat`), `limits` (of `EngineLimits`), `settings` (of `ServerSettings`), `other_names` (models of
             other applications, for `/v1/models`) and `api_key_file`, on every machine that has a replica.
 
     Raises:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, AdapterFolder
 from ..checkpoints.location import hub_arguments_for
-from ..modeling.configuration_vision_resampler import VisionResamplerConfig
-from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
-from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
+from ..families.family import family_of
 from .output import check_new_folder, written_whole
 
 
@@ -27,14 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Every linear layer of the language model. Of VisCPM the vision tower's have other names; of the siblings they are
-# called the same, so the language model is named.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SIBLING_LORA_TARGETS = rf"language_model\..*\.({'|'.join(LORA_TARGETS)})"
-
 
 def select_weights(
-    model: VisCPMChatForConditionalGeneration | VisionResamplerForConditionalGeneration,
+    model: PreTrainedModel,
     *,
     freeze_vision: bool,
     freeze_llm: bool,
@@ -46,25 +40,18 @@ def select_weights(
     their experts, and the projector, go on training. Of the siblings it is the whole tower. `train_patches`: the
     patch embedding trains too.
     """
-    if isinstance(model.config, VisionResamplerConfig):  # all tokens leave the tower, and the resampler has queries
-        idle, image_expert = re.compile("$^"), re.compile(r"vision_tower\.")
-    else:
-        last = len(model.model.vision_tower.layers) - 1
-        # Of the last layer only the queries leave the tower, so these never get a gradient. Processes that train
-        # together would wait for one.
-        idle = re.compile(
-            rf"vision_tower\.(layer_norm\.image\.|layers\.{last}\.(?!self_attn_layer_norm|self_attn\.[kv]_experts)"
-            r".*\.image\.)"
-        )
-        image_expert = re.compile(r"vision_tower\..*(\.image\.|cls_token|image_position_embedding)")
+    family = family_of(model.config)
+    last = model.config.vision_config.num_hidden_layers - 1
+    # Processes that train together would wait for the gradients of idle ones.
+    idle, image_weights = re.compile(family.idle_weights.format(last=last)), re.compile(family.image_weights)
     for name, parameter in model.named_parameters():
         is_frozen = (not train_patches and "patch_embedding" in name) or idle.search(name)
-        is_frozen = is_frozen or (freeze_vision and image_expert.search(name))
+        is_frozen = is_frozen or (freeze_vision and image_weights.search(name))
         is_frozen = is_frozen or (freeze_llm and ("language_model." in name or name.startswith("lm_head.")))
         parameter.requires_grad_(not is_frozen)
 
 
-def add_adapter(model: VisCPMChatForConditionalGeneration, config: ChatTrainingConfig) -> PeftModel:
+def add_adapter(model: PreTrainedModel, config: ChatTrainingConfig) -> PeftModel:
     """Freezes the model and puts a fresh LoRA adapter on it.
 
     Raises:
@@ -72,8 +59,7 @@ def add_adapter(model: VisCPMChatForConditionalGeneration, config: ChatTrainingC
     """
     from peft import LoraConfig, get_peft_model
 
-    own = [SIBLING_LORA_TARGETS] if isinstance(model.config, VisionResamplerConfig) else list(LORA_TARGETS)
-    targets: Any = config.lora_targets or own
+    targets: Any = config.lora_targets or list(family_of(model.config).lora_targets)
     if len(targets) == 1 and not targets[0].isidentifier():
         targets = targets[0]
         try:
@@ -139,7 +125,6 @@ def merge_adapter(
     from peft import PeftModel
 
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     adapter, output = Path(adapter), Path(output)
     found = AdapterFolder.find(adapter)
@@ -147,14 +132,10 @@ def merge_adapter(
         raise FileNotFoundError(f"{adapter} is no adapter: it has no {ADAPTER_CONFIG}, or is a whole model.")
     check_new_folder(output)
     dtype = dtype or "auto"  # None would be what suits the CPU, on which fp16 is not kept
+    files = {"vision_config_path": vision_config, "vocab_path": vocab}
     hub = hub_arguments_for(model, revision=revision, token=token, cache_dir=cache_dir)
-    if is_sibling(model, **hub):
-        chat = SiblingChat(model, device="cpu", dtype=dtype, **hub)
-        processor = chat.processor
-    else:
-        files = {"vision_config_path": vision_config, "vocab_path": vocab}
-        chat = VisCPMChat(model, llm_config, **files, device="cpu", dtype=dtype, **hub)
-        processor = found.prepare(chat.model, chat.processor)
+    chat = VisCPMChat(model, llm_config, **files, device="cpu", dtype=dtype, **hub)
+    processor = found.prepare(chat.model, chat.processor)
     merged = PeftModel.from_pretrained(chat.model, os.fspath(adapter)).merge_and_unload()
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output) as folder:

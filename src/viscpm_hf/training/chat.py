@@ -392,30 +392,23 @@ def default_precision() -> str:
 
 
 def load_model(config: ChatTrainingConfig, arguments: TrainingArguments) -> tuple[Any, Any]:
-    """Chat's or a sibling's model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
+    """The model in memory, on the CPU unless it is quantised; the trainer moves or shards it."""
     from ..chat.chat import VisCPMChat
-    from ..chat.sibling_chat import SiblingChat, is_sibling
 
     if config.model is None:
         raise ValueError("Say which model to fine-tune: model (--model MODEL).")
     precision = config.weights or ("fp32" if config.mode == "full" else config.precision or default_precision())
     is_quantized = config.mode == "qlora"
-    options: dict[str, Any] = {
-        "device": arguments.device if is_quantized else "cpu",
-        "dtype": DTYPES[precision],
-        "quantization": "nf4" if is_quantized else None,
-    }
-    options |= config.hub
-    if is_sibling(config.model, **config.hub):
-        chat = SiblingChat(config.model, **options)
-    else:
-        chat = VisCPMChat(
-            config.model,
-            config.llm_config,
-            vision_config_path=config.vision_config,
-            vocab_path=config.vocab,
-            **options,
-        )
+    chat = VisCPMChat(
+        config.model,
+        config.llm_config,
+        vision_config_path=config.vision_config,
+        vocab_path=config.vocab,
+        device=arguments.device if is_quantized else "cpu",
+        dtype=DTYPES[precision],
+        quantization="nf4" if is_quantized else None,
+        **config.hub,
+    )
     return chat.model, chat.processor
 
 

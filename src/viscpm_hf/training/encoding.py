@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..modeling.chat_processing import ChatProcessing
 from ..modeling.document_cpm_bee import IGNORE_INDEX, TABLE_HEAD, EncodedDocument
 from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
@@ -70,12 +71,10 @@ class ConversationEncoding:
         self.processor = processor
 
     def encode(self, sample: ChatSample, sizes: Sequence[Size] = ()) -> EncodedConversation:
-        messages = []
-        for question, answer in (*sample.turns_before, (sample.question, "")):
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        messages.pop()
-        text = {"type": "text", "text": messages[0]["content"]}
-        messages[0]["content"] = [*({"type": "image"} for _ in sample.images), text]
+        context = ""
+        for question, answer in sample.turns_before:
+            context = self.processor.next_context(context, question, answer)
+        messages = self.processor.messages_of_turn(sample.question, context, len(sample.images))
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         images = [self.processor.image_text(self.processor.grid_of(size)) for size in sizes]
         prompt = self.processor.expand(prompt, images)
@@ -124,9 +123,9 @@ class ConversationEncoding:
 
 
 Encoding = DocumentEncoding | ConversationEncoding
+_ENCODINGS = {VisCPMChatProcessor: DocumentEncoding, VisionResamplerProcessor: ConversationEncoding}
 
 
-def encoding_of(processor: VisCPMChatProcessor | VisionResamplerProcessor) -> Encoding:
+def encoding_of(processor: ChatProcessing) -> Encoding:
     """How samples become what this processor's model takes."""
-    is_sibling = isinstance(processor, VisionResamplerProcessor)
-    return ConversationEncoding(processor) if is_sibling else DocumentEncoding(processor)
+    return next(encoding(processor) for kind, encoding in _ENCODINGS.items() if isinstance(processor, kind))

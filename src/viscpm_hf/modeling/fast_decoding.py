@@ -1,0 +1,57 @@
+"""What fast decoding needs, whichever language model is decoded."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .row_products import cpp_compiler, kernel, runs_in_kernel
+
+
+def has_kernel(*modules: nn.Module) -> bool:
+    """Whether all products of these modules are those of `row_products`, beside which compilation gains nothing."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
+    is_plain = all(layer.weight.device.type == "cpu" and runs_in_kernel(layer) for layer in layers)
+    return is_plain and kernel() is not None
+
+
+def compilation_problem(model, device: torch.device) -> str | None:
+    """Why nothing can be compiled for the model on this device; None if it can."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        return f"{quantizer.quantization_config.quant_method} weights can't be compiled"
+    if device.type == "cpu":
+        if cpp_compiler() is None:
+            return "there is no C++ compiler (g++, clang++, cl)"
+    elif device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        if not has_triton():
+            return "Triton is missing"
+    else:
+        return f"it isn't used on {device.type}"
+    return None
+
+
+def check_fast_decoding(*modules: nn.Module) -> None:
+    """Checks that a language model, in one or several modules, can be decoded by graphs and kernels.
+
+    Raises:
+        ValueError: for a model that is spread over several devices or offloaded.
+    """
+    devices = {parameter.device for module in modules for parameter in module.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise ValueError(
+            f"Fast decoding needs the whole language model on one device, but it is on {names} (meta: offloaded). "
+            "Load it without device_map, or quantised so that it fits, or decode with fast=False."
+        )
+    for name, module in modules[0].named_modules():
+        if hasattr(module, "_hf_hook") or (name and (module._forward_pre_hooks or module._forward_hooks)):
+            raise ValueError(
+                f"Fast decoding can't run what offloading and streaming do between layers, but {name or 'the model'} "
+                "has hooks. Load it without device_map and layer streaming, or decode with fast=False."
+            )
+
+
+__all__ = ["check_fast_decoding", "compilation_problem", "has_kernel"]
