@@ -16,12 +16,14 @@ needs_browser = pytest.mark.skipif(
 
 
 @contextmanager
-def open_browser():
+def open_browser(camera):
+    """`camera` is the file of what its camera shows, which is opened when a page asks for it."""
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for argument in (
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
-        "--window-size=1280,1000",
+        "--window-size=1280,1000", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+        f"--use-file-for-fake-video-capture={camera}",
     ):  # fmt: skip
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})

@@ -376,7 +376,7 @@ def test_a_demo_has_the_tabs_of_its_engines(engine, easel):
         ids = {block.elem_id for block in demo.blocks.values()}
         assert ("question" in ids, "prompt" in ids) == (kind != "paint", kind != "chat")
         assert demo.analytics_enabled is False
-    with pytest.raises(ValueError, match="for chat, for paint, or both"):
+    with pytest.raises(ValueError, match="for chat, for paint, or eyes"):
         create_demo()
 
 

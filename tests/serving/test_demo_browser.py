@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import axe_core_python
 import PIL.Image
@@ -56,7 +57,7 @@ ENGLISH_TEXTS = """
 const found = new Set(), texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 while (texts.nextNode()) {
     const {data, parentElement: parent} = texts.currentNode;
-    if (parent.closest('script, style, svg, .said:lang(en)') === null) found.add(data.trim());
+    if (parent.closest('script, style, svg, [hidden], .said:lang(en)') === null) found.add(data.trim());
 }
 for (const name of ['aria-label', 'title', 'placeholder'])
     for (const element of document.querySelectorAll(`[${name}]`)) found.add(element.getAttribute(name).trim());
@@ -404,6 +405,61 @@ def test_accessibility(page, pictures, scheme):
         nameless = [node for node in controls if not node.get("name", {}).get("value", "").strip()]
         assert not nameless, [(node["role"]["value"], node.get("properties")) for node in nameless]
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+# What the browser is asked to say, which nobody hears here.
+LISTEN = "window.spoken = []; speechSynthesis.speak = (words) => spoken.push([words.lang, words.text]);"
+
+
+@pytest.fixture
+def film(camera, scenes):
+    """Shows a scene: 4:2:0 in full colour, every pixel of a 224 x 224 picture doubled."""
+
+    def show(scene):
+        picture = draw(scene, 224).resize((448, 448), PIL.Image.Resampling.NEAREST).convert("YCbCr")
+        luma, *chroma = picture.split()
+        planes = [luma.tobytes(), *(plane.resize((224, 224)).tobytes() for plane in chroma)]
+        camera.write_bytes(b"YUV4MPEG2 W448 H448 F25:1 Ip C420jpeg\n" + 50 * (b"FRAME\n" + b"".join(planes)))
+
+    return show
+
+
+def test_live(page, chat, scenes, film):
+    """A standing question, then what is seen; the answers are spoken, in their own language."""
+    film(scenes[0])
+    page.browser.execute_script(LISTEN)
+    page.open_tab("live")
+    assert page.find("#live-listen")[0].is_displayed()  # Chromium can hear
+    page.find("#live-question")[0].send_keys(COLOUR_QUESTIONS["en"])
+    page.find("#live-speak")[0].click()
+    page.find("#live-camera")[0].click()
+    expected = answer_of(chat, draw(scenes[0], 224), COLOUR_QUESTIONS["en"])
+    page.wait(lambda: page.text("#live-answer") == expected, f"no answer {expected!r}")
+    page.wait(lambda: float(page.find("#live-rate")[0].get_attribute("data-rate") or 0) > 0)
+    assert page.violations() == []
+    page.screenshot("live")
+    page.switch_language("zh")
+    page.find("#live-question")[0].clear()
+    expected_zh = answer_of(chat, draw(scenes[0], 224), DESCRIBE["zh"])
+    page.wait(lambda: page.text("#live-answer") == expected_zh, f"no answer {expected_zh!r}")
+    assert page.left_in_english() == []
+    page.screenshot("live-zh")
+    page.find("#live-stop")[0].click()
+    assert not page.find("#live-stop")[0].is_enabled()
+    assert page.browser.execute_script("return document.getElementById('live-video').srcObject") is None
+    assert page.browser.execute_script("return spoken") == [["en-US", expected], ["zh-CN", expected_zh]]
+
+
+def test_live_with_a_file_and_without_a_server(page, tmp_path):
+    page.open_tab("live")
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    page.find("#live-input")[0].send_keys(str(tmp_path / "no.mp4"))
+    page.wait(lambda: say("en", "live_no_video") in page.text("#live-answer"))
+    for headers, status in (({"content-type": "text/plain"}, 415), ({"content-type": "image/jpeg"}, 422)):
+        request = Request(f"{page.address.rstrip('/')}/viscpm-hf/live?language=zh", b"no picture", headers)
+        with pytest.raises(HTTPError) as refusal:
+            urlopen(request)
+        assert refusal.value.code == status and set(json.load(refusal.value)["error"]) == {"zh", "en"}
 
 
 def test_nobody_else_is_asked(page, chat, pictures):

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..tiny.embedded import EMBEDDED_NAME
+from .live import add_endpoint_option, open_eyes
 from .model_options import add_model_options, load_chat
 from .serve import load_painter, model_name, port
 
@@ -16,12 +17,15 @@ from .serve import load_painter, model_name, port
 if TYPE_CHECKING:
     from ..paint.paint import VisCPMPaint
 
-KINDS = ("chat", "paint", "both")
+KINDS = ("chat", "paint", "live", "both")
 
 
 def add_web_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "kind", nargs="?", choices=KINDS, help="page to open; both if the extra demo is installed / 网页演示的内容"
+        "kind",
+        nargs="?",
+        choices=KINDS,
+        help="page to open, chat with live; both if the extra demo is installed / 网页演示的内容",
     )
     group = parser.add_argument_group("page / 网页")
     group.add_argument("--model", default=EMBEDDED_NAME, help=f"for chat ({EMBEDDED_NAME}) / 对话模型")
@@ -40,6 +44,7 @@ def add_web_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1) / 监听地址")
     group.add_argument("--port", type=port, default=7860, help="port (7860; 0: one that is free) / 端口")
     group.add_argument("--share", action="store_true", help="public address by gradio's service / 公开分享链接")
+    add_endpoint_option(group)
     add_model_options(parser)
 
 
@@ -70,13 +75,19 @@ def run_web(arguments: argparse.Namespace) -> int:
     from ..serving.paint_engine import PaintEngine
     from ..serving.server import bind
 
+    if arguments.endpoint and kind != "live":
+        raise ValueError(
+            f"--endpoint answers the live page alone: viscpm-hf demo live --endpoint {arguments.endpoint}"
+        )
     bind(arguments.host, arguments.port).close()  # before minutes go into loading models
-    painter = None if kind == "chat" else load_demo_painter(arguments, is_alone=kind == "paint")
-    chat = None if kind == "paint" else ChatEngine(load_chat(arguments))
+    painter = load_demo_painter(arguments, is_alone=kind == "paint") if kind in ("paint", "both") else None
+    chat = ChatEngine(load_chat(arguments)) if kind != "paint" and not arguments.endpoint else None
+    eyes = None if kind == "paint" else open_eyes(arguments, chat)
     paint = None if painter is None else PaintEngine(painter)
-    demo = create_demo(chat, paint, model_name(arguments.model), model_name(arguments.paint))
+    names = model_name(arguments.model), model_name(arguments.paint)
+    demo = create_demo(None if kind == "live" else chat, paint, *names, eyes=eyes)
     try:
-        address = start(demo, arguments.host, arguments.port, arguments.share)
+        address = start(demo, arguments.host, arguments.port, arguments.share, eyes)
         over = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: over.set())

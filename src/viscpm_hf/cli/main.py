@@ -9,12 +9,12 @@ import sys
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import batch, chat, convert, demo, inspect, memory, merge, paint, publish, serve, train
+from . import batch, chat, convert, demo, inspect, live, memory, merge, paint, publish, serve, train
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
 
 
-COMMANDS = (demo, chat, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
+COMMANDS = (demo, chat, live, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ Nothing is fetched from other hosts, neither by the page nor by the process behi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import gradio as gr
@@ -12,9 +13,11 @@ import gradio as gr
 from ..tiny.embedded import EMBEDDED_NAME
 from .demo_chat import ChatPage
 from .demo_labels import Labels
+from .demo_live import add_live_route, live_page
 from .demo_paint import PaintPage
 from .demo_texts import LANGUAGES, preferred_language
 from .engine import ChatEngine
+from .live import Eyes
 from .paint_engine import PaintEngine
 
 
@@ -22,7 +25,7 @@ MAX_FILE_SIZE = "32mb"
 # Uploaded and painted pictures are looked for every hour and go when they are six hours old.
 DELETE_CACHE = (3600, 6 * 3600)
 
-STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("demo.css", "demo.js"))
+STYLE, *SCRIPTS = (Path(__file__).with_name(name).read_text("utf-8") for name in ("demo.css", "demo.js", "live.js"))
 
 
 def create_demo(
@@ -31,20 +34,22 @@ def create_demo(
     chat_name: str = EMBEDDED_NAME,
     paint_name: str = EMBEDDED_NAME,
     language: str = "en",
+    eyes: Eyes | None = None,
 ) -> gr.Blocks:
-    """The app, with a tab for each engine that is given.
+    """The app, with a tab for each of `chat`, `eyes` (live) and `paint` that is given.
 
     Args:
         chat: answers.
         paint: draws; its painter has `candidates=1`.
         chat_name, paint_name: the models' names.
         language: `"zh"` or `"en"`, until the browser says what its user prefers.
+        eyes: say what a camera sees; [`start`] takes them too.
 
     Raises:
         ValueError: without any engine.
     """
-    if chat is None and paint is None:
-        raise ValueError("A demo needs a model to show: give an engine for chat, for paint, or both.")
+    if chat is None and paint is None and eyes is None:
+        raise ValueError("A demo needs a model to show: give an engine for chat, for paint, or eyes.")
     labels = Labels(language)
     with gr.Blocks(title="VisCPM", analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
         with gr.Row(elem_id="top"):
@@ -59,16 +64,16 @@ def create_demo(
             )
         is_tiny = EMBEDDED_NAME in (chat and chat_name, paint and paint_name)
         labels.make(gr.Markdown, {"value": "tiny" if is_tiny else "intro"}, elem_classes="small")
-        if chat is not None and paint is not None:
-            with gr.Tabs():
-                with labels.make(gr.Tab, {"label": "chat"}, id="chat"):
-                    ChatPage(chat, chat_name).build(labels)
-                with labels.make(gr.Tab, {"label": "paint"}, id="paint"):
-                    PaintPage(paint, paint_name).build(labels, switch)
-        elif chat is not None:
-            ChatPage(chat, chat_name).build(labels)
-        else:
-            PaintPage(paint, paint_name).build(labels, switch)
+        pages = {
+            "chat": chat and (lambda: ChatPage(chat, chat_name).build(labels)),
+            "live": eyes and live_page,
+            "paint": paint and (lambda: PaintPage(paint, paint_name).build(labels, switch)),
+        }
+        shown = {key: build for key, build in pages.items() if build}
+        with gr.Tabs() if len(shown) > 1 else nullcontext():
+            for key, build in shown.items():
+                with labels.make(gr.Tab, {"label": key}, id=key) if len(shown) > 1 else nullcontext():
+                    build()
         switch.change(
             labels.updates,
             switch,
@@ -85,13 +90,16 @@ def browser_language(request: gr.Request) -> str:
     return preferred_language(request.headers.get("accept-language", ""))
 
 
-def start(demo: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, share: bool = False) -> str:
+def start(
+    demo: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, share: bool = False, eyes: Eyes | None = None
+) -> str:
     """Serves the app in a thread of its own until `demo.close()`.
 
     Args:
         demo: of [`create_demo`].
         host, port: where; port 0 takes one that is free, from 7860 on.
         share: also at a public address for 72 hours, by gradio's service. This is the one thing that needs a network.
+        eyes: those of [`create_demo`].
 
     Returns:
         The address, with `share` the public one.
@@ -100,7 +108,7 @@ def start(demo: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, share: boo
         OSError: if the port is taken.
     """
     try:
-        _, local, shared = demo.launch(
+        app, local, shared = demo.launch(
             server_name=host,
             server_port=port or None,
             share=share,
@@ -112,10 +120,12 @@ def start(demo: gr.Blocks, host: str = "127.0.0.1", port: int = 7860, share: boo
             footer_links=[],
             theme=theme(),
             css=STYLE,
-            head=f"<script>{SCRIPT}</script>",
+            head="".join(f"<script>{script}</script>" for script in SCRIPTS),
         )
     except OSError as error:
         raise OSError(f"The page can't be served at port {port} of {host}: choose another port.") from error
+    if eyes is not None:
+        add_live_route(app, eyes)
     return shared or local
 
 

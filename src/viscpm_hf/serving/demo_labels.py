@@ -68,6 +68,11 @@ def _words(language: str, keys: Words) -> Any:
     return keys(language) if callable(keys) else [(say(language, key), key) for key in keys]
 
 
+def error_key(error: Exception) -> str:
+    """What is said of an error."""
+    return next(key for kind, key in ERROR_TEXTS if isinstance(error, kind))
+
+
 def said(key: str, **values: Any) -> str:
     """HTML of a text in every language, of which the page shows the one that it speaks (`STYLE`)."""
     return "".join(
@@ -84,8 +89,7 @@ def status(*lines: str, is_error: bool = False) -> str:
 
 def report(error: Exception) -> str:
     """Tells of an error in one sentence, in a message that goes by itself and (returned) as the status that stays."""
-    key = next(key for kind, key in ERROR_TEXTS if isinstance(error, kind))
-    text = said(key, detail=" ".join(str(error).split()) or type(error).__name__)
+    text = said(error_key(error), detail=" ".join(str(error).split()) or type(error).__name__)
     gr.Warning(text)
     return status(text, is_error=True)
 

@@ -62,6 +62,28 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "no_question": ("请先输入问题。", "Please type a question first."),
     "nothing_to_retry": ("还没有可以重答的问题。", "There is no question to answer again yet."),
+    # live
+    "live": ("实时", "Live"),
+    "live_question": ("一直要回答的问题（空着则描述看到的）", "The question to keep answering (none: what is seen)"),
+    "live_listen": ("说出问题", "Say it"),
+    "live_camera": ("打开摄像头", "Camera"),
+    "live_file": ("视频文件", "Video file"),
+    "live_stop": ("停止", "Stop"),
+    "live_speak": ("朗读回答", "Speak the answers"),
+    "live_hint": (
+        "画面逐帧送往本服务，不保存；来不及看的画面会跳过。",
+        "Frames go to this server and are not kept; those that come too fast are dropped.",
+    ),
+    "live_rate": ("每秒 {rate} 次回答，跳过 {dropped} 帧", "{rate} answers a second, {dropped} frames dropped"),
+    "live_denied": (
+        "摄像头打不开：请在浏览器中允许使用，地址须是 localhost 或 https。",
+        "The camera can't be opened: allow it in the browser, which wants localhost or https.",
+    ),
+    "live_no_video": (
+        "浏览器放不了这个文件，请换 MP4 或 WebM。",
+        "The browser can't play this file: take MP4 or WebM.",
+    ),
+    "live_gone": ("服务没有回应，正在重试。", "The server doesn't answer; trying again."),
     # paint
     "prompt": ("提示词", "Prompt"),
     "prompt_hint": ("右边有一个蓝色的五角星（回车开始画）", "a red circle on the left (Enter paints)"),
