@@ -262,6 +262,9 @@ def _download(repo_id: str, file: str | None, release: str | None, where: dict[s
         if not with_weights:
             small = [pattern for pattern in small if pattern != "vae/*"]
         folder = Path(snapshot_download(repo_id, allow_patterns=small, **where))
+        kind = kind_of(json_object(folder / "config.json"))
+        if file is not None and kind is not None and FAMILIES[kind].shares_model_type:
+            raise OriginalCheckpointError(f"{repo_id} has one set of weights: leave /{file} out.")
         if release is not None:
             file = release_file(repo_id, json_object(folder / "config.json"), release)
         if not with_weights:
@@ -270,7 +273,6 @@ def _download(repo_id: str, file: str | None, release: str | None, where: dict[s
             return Path(hf_hub_download(repo_id, file, **where))
         if layout_is_converted(folder):
             return Path(snapshot_download(repo_id, **where))
-        kind = kind_of(json_object(folder / "config.json"))
         if kind is not None and FAMILIES[kind].shares_model_type:
             return Path(snapshot_download(repo_id, ignore_patterns=OTHER_FORMATS, **where))
         return Path(hf_hub_download(repo_id, _only_original(repo_id, folder, where), **where)).parent

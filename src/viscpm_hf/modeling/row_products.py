@@ -126,27 +126,25 @@ def kernel() -> ctypes.CDLL | None:
     compiler = cpp_compiler()
     if compiler is None or platform.system() != "Linux":
         return None
-    with contextlib.suppress(OSError):
+    try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        machine = [line for line in lines if "name" in line or "flags" in line]
-        made_of = "\n".join([SOURCE, compiler, *FLAGS, *sorted(set(machine))])
-        name = f"row_products_{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
-        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser() / "viscpm_hf"
-        try:
-            if not (folder / name).is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                _compile(compiler, folder / name)
-            library = ctypes.CDLL(os.fspath(folder / name))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-            logger.warning(f"Fast decoding goes without its own kernel: {' '.join(reason.split())[:300]}")
-            return None
-        for dtype in _DTYPES.values():
-            function = getattr(library, dtype)
-            function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_int]
-            function.restype = None
-        return library
-    return None
+        machine = sorted({line for line in lines if "name" in line or "flags" in line})
+        made_of = hashlib.sha256("\n".join([SOURCE, compiler, *FLAGS, *machine]).encode()).hexdigest()[:16]
+        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+        file = cache / "viscpm_hf" / f"row_products_{made_of}.so"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, file)
+        library = ctypes.CDLL(os.fspath(file))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning(f"Fast decoding goes without its own kernel: {' '.join(reason.split())[:300]}")
+        return None
+    for dtype in _DTYPES.values():
+        function = getattr(library, dtype)
+        function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_int]
+        function.restype = None
+    return library
 
 
 def _compile(compiler: str, target: Path) -> None:
