@@ -99,8 +99,15 @@ def original_specs(kind: str, layers: int) -> list:
 
     def specs(model: torch.nn.Module, key_map, dtype: torch.dtype) -> list:
         matcher, tied = KeyMatcher(key_map), set(getattr(model, "all_tied_weights_keys", ()))
-        state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-        return [TensorSpec(matcher.match_target(name)[0], dtype, tuple(state[name].shape)) for name in state]
+        found = []
+        for name, tensor in model.state_dict().items():
+            if name not in tied:
+                original, entry = matcher.match_target(name)
+                shape = tuple(tensor.shape)
+                if entry.operation == key_maps.TOKEN_ROWS:  # without the rows that ours has on top
+                    shape = (text.num_words, *shape[1:])
+                found.append(TensorSpec(original, dtype, shape))
+        return found
 
     text = CpmBeeConfig(num_hidden_layers=layers)
     if kind == "chat":

@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py                     # 20.6 GB of disk in --scratch, kept for the next run
     python benchmarks/memory.py --layers 4          # the same, smaller
-    python benchmarks/memory.py --steps nf4 8bit    # only these
+    python benchmarks/memory.py --steps nf4 4bit    # only these
 
 Every step runs in a process of its own, with the file dropped from the page cache: it loads the file, then answers a
 question about a picture with 16 tokens (greedy). `RssAnon` is what the process itself needs; pages of the mapped file,
@@ -28,8 +28,12 @@ from convert import SAMPLE_SECONDS, drop_cache, memory_of, write_checkpoint
 
 # Arguments of `VisCPMChat`, and what RssAnon may be in GB.
 STEPS = {
-    "nf4": ({"quantization": "nf4"}, 10),
+    "4bit": ({"quantization": "4bit"}, 8),
+    "4bit-embedding": ({"quantization": "4bit", "quantize_embedding": True}, 8),
     "8bit": ({"quantization": "8bit"}, 14),
+    "8bit-embedding": ({"quantization": "8bit", "quantize_embedding": True}, 14),
+    "nf4": ({"quantization": "nf4"}, 10),
+    "int8": ({"quantization": "int8"}, 14),
     "disk": ({"dtype": "float16", "device_map": "auto", "max_memory": {"cpu": "5GB"}}, 8),
 }
 NEW_TOKENS = 16

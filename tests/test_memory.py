@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from viscpm_hf import (
     CpmBeeConfig,
     OriginalCheckpointError,
+    PackedConfig,
     ReferenceDecodingConfig,
     VisCPMChatConfig,
     VisCPMChatForConditionalGeneration,
@@ -63,9 +64,10 @@ def loaded_bytes(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("quantization", [None, "8bit", "4bit"])
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4", "packed8", "packed4"])
 def test_weights_are_those_of_the_loaded_model(folder, dtype, quantization):
-    options = {} if quantization is None else {"quantization_config": quantization_config(quantization, dtype)}
+    name = {"packed8": "8bit", "packed4": "4bit"}.get(quantization, quantization)
+    options = {} if quantization is None else {"quantization_config": quantization_config(name, dtype)}
     model = VisCPMChatForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map="cpu", **options)
     sizes = model_sizes(folder)
     assert sum(sizes.weights(dtype, quantization).values()) == loaded_bytes(model)
@@ -251,11 +253,12 @@ def test_cpm_bee_alone(case, tmp_path):
     assert len({tuple(row.weights for row in plan.rows) for plan in plans}) == 1
     names = ("AutoModelForCausalLM", "BitsAndBytesConfig")
     for row in plans[0].rows:
-        if row.placement in ("CPU", "CPU + disk") and row.precision != "nf4":  # too narrow for 4 bits
-            model = eval(row.command, {name: getattr(transformers, name) for name in names})
+        if row.placement in ("CPU", "CPU + disk") and row.precision != "int4":  # too narrow for 4 bits
+            known = {name: getattr(transformers, name) for name in names} | {"PackedConfig": PackedConfig}
+            model = eval(row.command, known)
             if row.placement == "CPU":
                 assert loaded_bytes(model) == row.weights
-    assert "nf4" in {row.precision for row in plans[0].rows}
+    assert {"nf4", "int4"} <= {row.precision for row in plans[0].rows}
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

@@ -13,10 +13,11 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChat, VisCPMChatForConditionalGeneration
 from viscpm_hf.loading.quantization import QUANTIZATIONS, quantization_config
+from viscpm_hf.modeling.packed_linear import Int8Linear, PackedConfig
 
 
 # What can be made on a CPU, and how close its logits are to those in full precision.
-CLOSENESS = {"8bit": 0.999, "int8wo": 0.999, "nf4": 0.96, "fp4": 0.94}
+CLOSENESS = {"8bit": 0.999, "4bit": 0.96, "int8": 0.999, "int8wo": 0.999, "nf4": 0.96, "fp4": 0.94}
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 DTYPE = torch.bfloat16
 
@@ -53,7 +54,7 @@ def converted(full, tmp_path_factory):
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     ids = torch.randint(20, 200, (2, 12), generator=torch.Generator().manual_seed(0))
-    return model(input_ids=ids).logits.float()
+    return model(input_ids=ids).logits[..., : model.config.get_text_config().num_words].float()  # slots are masked
 
 
 def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -91,12 +92,13 @@ def test_answers(quantized, name):
 def test_what_keeps_its_precision(quantized, name):
     model = quantized[name].model
     layer = model.get_submodule(LAYER)
-    assert type(layer.weight) is not nn.Parameter or type(layer.weight.data) is not torch.Tensor
+    is_plain = type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
+    assert not is_plain or type(layer.weight.data) is not torch.Tensor
     projector, tower = model.model.multi_modal_projector, model.model.vision_tower
     towers = [module for module in tower.modules() if isinstance(module, nn.Linear)]
     kept = [model.lm_head, projector.linear_1, projector.linear_2, *towers]
     for module in kept:
-        assert type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        assert isinstance(module, nn.Linear) and type(module.weight) is nn.Parameter
     assert model.lm_head.weight is model.get_input_embeddings().weight
     plain = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     assert plain == {DTYPE}
@@ -107,8 +109,9 @@ def test_what_keeps_its_precision(quantized, name):
 
 def test_the_vision_tower_on_request(original, full):
     chat = VisCPMChat(original, device="cpu", quantization="8bit", quantize_vision=True)
-    linear = [module for module in chat.model.model.vision_tower.modules() if isinstance(module, nn.Linear)]
-    assert linear and all(module.weight.dtype == torch.int8 for module in linear)
+    modules = list(chat.model.model.vision_tower.modules())
+    assert any(isinstance(module, Int8Linear) for module in modules)
+    assert not any(isinstance(module, nn.Linear) for module in modules)
     assert chat.model.lm_head.weight.is_floating_point()
     image = Golden("chat_a").image(0)
     encoded, expected = chat.chat(image, "颜色", max_new_tokens=2)[2], full.chat(image, "颜色", max_new_tokens=2)[2]
@@ -167,6 +170,41 @@ def test_parts_of_a_chat_file(original, quantized, model_class):
     assert same_weights(language_model, quantized["nf4"].model.model.language_model)
 
 
+# ------------------------------------------------------------------------------------------------- embedding and head
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit"])
+def test_embedding_and_head_on_request(original, full, quantized, tmp_path, name):
+    options = {"device": "cpu", "dtype": "float32", "quantization": name, "quantize_embedding": True}
+    chat = VisCPMChat(original, **options)
+    model, head, embedding = chat.model, chat.model.lm_head, chat.model.get_input_embeddings()
+    assert head.weight is embedding.weight and head.scale is embedding.scale and head.weight.dtype == torch.int8
+    ids = torch.arange(model.config.get_text_config().vocab_size)
+    looked_up, expected = embedding(ids), full.model.get_input_embeddings()(ids)
+    assert looked_up.dtype == torch.float32 and cosine(looked_up, expected) >= 0.9999
+    assert len(looked_up.unique(dim=0)) == len(expected.unique(dim=0))  # slots are told by their rows
+    assert cosine(logits(model), logits(quantized[name].model)) >= 0.999
+
+    image = Golden("chat_a").image(0)
+    text = "龘龘 and 龘?"  # strings without a token
+    answer = chat.ask(image, text, mode="generate", max_new_tokens=4).answer
+    model.save_pretrained(tmp_path)
+    chat.processor.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored and stored["model.language_model.embed_tokens.weight"].dtype == torch.int8
+    loaded = VisCPMChat(tmp_path, device="cpu", dtype="float32")
+    assert torch.equal(logits(loaded.model), logits(model))
+    assert loaded.model.lm_head.scale is loaded.model.get_input_embeddings().scale
+    assert loaded.ask(image, text, mode="generate", max_new_tokens=4).answer == answer
+
+
+def test_embedding_and_head_of_other_formats(original):
+    with pytest.raises(ValueError, match="Embedding and head keep their precision with quantization='nf4' on cpu"):
+        VisCPMChat(original, device="cpu", quantization="nf4", quantize_embedding=True)
+    with pytest.raises(ValueError, match="More is to be quantised, but not how"):
+        VisCPMChat(original, device="cpu", quantize_embedding=True)
+
+
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -190,7 +228,8 @@ def test_a_quantised_folder_in_another_dtype(quantized, tmp_path):
     chat.model.save_pretrained(tmp_path)
     chat.processor.save_pretrained(tmp_path)
     loaded = VisCPMChat(tmp_path, device="cpu", dtype="float32")
-    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32, torch.int8}
+    layer = loaded.model.get_submodule(LAYER)
+    assert layer.scale.dtype == torch.bfloat16 and loaded.model.lm_head.weight.dtype == torch.float32
     assert cosine(logits(loaded.model), logits(chat.model)) >= 0.999
 
 
@@ -208,9 +247,20 @@ def test_a_missing_library(original, monkeypatch):
         VisCPMChat(original, device="cpu", quantization="int8wo")
 
 
-def test_int4wo_needs_cuda(original):
-    with pytest.raises(ValueError, match="runs on CUDA only, not on cpu"):
+def test_what_the_names_mean_on_a_device():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for name, bits in (("8bit", 8), ("4bit", 4), ("int4wo", 4)):
+        assert quantization_config(name, DTYPE, device=cpu).bits == bits
+        assert not isinstance(quantization_config(name, DTYPE, device=cuda), PackedConfig)
+    for name in ("int8", "nf4", "fp4"):
+        assert isinstance(quantization_config(name, DTYPE, device=cpu), BitsAndBytesConfig)
+
+
+def test_int4wo_where_no_kernel_reads_it(original, monkeypatch):
+    monkeypatch.setattr("viscpm_hf.loading.quantization.HAS_4_BIT_KERNEL", False)
+    with pytest.raises(ValueError, match="runs on CUDA and on CPUs with AVX-512, not on this cpu: use nf4"):
         VisCPMChat(original, device="cpu", quantization="int4wo")
+    assert isinstance(quantization_config("4bit", DTYPE, device=torch.device("cpu")), BitsAndBytesConfig)
 
 
 def test_a_folder_for_another_device(converted, tmp_path, quantized):
@@ -232,11 +282,19 @@ def test_quantised_otherwise_already(quantized, tmp_path):
     chat = quantized["8bit"]
     chat.model.save_pretrained(tmp_path)
     chat.processor.save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"quantised to 8 bits \(bitsandbytes\) already, so it can't be loaded in 4 bits"
-    ):
+    with pytest.raises(ValueError, match=r"quantised to 8 bits \(packed\) already, so it can't be loaded in 4 bits"):
         VisCPMChat(tmp_path, device="cpu", quantization="nf4")
     VisCPMChat(tmp_path, device="cpu", quantization="8bit")
+
+
+def test_any_4_bits_are_4bit(quantized, tmp_path):
+    chat = quantized["nf4"]
+    chat.model.save_pretrained(tmp_path)
+    chat.processor.save_pretrained(tmp_path)
+    assert (
+        type(VisCPMChat(tmp_path, device="cpu", quantization="4bit").model.get_submodule(LAYER)).__name__
+        == "Linear4bit"
+    )
 
 
 def test_the_vision_tower_alone(original):
@@ -246,5 +304,5 @@ def test_the_vision_tower_alone(original):
 
 def test_every_name_has_a_configuration():
     for name, library in QUANTIZATIONS.items():
-        config = quantization_config(name, DTYPE)
+        config = quantization_config(name, DTYPE, device=torch.device("cuda"))
         assert isinstance(config, TorchAoConfig if library == "torchao" else BitsAndBytesConfig)

@@ -39,6 +39,7 @@ _EXPORTS = {
     "OmniLMMForConditionalGeneration": "modeling.modeling_vision_resampler",
     "OmniLMMProcessor": "modeling.processing_omnilmm",
     "OriginalCheckpointError": "checkpoints.errors",
+    "PackedConfig": "modeling.packed_linear",
     "ReferenceDecodingConfig": "modeling.beam_search_cpm_bee",
     "SiblingChat": "chat.sibling_chat",
     "UnsafeImageError": "pipelines.safety",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
         OmniLMMForConditionalGeneration,
         VisualCLAForConditionalGeneration,
     )
+    from .modeling.packed_linear import PackedConfig
     from .modeling.processing_minicpmv import MiniCPMVProcessor
     from .modeling.processing_omnilmm import OmniLMMProcessor
     from .modeling.processing_viscpm_chat import VisCPMChatProcessor

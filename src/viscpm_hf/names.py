@@ -4,6 +4,7 @@
 QUANTIZATIONS = {
     "8bit": "bitsandbytes",
     "4bit": "bitsandbytes",
+    "int8": "bitsandbytes",
     "nf4": "bitsandbytes",
     "fp4": "bitsandbytes",
     "int8wo": "torchao",

@@ -19,7 +19,7 @@ def test_a_table_and_the_command_for_the_machine(capsys):
     assert main(["memory", MODEL, *MACHINE]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "VisCPM-Chat" in lines[0] and "3 beams" in lines[1] and lines[2] == "GPU 8 GB, RAM 16 GB"
-    table = [line for line in lines if line.startswith(("fp32", "half", "int8", "nf4"))]
+    table = [line for line in lines if line.startswith(("fp32", "half", "int8", "nf4", "int4"))]
     assert len(table) == 4 + 4 + 2 + 2 - 2  # everything fits: nothing is streamed
     assert all(line.rstrip().endswith("yes") for line in table)
     # What it recommends is a command line that there is.

@@ -130,7 +130,7 @@ def test_quantized_folder_answers(whole_folders, tmp_path):
     assert found.quantization and found.system == "MiniCPM-V 2.0" and not found.missing
     model = AutoModelForImageTextToText.from_pretrained(folder)
     layer = model.language_model.model.layers[0].mlp.up_proj
-    assert type(layer).__name__ == "Linear8bitLt"
+    assert type(layer).__name__ == "Int8Linear"
     assert type(model.resampler.attn.q_proj) is torch.nn.Linear
     assert AutoProcessor.from_pretrained(folder).num_query_tokens == 4
 

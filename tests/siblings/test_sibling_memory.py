@@ -35,7 +35,7 @@ def test_released_sizes_are_known_without_the_checkpoint(name, parameters):
         assert sum(sizes.parameters.values()) == parameters
     weights = sum(sizes.weights(torch.bfloat16).values())
     assert weights == pytest.approx(2 * parameters, rel=5e-4)
-    nf4, int8 = (sum(sizes.weights(torch.bfloat16, name).values()) for name in ("4bit", "8bit"))
+    nf4, int8 = (sum(sizes.weights(torch.bfloat16, name).values()) for name in ("nf4", "int8"))
     assert nf4 < int8 < weights
 
 

@@ -43,9 +43,10 @@ class VisCPMChat:
             (`"float16"`, `"fp16"`, `"torch.float16"`).
         image_safety_policy: what happens to flagged images: `"raise"` an [`UnsafeImageError`], or `"refuse"` with a
             fixed sentence as the answer. Either way nothing is said about the image.
-        quantization: `"4bit"` (`"nf4"`), `"fp4"`, `"8bit"`, `"int8wo"`, `"int4wo"`: precision of the language model's
-            layers. If None, as the checkpoint was saved.
+        quantization: `"4bit"`, `"8bit"` (on a CPU packed for its kernels), `"nf4"`, `"fp4"`, `"int8"`, `"int8wo"` or
+            `"int4wo"`: precision of the language model's layers. If None, as the checkpoint was saved.
         quantize_vision: also quantise the vision tower, which otherwise stays in `dtype`.
+        quantize_embedding: also embedding and head, to 8 bits; with `"4bit"` and `"8bit"` on a CPU.
         device_map: `"auto"`, `"balanced"` or `{module: device}`, as of `from_pretrained`.
         max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
         offload_folder: for weights that `device_map` leaves on the disk.
@@ -80,6 +81,7 @@ class VisCPMChat:
         image_safety_policy: str = "raise",
         quantization: str | None = None,
         quantize_vision: bool = False,
+        quantize_embedding: bool = False,
         device_map: str | Mapping[str, Any] | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | os.PathLike | None = None,
@@ -94,6 +96,7 @@ class VisCPMChat:
             dtype=dtype,
             quantization=quantization,
             quantize_all=quantize_vision,
+            quantize_embedding=quantize_embedding,
             device_map=device_map,
             max_memory=max_memory,
             offload_folder=offload_folder,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8
 # Of one kind of model alone; None, or False, unless given.
-CHAT_OPTIONS = ("mode", *GENERATION_OPTIONS, "images", "quantize_vision", "vision_config")
+CHAT_OPTIONS = ("mode", *GENERATION_OPTIONS, "images", "quantize_vision", "quantize_embedding", "vision_config")
 PAINT_OPTIONS = ("images_out", "steps", "guidance", "size", "scheduler", "candidates", "quantize_unet", "vae")
 
 

@@ -41,6 +41,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--quantize", choices=tuple(QUANTIZATIONS), help="the language model's layers; no way back / 量化语言模型"
     )
+    parser.add_argument(
+        "--quantize-embedding", action="store_true", help="with --quantize, embedding and head too / 词嵌入与输出层"
+    )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (5GB) / 分片大小")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done / 仅预览")
     parser.add_argument("--resume", action="store_true", help="go on after an interruption / 断点续转")
@@ -53,6 +56,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.quantize is not None:
         return run_quantized(arguments)
+    if arguments.quantize_embedding:
+        raise ValueError("--quantize-embedding goes with --quantize: it has to be said how.")
     from ..conversion.convert import convert
 
     options = {name: value for name, value in vars(arguments).items() if name in OPTIONS}
@@ -81,6 +86,7 @@ def run_quantized(arguments: argparse.Namespace) -> int:
     names = set(OPTIONS) - {*NOT_QUANTIZED, "to"}
     options = {name: value for name, value in vars(arguments).items() if name in names}
     options |= hub_options(arguments, arguments.source)
+    options["quantize_embedding"] = arguments.quantize_embedding
     print(describe(convert_quantized(arguments.source, arguments.output, arguments.quantize, **options)))
     return 0
 

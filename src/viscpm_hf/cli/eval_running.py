@@ -62,6 +62,7 @@ def chat_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         **generation_options(arguments, mode),
         **_model_settings(arguments),
         "quantize_vision": arguments.quantize_vision,
+        "quantize_embedding": arguments.quantize_embedding,
         "vision_config": _identity(arguments.vision_config),
         **({"check_image": _identity(arguments.image_checker) or True} if arguments.check_image else {}),
     }

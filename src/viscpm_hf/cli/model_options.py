@@ -51,6 +51,12 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
         action="store_true",
         help=f"quantise the {part} too / 同时量化{'UNet' if paint else '视觉编码器'}",
     )
+    if not paint:
+        group.add_argument(
+            "--quantize-embedding",
+            action="store_true",
+            help="quantise embedding and head too, with 4bit or 8bit on a CPU / 同时量化词嵌入与输出层",
+        )
     group.add_argument(
         "--device-map", type=device_map, metavar="MAP", help="auto, balanced, or JSON {module: device} / 设备分配"
     )
@@ -159,6 +165,7 @@ def load_chat(arguments: argparse.Namespace, **options: Any) -> VisCPMChat:
         vision_config_path=arguments.vision_config,
         vocab_path=arguments.vocab,
         quantize_vision=arguments.quantize_vision,
+        quantize_embedding=arguments.quantize_embedding,
         **_common(arguments),
         **hub_options(arguments),
         **options,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ def convert_quantized(
     diffusion_config: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
     vocab: str | os.PathLike | None = None,
+    quantize_embedding: bool = False,
     dtype: str | torch.dtype = "keep",
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -52,7 +55,9 @@ def convert_quantized(
 
     Args:
         source: an original file, folder or Hub id, or a converted folder.
-        quantization: a name of `quantization.QUANTIZATIONS`. Made on the CPU, except for int4wo.
+        quantization: a name of `quantization.QUANTIZATIONS`, as it is meant on this machine's CUDA device if there is
+            one. Made on the CPU, except for int4wo of torchao.
+        quantize_embedding: also embedding and head; see [`quantization_config`].
         dtype: of what isn't quantised.
 
     Raises:
@@ -64,6 +69,7 @@ def convert_quantized(
     begin = time.perf_counter()
     device = torch.device("cuda" if quantization == "int4wo" and torch.cuda.is_available() else "cpu")
     check_quantization(quantization, device)
+    configure = functools.partial(quantization_config, quantization, quantize_embedding=quantize_embedding)
     wanted, shard_bytes = parse_dtype(dtype), parse_size(max_shard_size)
     location = locate(source, revision, token, cache_dir=cache_dir)
     stored = stored_quantization(location.path)
@@ -81,13 +87,13 @@ def convert_quantized(
             checksum = thread.submit(sha256_of, checkpoint.weight_files[0])
             if checkpoint.kind == PAINT:
                 beside = {"config_path": llm_config, "diffusion_config_path": diffusion_config, "vae": vae}
-                model = _load_paint(checkpoint, quantization, wanted, device, folder, vocab_path=vocab, **beside)
+                model = _load_paint(checkpoint, configure, wanted, device, folder, vocab_path=vocab, **beside)
             else:
-                model = _load(checkpoint, quantization, wanted, device)
+                model = _load(checkpoint, configure, wanted, device)
                 checkpoint.set_generation(model)
                 save_processor(folder, checkpoint)
             model.save_pretrained(folder, max_shard_size=shard_bytes)
-            num_parameters = _num_parameters(model)
+            num_parameters = _num_parameters(model, checkpoint)
             del model
             manifest = _manifest(checkpoint, folder, quantization, checksum.result())
         write_json(folder / MANIFEST_NAME, manifest)
@@ -110,12 +116,12 @@ def convert_quantized(
     )
 
 
-def _load(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+def _load(
+    checkpoint: Checkpoint, configure: Callable[..., Any], dtype: torch.dtype | None, device: torch.device
+) -> Any:
     dtype = dtype or _stored_dtype(checkpoint)
     model_class = type(empty_model(checkpoint.config))
-    options = {
-        "quantization_config": quantization_config(quantization, dtype), "dtype": dtype, "device_map": {"": device},
-    }  # fmt: skip
+    options = {"quantization_config": configure(dtype), "dtype": dtype, "device_map": {"": device}}
     if checkpoint.location.is_converted:
         return model_class.from_pretrained(checkpoint.location.path, **options)
     state_dict = checkpoint.state_dict()
@@ -124,7 +130,7 @@ def _load(checkpoint: Checkpoint, quantization: str, dtype: torch.dtype | None, 
 
 def _load_paint(
     checkpoint: Checkpoint,
-    quantization: str,
+    configure: Callable[..., Any],
     dtype: torch.dtype | None,
     device: torch.device,
     folder: Path,
@@ -137,7 +143,7 @@ def _load_paint(
     from .paint import TEXT_ENCODER, save_prompt_checker
 
     of_encoder = dtype or _stored_dtype(checkpoint)
-    options = {"quantization_config": quantization_config(quantization, of_encoder), "device_map": {"": device}}
+    options = {"quantization_config": configure(of_encoder), "device_map": {"": device}}
     path = checkpoint.location.path
     if not checkpoint.location.is_converted:
         parts = save_prompt_checker(folder, checkpoint.diffusion.prompt_checker)
@@ -152,9 +158,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next(tensor.dtype for tensor in checkpoint.tensors.values() if tensor.is_floating_point())
 
 
-def _num_parameters(model: Any) -> int:
+def _num_parameters(model: Any, checkpoint: Checkpoint) -> int:
     """Of the models as they were before."""
-    parts = [model] if isinstance(model, torch.nn.Module) else model.components.values()
+    if isinstance(model, torch.nn.Module):
+        return empty_model(checkpoint.config).num_parameters()
+    quantized = model.text_encoder
+    parts = [empty_model(quantized.config) if part is quantized else part for part in model.components.values()]
     return sum(part.num_parameters() for part in parts if isinstance(part, torch.nn.Module))
 
 

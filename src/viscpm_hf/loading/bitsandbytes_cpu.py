@@ -12,14 +12,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import bitsandbytes.functional as bnb
-import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from ..checkpoints.transfer import one_torch_thread
+from .file_order import empty_like, quantize_in_file_order
 
 
 # Values that are worked on at a time.
@@ -54,11 +51,10 @@ def quantize(
         `name`, and what goes with it: `name.absmax`, ... (4 bits), `SCB` and `weight_format` of its module (8 bits).
     """
 
-    def empty(weight: torch.Tensor) -> torch.Tensor:
-        # numpy asks for huge pages, of which making and reading so much memory takes far less time.
-        if bits == 8:
-            return torch.from_numpy(np.empty(weight.shape, dtype=np.int8))
-        return torch.from_numpy(np.empty((weight.numel() // 2, 1), dtype=np.uint8))
+    def empty(name: str) -> torch.Tensor:
+        shape = weights[name][0].shape
+        dtype, size = (torch.int8, shape) if bits == 8 else (torch.uint8, (shape.numel() // 2, 1))
+        return empty_like(torch.empty(size, dtype=dtype, device="meta"))
 
     def quantize_one(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
         weight, factor = weights[name]
@@ -71,16 +67,7 @@ def quantize(
         state = _quant_state(absmax.mul_(factor), weight.shape, dtype, quant_type, double_quant)
         return {name: values} | {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
 
-    names = sorted(weights, key=lambda name: weights[name][0].data_ptr())  # as they lie in their file
-    # Allocated in this thread: what is freed in another's arena, as by a first forward, isn't used again by this one.
-    targets = [empty(weights[name][0]) for name in names]
-    quantized: dict[str, torch.Tensor] = {}
-    # A weight a thread; more than there are cores, for those that wait for the disk.
-    with ThreadPoolExecutor(torch.get_num_threads() + 3) as pool, one_torch_thread():
-        parts = pool.map(quantize_one, names, targets)
-        for part in tqdm(parts, total=len(names), desc="quantising", disable=None):
-            quantized |= part
-    return quantized
+    return quantize_in_file_order(weights, empty, quantize_one)
 
 
 def pack(packed: torch.Tensor, state: bnb.QuantState) -> tuple[torch.Tensor, bnb.QuantState]:

@@ -36,6 +36,8 @@ class LoadOptions:
     """A name of `quantization.QUANTIZATIONS`."""
     quantize_all: bool = False
     """Also what is kept in `dtype` by default although it could be quantised: vision tower, UNet."""
+    quantize_embedding: bool = False
+    """Also embedding and head, to 8 bits."""
     device_map: str | Mapping[str, Any] | None = None
     max_memory: Mapping[int | str, int | str] | None = None
     offload_folder: str | os.PathLike | None = None
@@ -69,7 +71,7 @@ class LoadOptions:
             main = usable_device(device) if device is not None else default_device()
         if options.get("quantization") is not None:
             check_quantization(options["quantization"], main)
-        elif options.get("quantize_all"):
+        elif options.get("quantize_all") or options.get("quantize_embedding"):
             raise ValueError(
                 f"More is to be quantised, but not how: quantization is one of {', '.join(QUANTIZATIONS)}."
             )
@@ -111,9 +113,16 @@ class LoadOptions:
         """
         arguments: dict[str, Any] = {}
         if self.quantization is not None:
-            wanted = quantization_config(self.quantization, dtype, quantize_vision=self.quantize_all)
-            check_same_quantization(wanted, stored_quantization)
-            arguments["quantization_config"] = wanted
+            wanted = quantization_config(
+                self.quantization,
+                dtype,
+                quantize_vision=self.quantize_all,
+                quantize_embedding=self.quantize_embedding,
+                device=self.device,
+            )
+            check_same_quantization(wanted, stored_quantization, self.quantization)
+            if stored_quantization is None:
+                arguments["quantization_config"] = wanted
         if self.quantization is not None or stored_quantization is not None:
             arguments["device_map"] = {"": self.device}
         if self.device_map is not None:

@@ -1,8 +1,9 @@
 """Weights in 8 and 4 bits: the names, what transformers and diffusers make of them, and loading.
 
-bitsandbytes' formats run everywhere, torchao's weight-only ones are those that compile. Quantised are the language
-model's layers. The embedding (and with it the head), the mapping from the vision tower, the projection to the UNet,
-norms and query tokens always keep their precision; the vision tower and the UNet keep theirs unless asked for.
+bitsandbytes' formats run everywhere, torchao's weight-only ones are those that compile on a GPU, and the packed ones
+(`modeling/packed_linear.py`) are CPUs'. Quantised are the language model's layers. The mapping from the vision tower,
+the projection to the UNet, norms and query tokens always keep their precision; vision tower and UNet keep theirs
+unless asked for, and so do embedding and head, which the packed formats can have in 8 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,21 @@ from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, factor_
 from ..families.key_maps import Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
+from ..modeling.packed_linear import (
+    BLOCK,
+    GROUP,
+    HAS_4_BIT_KERNEL,
+    QUANT_METHOD,
+    Int8Embedding,
+    PackedConfig,
+    PackedLinear,
+    modules_to_pack,
+    pack_modules,
+    quantize_into,
+)
+from ..modeling.row_products import use_row_products
 from ..names import QUANTIZATIONS
+from .file_order import empty_like, quantize_in_file_order
 
 
 if TYPE_CHECKING:
@@ -41,6 +56,12 @@ VISION_MODULES = ("vision_tower", "model.vision_tower")
 BNB_4BIT_COLUMNS, BNB_4BIT_ROWS = 64, 32
 INT4_GROUP_SIZE = 128
 CASTING_LOGGER = "bitsandbytes.autograd._functions"
+# Embedding and head, which are packed in 8 bits whatever the layers are.
+ENDS = ("embed_tokens", "lm_head")
+# What on a CPU means packed weights of so many bits; other names say whose format it is.
+PACKED = {"8bit": 8, "4bit": 4, "int4wo": 4}
+
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------- configurations
@@ -56,13 +77,20 @@ def check_quantization(name: str, device: torch.device) -> None:
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization is one of {', '.join(QUANTIZATIONS)}, got {name!r}.")
     library = QUANTIZATIONS[name]
+    if packed_bits(name, device) is not None:
+        return
     if importlib.util.find_spec(library) is None:
         raise ImportError(f"quantization={name!r} needs {library}: pip install {library}")
     if name == "int4wo" and device.type != "cuda":
         raise ValueError(
-            f"quantization='int4wo' runs on CUDA only, not on {device.type}: torchao packs 4-bit weights for its GPU "
-            "kernels. Use nf4."
+            f"quantization='int4wo' runs on CUDA and on CPUs with AVX-512, not on this {device.type}: use nf4."
         )
+
+
+def packed_bits(name: str, device: torch.device) -> int | None:
+    """Bits of the packed weights that a name means on the device; None where it means its library's format."""
+    bits = PACKED.get(name) if device.type == "cpu" else None
+    return None if bits == 4 and not HAS_4_BIT_KERNEL else bits
 
 
 def check_unet_quantization(name: str | None, device: torch.device) -> None:
@@ -74,15 +102,38 @@ def check_unet_quantization(name: str | None, device: torch.device) -> None:
         )
 
 
-def quantization_config(name: str, dtype: torch.dtype, *, quantize_vision: bool = False) -> QuantizationConfigMixin:
+def quantization_config(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    quantize_vision: bool = False,
+    quantize_embedding: bool = False,
+    device: torch.device | None = None,
+) -> QuantizationConfigMixin:
     """What transformers' `from_pretrained` takes as `quantization_config`.
 
     Args:
         name: one of `QUANTIZATIONS`.
         dtype: that products are computed in.
         quantize_vision: also the vision tower.
+        quantize_embedding: also embedding and head, to 8 bits.
+        device: where the model is to run; CUDA if there is one, else the CPU.
+
+    Raises:
+        ValueError: if embedding and head can't be quantised that way.
     """
-    kept = kept_modules(quantize_vision)
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept, bits = kept_modules(quantize_vision), packed_bits(name, device)
+    if bits is not None:
+        logger.info(f"quantization={name!r} on a {device.type}: {bits}-bit weights packed for torch's own kernels")
+        return PackedConfig(bits, modules_to_not_convert=kept, quantize_embedding=quantize_embedding)
+    if quantize_embedding:
+        raise ValueError(
+            f"Embedding and head keep their precision with quantization={name!r} on {device.type}: only 8bit and 4bit "
+            "on a CPU quantise them."
+        )
+    logger.info(f"quantization={name!r} on {device.type}: the format of {QUANTIZATIONS[name]}")
     if QUANTIZATIONS[name] == "torchao":
         from transformers import TorchAoConfig
 
@@ -106,7 +157,7 @@ def kept_modules(quantize_vision: bool = False) -> list[str]:
 
 
 def _bitsandbytes_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    if name == "8bit":
+    if name in ("8bit", "int8"):
         return {"load_in_8bit": True}
     return {
         "load_in_4bit": True,
@@ -124,14 +175,21 @@ def _torchao_type(name: str) -> Any:
     return Int4WeightOnlyConfig(group_size=INT4_GROUP_SIZE, int4_packing_format="tile_packed_to_4d")
 
 
-def check_same_quantization(wanted: QuantizationConfigMixin, stored: Mapping[str, Any] | None) -> None:
-    """Raises `ValueError` if a checkpoint is quantised in another way than asked for."""
+def check_same_quantization(
+    wanted: QuantizationConfigMixin, stored: Mapping[str, Any] | None, name: str | None = None
+) -> None:
+    """Raises `ValueError` if a checkpoint is quantised in another way than asked for.
+
+    Args:
+        name: what was asked for: `"8bit"` and `"4bit"` say no more than that.
+    """
     have, want = describe_quantization(stored), describe_quantization(wanted)
-    if have not in (None, want):
-        raise ValueError(
-            f"The checkpoint is quantised to {have} already, so it can't be loaded in {want}: leave quantization out, "
-            "or start from the checkpoint in full precision."
-        )
+    if have in (None, want) or (name in ("8bit", "4bit") and have.startswith(f"{name[0]} bits")):
+        return
+    raise ValueError(
+        f"The checkpoint is quantised to {have} already, so it can't be loaded in {want}: leave quantization out, "
+        "or start from the checkpoint in full precision."
+    )
 
 
 def describe_quantization(config: Any) -> str | None:
@@ -144,6 +202,8 @@ def describe_quantization(config: Any) -> str | None:
         return f"4 bits ({config['bnb_4bit_quant_type']}, bitsandbytes)"
     if method == "bitsandbytes":
         return "8 bits (bitsandbytes)"
+    if method == QUANT_METHOD:
+        return f"{config['bits']} bits (packed{', embedding too' if config['quantize_embedding'] else ''})"
     if method == "torchao":
         kind = config["quant_type"]["default"].get("_type", "")
         return f"{'4 bits' if 'Int4' in kind else '8 bits' if 'Int8' in kind else kind} (torchao)"
@@ -194,7 +254,8 @@ def load_quantized(
         model = model_class(config)
     layers = _quantized_layers(model, wanted)
     _check_widths(layers, wanted)
-    if device is not None and device.type == "cpu" and _is_ordinary_bitsandbytes(wanted):
+    is_ours = isinstance(wanted, PackedConfig) or _is_ordinary_bitsandbytes(wanted)
+    if device is not None and device.type == "cpu" and is_ours:
         source = state_dict if state_dict is not None else _mapped_folder(name_or_path)
         if source is not None:
             return _load_on_cpu(load, model, name_or_path, config, source, layers, kwargs)
@@ -207,7 +268,11 @@ def _model_of(loaded: Any) -> PreTrainedModel:
 
 def _prepared(loaded: Any) -> Any:
     """What `from_pretrained` returns, ready to be run and saved."""
-    pack_on_cpu(_model_of(loaded))
+    model = _model_of(loaded)
+    pack_on_cpu(model)
+    head = model.get_output_embeddings()
+    if isinstance(model, CpmBeeGenerationMixin) and head is not None:  # a quantiser began with plain layers
+        use_row_products(head)
     logging.getLogger(CASTING_LOGGER).addFilter(_is_no_cast_warning)
     return loaded
 
@@ -222,9 +287,14 @@ def _cast(model: PreTrainedModel, dtype: Any) -> None:
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype):
         return
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and type(parameter.data) is torch.Tensor and type(parameter) is nn.Parameter:
-            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Int8Embedding):
+            module.dtype = dtype
+        elif not isinstance(module, PackedLinear):
+            for parameter in module.parameters(recurse=False):
+                is_plain = type(parameter.data) is torch.Tensor and type(parameter) is nn.Parameter
+                if parameter.is_floating_point() and is_plain:
+                    parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
 
 
@@ -234,12 +304,10 @@ def _load_on_cpu(
     name_or_path: str | os.PathLike | None,
     config: PreTrainedConfig,
     source: Mapping[str, torch.Tensor],
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, nn.Module],
     kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """Quantises a checkpoint's layers one by one, then loads them as what they are now: a quantised checkpoint."""
-    from .bitsandbytes_cpu import quantize  # imports bitsandbytes
-
     wanted = kwargs.pop("quantization_config")
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     if dtype == "auto":
@@ -258,17 +326,26 @@ def _load_on_cpu(
             continue
         target, entry = match
         target = next((it for it in (target, target.removeprefix(prefix), prefix + target) if it in own), None)
-        if target is not None and target.removesuffix(".weight") in layers:
+        layer = None if target is None else layers.get(target.removesuffix(".weight"))
+        if isinstance(layer, nn.Embedding):  # which grows
+            weights[target] = (apply_operation(entry.operation, tensor.float()), 1.0)
+        elif layer is not None:
             weights[target] = (tensor, factor_of(entry.operation, tensor.shape))
         elif target is not None:
             loaded_weights[target] = apply_operation(entry.operation, tensor.to(dtype))
-    loaded_weights |= quantize(
-        weights,
-        bits=4 if wanted.load_in_4bit else 8,
-        dtype=dtype,
-        quant_type=wanted.bnb_4bit_quant_type,
-        double_quant=wanted.bnb_4bit_use_double_quant,
-    )
+    if isinstance(wanted, PackedConfig):
+        pack_modules(model, wanted, dtype)
+        loaded_weights |= _quantize_packed(weights, model)
+    else:
+        from .bitsandbytes_cpu import quantize  # imports bitsandbytes
+
+        loaded_weights |= quantize(
+            weights,
+            bits=4 if wanted.load_in_4bit else 8,
+            dtype=dtype,
+            quant_type=wanted.bnb_4bit_quant_type,
+            double_quant=wanted.bnb_4bit_use_double_quant,
+        )
     config = copy.deepcopy(config)
     config.quantization_config = wanted.to_dict()
     kwargs |= {"device_map": {"": "cpu"}, "dtype": dtype}
@@ -279,6 +356,21 @@ def _load_on_cpu(
         if isinstance(model, CpmBeeGenerationMixin):
             model.set_default_generation()
     return _prepared(loaded)
+
+
+def _quantize_packed(weights: Mapping[str, tuple[torch.Tensor, float]], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights in the form of the model's packed modules, which have none yet; see [`quantize_in_file_order`]."""
+
+    def empty(name: str) -> dict[str, torch.Tensor]:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        return {name: empty_like(module.weight), f"{name.removesuffix('weight')}scale": empty_like(module.scale)}
+
+    def quantize_one(name: str, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weight, factor = weights[name]
+        quantize_into(weight, *target.values(), factor)
+        return target
+
+    return quantize_in_file_order(weights, empty, quantize_one)
 
 
 def _device(device_map: Any) -> torch.device | None:
@@ -301,7 +393,9 @@ def _with_kept_modules(config: QuantizationConfigMixin) -> QuantizationConfigMix
     return config
 
 
-def _quantized_layers(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, nn.Linear]:
+def _quantized_layers(model: nn.Module, config: QuantizationConfigMixin) -> dict[str, nn.Module]:
+    if isinstance(config, PackedConfig):
+        return modules_to_pack(model, config)
     kept = getattr(config, "llm_int8_skip_modules", None) or getattr(config, "modules_to_not_convert", None) or []
     return {
         name: module
@@ -310,8 +404,12 @@ def _quantized_layers(model: nn.Module, config: QuantizationConfigMixin) -> dict
     }
 
 
-def _check_widths(layers: Mapping[str, nn.Linear], config: QuantizationConfigMixin) -> None:
+def _check_widths(layers: Mapping[str, nn.Module], config: QuantizationConfigMixin) -> None:
     columns, rows = 1, 1
+    if isinstance(config, PackedConfig):
+        if config.bits == 4:
+            columns, rows = GROUP, BLOCK
+        layers = {name: layer for name, layer in layers.items() if name.rpartition(".")[2] not in ENDS}
     if getattr(config, "load_in_4bit", False):
         columns, rows = BNB_4BIT_COLUMNS, BNB_4BIT_ROWS
     elif hasattr(config, "quant_type"):

@@ -22,11 +22,13 @@ from .work import Work, WorkBytes, flops_of_painting, work_bytes
 
 
 GPU, GPU_STREAMED, GPU_OFFLOAD, CPU, DISK = "GPU", "GPU + streamed layers", "GPU + model offload", "CPU", "CPU + disk"
-FP32, HALF, INT8, NF4 = "fp32", "half", "int8", "nf4"
-QUANTIZATIONS = {INT8: "8bit", NF4: "4bit"}
+FP32, HALF, INT8, NF4, INT4 = "fp32", "half", "int8", "nf4", "int4"
+# The options for them; and the weights of rows on a GPU and on a CPU, as `sizes.quantized_bytes` has them.
+QUANTIZATIONS = {INT8: "8bit", NF4: "4bit", INT4: "4bit"}
+ON_GPU, ON_CPU = {INT8: "int8", NF4: "nf4"}, {INT8: "packed8", INT4: "packed4"}
 
 # Bytes that a process has before any weight: Python, torch and the libraries, and the vocabulary (anonymous memory,
-# measured on Linux); what bitsandbytes, or accelerate's hooks for weights on the disk, take on top; and the driver's
+# measured on Linux); what accelerate's hooks for weights on the disk take on top; and the driver's
 # context with the kernels' workspaces on a GPU (not measured).
 HOST_BASE, HOST_EXTRA, HOST_BASE_WITH_GPU, GPU_BASE = 0.33e9, 0.06e9, 1.5e9, 0.6e9
 # Of a GPU's or the host's memory, what a plan leaves to others.
@@ -129,7 +131,7 @@ def memory_plan(
     if not isinstance(work, Work):
         work = Work.of(sizes, **(work or {}))
     work.check(sizes)
-    rows = [row for precision in (FP32, HALF, INT8, NF4) for row in _rows(sizes, machine, work, precision)]
+    rows = [row for precision in (FP32, HALF, INT8, NF4, INT4) for row in _rows(sizes, machine, work, precision)]
     return MemoryPlan(sizes.name, sizes.kind, sizes.parameters, machine, work, rows, _best(rows), sizes.title)
 
 
@@ -138,7 +140,7 @@ def _best(rows: list[MemoryRow]) -> MemoryRow | None:
     fitting = [row for row in rows if row.fits]
     if not fitting:
         return None
-    order = [HALF, FP32, INT8, NF4]
+    order = [HALF, FP32, INT8, NF4, INT4]
     fastest = max(row.speed for row in fitting)
     return min(
         (row for row in fitting if row.speed >= fastest / 2), key=lambda row: (order.index(row.precision), -row.speed)
@@ -170,7 +172,7 @@ class _Precision:
 def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Precision:
     half = getattr(torch, sizes.family.half) if on_gpu else torch.bfloat16
     dtype = torch.float32 if name == FP32 else half
-    quantization = QUANTIZATIONS.get(name)
+    quantization = (ON_GPU if on_gpu else ON_CPU).get(name)
     # On a CPU UNet and VAE stay as they are stored.
     diffusion_dtype = dtype if on_gpu else torch.float32
     return _Precision(
@@ -183,7 +185,19 @@ def _precision(sizes: ModelSizes, work: Work, name: str, on_gpu: bool) -> _Preci
 
 
 def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterator[MemoryRow]:
-    on_gpu, on_cpu = (_precision(sizes, work, name, is_gpu) for is_gpu in (True, False))
+    if name != INT4:
+        yield from _gpu_rows(sizes, machine, work, _precision(sizes, work, name, True))
+    if name == NF4:
+        return
+    on_cpu = _precision(sizes, work, name, False)
+    yield _row(sizes, machine, work, on_cpu, CPU, ram=on_cpu.total)
+    if name not in QUANTIZATIONS:  # whose layers can't be left on the disk
+        unfolded = 3 * sizes.largest_linear * on_cpu.dtype.itemsize  # a weight as it is read, cast and scaled
+        ram, disk = on_cpu.outside_layers + unfolded, sum(on_cpu.layers)
+        yield _row(sizes, machine, work, on_cpu, DISK, ram=ram, disk=disk)
+
+
+def _gpu_rows(sizes: ModelSizes, machine: Machine, work: Work, on_gpu: _Precision) -> Iterator[MemoryRow]:
     yield _row(sizes, machine, work, on_gpu, GPU, gpu=on_gpu.total)
     plan = _streaming(on_gpu, machine) if sizes.family.streams_layers else None
     if plan is not None:
@@ -191,7 +205,7 @@ def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterato
             sizes, machine, work, on_gpu, GPU_STREAMED, gpu=on_gpu.outside_layers + plan.device_bytes,
             ram=sum(on_gpu.layers[plan.num_resident :]), budget=plan.device_bytes,
         )  # fmt: skip
-    if sizes.kind == PAINT and name != INT8:  # bitsandbytes' 8-bit layers can't be moved
+    if sizes.kind == PAINT and on_gpu.name != INT8:  # bitsandbytes' 8-bit layers can't be moved
         diffusion = {part: on_gpu.weights[part] for part in ("UNet", "VAE")}
         models = {"text": on_gpu.total - sum(diffusion.values()), **diffusion}
         largest = max(models, key=lambda part: models[part] + on_gpu.work.stages[part])
@@ -199,11 +213,6 @@ def _rows(sizes: ModelSizes, machine: Machine, work: Work, name: str) -> Iterato
             sizes, machine, work, on_gpu, GPU_OFFLOAD, gpu=models[largest], ram=on_gpu.total,
             working=on_gpu.work.stages[largest],
         )  # fmt: skip
-    yield _row(sizes, machine, work, on_cpu, CPU, ram=on_cpu.total)
-    if name not in QUANTIZATIONS:  # bitsandbytes' layers can't be left on the disk
-        unfolded = 3 * sizes.largest_linear * on_cpu.dtype.itemsize  # a weight as it is read, cast and scaled
-        ram, disk = on_cpu.outside_layers + unfolded, sum(on_cpu.layers)
-        yield _row(sizes, machine, work, on_cpu, DISK, ram=ram, disk=disk)
 
 
 def _streaming(precision: _Precision, machine: Machine) -> StreamingPlan | None:
@@ -235,7 +244,7 @@ def _row(
     uses_gpu = gpu > 0
     working = precision.work.total if working is None else working
     peak_gpu = math.ceil(GPU_BASE + gpu + working) if uses_gpu else 0
-    base = HOST_BASE + (HOST_EXTRA if precision.name in QUANTIZATIONS or placement == DISK else 0)
+    base = HOST_BASE + (HOST_EXTRA if placement == DISK else 0)
     peak_ram = math.ceil(HOST_BASE_WITH_GPU + ram if uses_gpu else base + ram + working)
     problem = None
     if uses_gpu and machine.gpu is None:
@@ -273,9 +282,6 @@ def _with_speed(row: MemoryRow, sizes: ModelSizes, machine: Machine, work: Work,
     bandwidth = BANDWIDTH_REACHED * (machine.gpu_bandwidth if on_gpu else machine.ram_bandwidth)
     launches = sum(map(bool, precision.layers)) * SECONDS_PER_LAYER * (INT8_OVERHEAD if precision.name == INT8 else 1)
     read = layers + head + (precision.work.kv_cache if sizes.kind != PAINT else 0)
-    if not on_gpu and precision.name == NF4:
-        # Unpacked before every product: written and read once more.
-        read += 2 * precision.dtype.itemsize * 2 * layers
     step = read / bandwidth
     has_fast = sizes.has_fast_decoding and row.placement == GPU and precision.name in (FP32, HALF)
     fast = step if has_fast else None
@@ -329,7 +335,9 @@ def _python(sizes: ModelSizes, precision: _Precision, placement: str) -> str:
         device_map = {"": "cpu", f"{sizes.family.language_model}.layers": "disk"}
     dtype = str(precision.dtype).removeprefix("torch.")
     options = [f'dtype="{dtype}"', f"device_map={json.dumps(device_map)}"]
-    if precision.name == INT8:
+    if placement == CPU and precision.name in ON_CPU:
+        options.append(f"quantization_config=PackedConfig({8 if precision.name == INT8 else 4})")
+    elif precision.name == INT8:
         options.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
     elif precision.name == NF4:
         options.append(

@@ -52,6 +52,7 @@ from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.modeling_vision_resampler import VisionResamplerForConditionalGeneration
+from ..modeling.packed_linear import GROUP
 from ..tiny.embedded import EMBEDDED_NAME, check_model_name, resolve_model
 
 
@@ -82,10 +83,15 @@ PARTS = ("layers", "embedding", "vision tower", "resampler", "projection", "UNet
 
 
 def quantized_bytes(rows: int, columns: int, quantization: str) -> int:
-    """Bytes of a linear layer's weight as bitsandbytes keeps it: `"8bit"` (a scale in fp32 for every row), or `"4bit"`
-    (a scale for every 64 values, quantised to 8 bits itself)."""
+    """Bytes of a linear layer's weight: `"int8"` (a scale in fp32 for every row) and `"nf4"` (a scale for every 64
+    values, quantised to 8 bits itself) as bitsandbytes keeps it, `"packed8"` (a scale in bf16 for every row) and
+    `"packed4"` (scale and zero point in bf16 for every 64 values) as CPUs do."""
     count = rows * columns
-    if quantization == "8bit":
+    if quantization == "packed8":
+        return count + 2 * rows
+    if quantization == "packed4":
+        return math.ceil(count / 2) + 4 * rows * math.ceil(columns / GROUP)
+    if quantization == "int8":
         return count + 4 * rows
     blocks = math.ceil(count / BLOCK)
     return math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + TABLE_BYTES
@@ -153,7 +159,7 @@ class ModelSizes:
 
         Args:
             dtype: of what isn't quantised.
-            quantization: `"8bit"` or `"4bit"` of bitsandbytes, with the modules kept that are kept by default.
+            quantization: a name of [`quantized_bytes`], with the modules kept that are kept by default.
             diffusion_dtype: of UNet and VAE, if it is another.
         """
         found: Counter[str] = Counter()
@@ -176,7 +182,12 @@ class ModelSizes:
     @cached_property
     def largest_linear(self) -> int:
         """The most values that a weight of the layers has."""
-        return max(module.weight.numel() for module in self.language_model.layers.modules() if _is_linear(module))
+        return max(module.weight.numel() for module in self.linear_layers)
+
+    @property
+    def linear_layers(self) -> list[nn.Linear]:
+        """Those of the layers."""
+        return [module for module in self.language_model.layers.modules() if _is_linear(module)]
 
     def _tensors(self, dtype: torch.dtype, quantization: str | None):
         """Yields `(name, bytes)` of all tensors; a tied head is its embedding."""

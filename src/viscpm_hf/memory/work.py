@@ -16,6 +16,7 @@ from ..checkpoints.original import CPM_BEE, PAINT
 from ..modeling.answering import Decoding
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
+from ..modeling.packed_linear import PIECE
 from .activations import peak_bytes
 from .sizes import ModelSizes
 
@@ -24,7 +25,9 @@ from .sizes import ModelSizes
 NUM_SEGMENTS = 9
 PAINT_PROMPT_LENGTH = 64
 # That bitsandbytes' CPU kernels need for each value of a weight while they use it; measured with 0.50.
-UNPACKED_BYTES_ON_CPU = {"8bit": 10, "4bit": 4}
+UNPACKED_BYTES_ON_CPU = {"int8": 10, "nf4": 4}
+# Of packed weights, for many rows: a row's two digits and their products, a value; and what is unpacked at a time.
+DIGIT_BYTES, PIECE_BYTES = 28, 8
 VAE_SCALE = 8
 # Pixels of a view's sides where the tower takes any, and tokens of a prompt beside its image's.
 VIEW_SIDE, TEXT_LENGTH = 448, 100
@@ -121,7 +124,12 @@ def work_bytes(
 ) -> WorkBytes:
     """Bytes that a call takes besides the weights."""
     unpacked = 0
-    if quantization is not None:
+    if quantization == "packed8":
+        widest = max(max(module.weight.shape) for module in sizes.linear_layers)
+        unpacked = work.batch * work.prompt_length * widest * DIGIT_BYTES
+    elif quantization == "packed4":
+        unpacked = PIECE * PIECE_BYTES
+    elif quantization is not None:
         per_value = dtype.itemsize if on_gpu else UNPACKED_BYTES_ON_CPU[quantization]
         unpacked = sizes.largest_linear * per_value
     if sizes.kind != PAINT:

@@ -35,12 +35,15 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+from .packed_linear import register_packed
 from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
 from .token_space_cpm_bee import padded_vocab_size, slot_rows, write_slots
 
 
 logger = logging.get_logger(__name__)
+
+register_packed()
 
 
 class CpmBeeRMSNorm(nn.Module):
@@ -267,6 +270,10 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "hf_device_map" and isinstance(value, Mapping):
             check_whole_layers(self, value)
+        elif name == "is_quantized" and value:  # by which a quantiser begins, that replaces nothing but nn.Linear
+            for layer in self.modules():
+                if type(layer) is RowLinear:
+                    layer.__class__ = nn.Linear
         super().__setattr__(name, value)
 
     # diffusers reads the signature to see which arguments there are.

@@ -25,11 +25,13 @@ from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, Visio
 from .decoding_presets import default_preset
 from .fast_decoding import check_fast_decoding, compilation_problem, has_kernel
 from .generation_images import ImageGenerationMixin, with_drawing_last
+from .packed_linear import register_packed
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
 from .row_products import put_into_huge_pages, use_row_products, with_kernel
 from .sibling_towers import VISION_TOWERS
 
 
+register_packed()
 logger = logging.get_logger(__name__)
 
 

@@ -143,8 +143,8 @@ class VisCPMPaint:
         image_policy: what happens to flagged images: `"black"`, `"flag"` or `"raise"`.
         prompt_policy: what happens to refused prompts, likewise.
         offload: `"model"` keeps only the model that works on the device, `"sequential"` only the layer.
-        quantization: `"4bit"` (`"nf4"`), `"fp4"`, `"8bit"`, `"int8wo"`, `"int4wo"`: precision of the text encoder's
-            layers. If None, as the checkpoint was saved.
+        quantization: `"4bit"`, `"8bit"` (on a CPU packed for its kernels), `"nf4"`, `"fp4"`, `"int8"`, `"int8wo"` or
+            `"int4wo"`: precision of the text encoder's layers. If None, as the checkpoint was saved.
         quantize_unet: also quantise the UNet, which otherwise stays in `dtype`.
         device_map: `"auto"`, `"balanced"` or `{module: device}` for the text encoder.
         max_memory: `{device: "8GB"}`: the most that `device_map` may put there.

@@ -1,0 +1,90 @@
+"""Products with packed weights: every way of making them gives the same."""
+
+import pytest
+import torch
+
+from viscpm_hf.modeling import packed_linear
+from viscpm_hf.modeling.packed_linear import FEW_ROWS, PACKED_CLASSES, PackedConfig, quantize_weight
+
+
+SHAPES = [(8, 128, 192), (8, 48, 72), (4, 128, 192), (4, 64, 64)]
+
+
+def layer_of(bits: int, inputs: int, outputs: int, bias: bool = False) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A packed layer, and the weight that it stands for."""
+    torch.manual_seed(inputs)
+    layer = PACKED_CLASSES[bits](inputs, outputs, bias)
+    layer.weight.data, layer.scale.data = quantize_weight(torch.randn(outputs, inputs), bits)
+    if bias:
+        layer.bias.data = torch.randn(outputs)
+    return layer, torch.cat(list(layer.unpacked(torch.float32)))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("bits", "inputs", "outputs"), SHAPES)
+def test_weights_are_close(bits, inputs, outputs):
+    _, unpacked = layer_of(bits, inputs, outputs)
+    torch.manual_seed(inputs)
+    PACKED_CLASSES[bits](inputs, outputs)
+    weight = torch.randn(outputs, inputs)
+    assert relative_error(unpacked, weight) <= {8: 0.01, 4: 0.1}[bits]
+    packed, scale = quantize_weight(weight.half() / 4, bits, factor=4.0)
+    layer = PACKED_CLASSES[bits](inputs, outputs)
+    layer.weight.data, layer.scale.data = packed, scale
+    assert relative_error(torch.cat(list(layer.unpacked(torch.float32))), weight) <= {8: 0.01, 4: 0.1}[bits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "inputs", "outputs"), SHAPES)
+def test_every_number_of_rows(bits, inputs, outputs, dtype):
+    layer, weight = layer_of(bits, inputs, outputs, bias=True)
+    for rows in (1, 3, FEW_ROWS[bits], FEW_ROWS[bits] + 1, 40):
+        hidden = torch.randn(2, rows, inputs)[:1].to(dtype)
+        output = layer(hidden)
+        assert output.shape == (1, rows, outputs) and output.dtype == dtype
+        assert relative_error(output, hidden.float() @ weight.T + layer.bias) <= 0.01
+    assert layer(torch.zeros(0, inputs)).shape == (0, outputs)
+    assert (layer(torch.zeros(40, inputs)) == layer.bias).all()
+
+
+def test_an_outlier_among_many_rows_costs_nothing():
+    layer, weight = layer_of(8, 128, 192)
+    hidden = torch.randn(40, 128)
+    hidden[:, 7] *= 500
+    assert relative_error(layer(hidden), hidden @ weight.T) <= 0.002
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_the_cpus_instructions(bits, monkeypatch):
+    layer, weight = layer_of(bits, 128, 192)
+    monkeypatch.setattr(packed_linear, "HAS_INT8_PRODUCTS", False)
+    monkeypatch.setitem(FEW_ROWS, bits, 0)
+    hidden = torch.randn(5, 128)
+    assert relative_error(layer(hidden), hidden @ weight.T) <= 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_gradients_of_inputs(bits):
+    layer, weight = layer_of(bits, 128, 192)
+    hidden = torch.randn(2, 128, requires_grad=True)
+    layer(hidden).sum().backward()
+    assert relative_error(hidden.grad, weight.sum(0).expand(2, -1)) <= 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_values_of_no_width(bits):
+    """Groups and rows of one value."""
+    layer = PACKED_CLASSES[bits](64, 64)
+    weight = torch.zeros(64, 64)
+    weight[1] = 3.0
+    layer.weight.data, layer.scale.data = quantize_weight(weight, bits)
+    unpacked = torch.cat(list(layer.unpacked(torch.float32)))
+    assert (unpacked[0] == 0).all() and torch.allclose(unpacked, weight, rtol=0.01)
+
+
+def test_other_bits():
+    with pytest.raises(ValueError, match="bits is 8 or 4, got 3"):
+        PackedConfig(3)
