@@ -24,6 +24,7 @@ from .fast_decoding import check_fast_decoding
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
+from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
 
@@ -134,6 +135,9 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         return self.__dict__.setdefault("_fast_decoder", FastDecoder())
 
     def _decodes_fast(self, fast: bool | None) -> bool:
+        # Not from the beginning: bitsandbytes quantises what is an `nn.Linear` to the letter.
+        use_row_products(self.language_model())
+        use_row_products(self.lm_head)
         if fast or (fast is None and self.fast_decoder.enabled):
             check_fast_decoding(self.language_model(), self.lm_head)
             return True

@@ -35,7 +35,6 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
-from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
 from .token_space_cpm_bee import padded_vocab_size, slot_rows, write_slots
 
@@ -139,10 +138,10 @@ class CpmBeeAttention(FusibleModule):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False  # the merged bias says who sees whom
         inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = RowLinear(config.hidden_size, inner_size, bias=False)
-        self.k_proj = RowLinear(config.hidden_size, inner_size, bias=False)
-        self.v_proj = RowLinear(config.hidden_size, inner_size, bias=False)
-        self.o_proj = RowLinear(inner_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -183,9 +182,9 @@ class CpmBeeMLP(FusibleModule):
 
     def __init__(self, config: CpmBeeConfig):
         super().__init__()
-        self.gate_proj = RowLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = RowLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -590,7 +589,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
     def __init__(self, config: CpmBeeConfig):
         super().__init__(config)
         self.model = CpmBeeModel(config)
-        self.lm_head = RowLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.set_default_generation()
         self.post_init()
 
