@@ -17,7 +17,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench browser clean
+.PHONY: help demo docs dist tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench browser clean
 .PHONY: conformance conformance-newest conformance-main tools compat compat-oldest compat-newest compat-main
 .PHONY: environment-oldest environment-newest environment-main
 
@@ -69,6 +69,25 @@ browser: ## Install Chromium, which the tests of the demo page need, if apt can
 		test "$$(id -u)" = 0 && apt-get -qq update && \
 		apt-get -qq install --no-install-recommends chromium chromium-driver fonts-noto-cjk >/dev/null; } || \
 		echo "There is no Chromium to be had: the tests of the demo page in a browser will be skipped"
+
+docs: ## Build the documentation as a site into build/site; a broken link is an error
+	@$(call MAKE_VENV,.venv-docs)
+	@.venv-docs/bin/pip install -q -r docs/requirements.txt
+	.venv-docs/bin/python docs/site.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict -q
+	@echo "build/site/index.html"
+
+dist: ## Build wheel and source distribution, and try the wheel in an empty environment
+	@$(call MAKE_VENV,.venv-dist)
+	@.venv-dist/bin/pip install -q build twine
+	rm -rf dist build/lib
+	.venv-dist/bin/python -m build -q
+	.venv-dist/bin/twine check --strict dist/*
+	rm -rf .venv-wheel
+	@$(call MAKE_VENV,.venv-wheel)
+	@.venv-wheel/bin/pip install -q -c constraints.txt torch
+	@.venv-wheel/bin/pip install -q -c constraints.txt dist/*.whl
+	cd dist && ../.venv-wheel/bin/viscpm-hf demo --terminal --output ../build
 
 lint: $(READY) ## Check style and formatting
 	$(PY) -m ruff check .

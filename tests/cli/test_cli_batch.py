@@ -145,7 +145,7 @@ def test_two_processes_are_one(tmp_path):
         wait_for_lines(process, parts / name, 1)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert out.count("14 rows, 1 errors") == 1
+    assert out.count("14 rows, 1 error") == 1
     assert two.read_bytes() == one.read_bytes()
     assert not parts.exists()
 

@@ -132,7 +132,7 @@ def test_a_bad_picture_costs_one_answer_and_is_tried_again(capsys, tmp_path):
     command = ("llava-bench", MODEL, "--questions", questions, "--images", tmp_path, "--answers", answers, *SHORT)
     status, out, err = run(capsys, *command)
     assert status == 1
-    assert "4 rows, 1 errors" in out and "tries them again" in err
+    assert "4 rows, 1 error;" in out and "tries again" in err
     assert ["error" in answer for answer in lines(answers)] == [False, True, False, False]
     shutil.copy(GOLDEN_A.image(1), tmp_path)
     assert run(capsys, *command)[0] == 0
@@ -246,7 +246,7 @@ def test_a_review_without_scores_is_asked_for_again_and_then_an_error(capsys, tm
     with JudgeServer(reply) as server:
         status, out, err = judge(capsys, server, judged)
         assert status == 1
-        assert "5 of 6 judged, 1 errors; 8 requests" in out and "tries them again" in err
+        assert "5 of 6 judged, 1 error; 8 requests" in out and "tries again" in err
         failed = lines(tmp_path / "j.jsonl")[2]
         assert "no two scores" in failed["error"] and failed["usage"]["requests"] == 3
         # The next run asks for that one alone; what it has cost adds up.
@@ -326,7 +326,7 @@ def test_what_a_refusing_endpoint_was_asked_counts_for_all_runs(capsys, tmp_path
             assert judge(capsys, server, judged, "--max-retries", "1", "--max-requests", "5")[0] == 1
             assert len(server.requests) == asked
         status, out, err = judge(capsys, server, judged, "--max-requests", "5")
-        assert status == 1 and "budget of 5 requests is spent" in err and "0 of 6 judged, 1 errors; 5 requests" in out
+        assert status == 1 and "budget of 5 requests is spent" in err and "0 of 6 judged, 1 error; 5 requests" in out
         assert len(server.requests) == 5
         server.reply = lambda request, number: Reply()
         status, out, _ = judge(capsys, server, judged)

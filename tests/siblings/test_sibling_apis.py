@@ -249,6 +249,20 @@ def test_chat_appends_to_the_history(visualcla_model, image_file):
     assert visualcla_api.chat(visualcla_model, IMAGE, "Where?", list(before), GREEDY)[0] == following
 
 
+def test_every_question_may_have_a_picture(visualcla_model, sibling_chats):
+    """As in text-generation-webui: each before the text of its own question."""
+    tall = picture(40, 130, 1)
+    first, history = visualcla_api.chat(visualcla_model, IMAGE, "What?", generation_config=GREEDY)
+    with pytest.raises(ValueError, match="list has 1 pictures, but the conversation 2 questions"):
+        visualcla_api.chat(visualcla_model, [IMAGE], "Where?", history, GREEDY)
+    found, _ = visualcla_api.chat(visualcla_model, [IMAGE, tall], "And this?", history, GREEDY)
+    chat = sibling_chats["visualcla"]
+    turn = chat.ask(IMAGE, "What?", mode="generate", **GREEDY)
+    assert turn.answer == first
+    following = chat.ask([tall], "And this?", turn.context, turn.vision_hidden_states, mode="generate", **GREEDY)
+    assert following.answer == found
+
+
 def test_chat_is_the_references(visualcla_model):
     system = make_system("visualcla")
     processor = visualcla_model.processor

@@ -93,6 +93,32 @@ def test_the_next_turn_goes_on(chat):
     assert chat.processor.answer_text(ids.tolist()) == following.answer
 
 
+def test_several_images_in_one_conversation(sibling_chats):
+    """VisualCLA's users gave each question an image of its own; the others are asked about one."""
+    chat = sibling_chats["visualcla"]
+    first = chat.ask(IMAGE, "What?", **SHORT)
+    second = chat.ask([TALL], "And this?", first.context, first.vision_hidden_states, **SHORT)
+    third = chat.ask(None, "Where?", second.context, second.vision_hidden_states, **SHORT)
+    messages = chat.processor.messages_of_turn("Where?", second.context, 2)
+    texts = ["What?", "And this?", "Where?"]
+    for message, text, image in zip(messages[::2], texts, [IMAGE, TALL, None], strict=True):
+        parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": text}]
+        assert [part.get("text") for part in parts] == [*([None] if image else []), text]
+        message["content"] = [{**part, "image": image} if part["type"] == "image" else part for part in parts]
+    inputs = chat.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = chat.model.generate(**inputs, max_new_tokens=6, eos_token_id=2)[0, inputs["input_ids"].shape[1] :]
+    assert chat.processor.answer_text(ids.tolist()) == third.answer
+    both = chat.ask([IMAGE, TALL], "What?", **SHORT)
+    assert len(both.vision_hidden_states) == 2
+    assert chat.ask_batch([ChatRequest([IMAGE, TALL], "What?")], **SHORT)[0].answer == both.answer
+    with pytest.raises(ValueError, match="conversation has 2 images, but 1 were given"):
+        chat.ask(None, "Where?", second.context, first.vision_hidden_states, **SHORT)
+    with pytest.raises(ValueError, match="A conversation with OmniLMM-12B is about one image, got a list of 2"):
+        sibling_chats["omnilmm"].ask([IMAGE, TALL], "What?", **SHORT)
+
+
 def test_greedy_answers_are_the_references(sibling_chats):
     for name, chat in sibling_chats.items():
         system = make_system(name)
@@ -186,6 +212,8 @@ def test_the_chat_command(whole_folders, sibling_chats, image_file, capsys):
         second = chat.ask(None, "Where?", first.context, first.vision_hidden_states, **SHORT)
         assert [line["answer"] for line in lines] == [first.answer, second.answer]
     assert main([*arguments, "--fast"]) == 0
+    assert main([*arguments, "--vocab", str(image_file)]) == 1
+    assert "the tokenizer of VisualCLA-7B is in its folder" in capsys.readouterr().err
 
 
 def test_the_batch_command(whole_folders, sibling_chats, image_file, tmp_path):

@@ -216,7 +216,9 @@ def _turn(chat: Any, row: _Row, seconds: float) -> ChatTurn:
     return ChatTurn(
         question=request.question,
         answer=processor.answer_text(row.ids, row.prompt),
-        context=processor.next_context(request.context, request.question, row.ids, row.prompt, row.num_own),
+        context=processor.next_context(
+            request.context, request.question, row.ids, row.prompt, len(row.images), row.num_own
+        ),
         vision_hidden_states=processor.hand_on(row.images) if row.new else request.vision_hidden_states,
         num_tokens=len(row.ids),
         seconds=seconds,

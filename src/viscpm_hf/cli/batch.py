@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
 from .model_options import add_model_options, hub_options, load_chat, load_paint
+from .words import count as count_of
 
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ PAINT_OPTIONS = ("images_out", "steps", "guidance", "size", "scheduler", "candid
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "batch",
+        examples=(
+            "viscpm-hf batch viscpm-tiny questions.jsonl answers.jsonl",
+            "viscpm-hf batch openbmb/VisCPM-Paint prompts.jsonl images.jsonl --images-out images",
+        ),
         help="answer or draw every row of a file / 批量推理",
         description='Answers questions ({"id", "image", "question"}), or draws prompts ({"id", "prompt"}), one JSON '
         "object a line. Run again, it goes on where it ended. / "
@@ -106,9 +111,11 @@ def run(arguments: argparse.Namespace) -> int:
     if share.is_first:
         joined = results.join(read_rows(arguments.input))
         seconds = time.perf_counter() - begin
-        print(f"{arguments.output}: {joined.rows} rows, {joined.errors} errors ({seconds:.1f} s)")
+        print(
+            f"{arguments.output}: {count_of(joined.rows, 'row')}, {count_of(joined.errors, 'error')} ({seconds:.1f} s)"
+        )
         if joined.errors:
-            print(f"viscpm-hf: {joined.errors} rows failed; --retry-errors does them again.", file=sys.stderr)
+            print(f"viscpm-hf: {count_of(joined.errors, 'row')} failed; --retry-errors tries again.", file=sys.stderr)
     return 0
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import describe
 from .model_options import add_model_options, load_chat
+from .parsing import IntermixedParser
+from .words import count
 
 
 if TYPE_CHECKING:
@@ -24,21 +28,13 @@ HELP = """\
 /quit         end / 退出
 """
 
+COMMANDS = ("/image", "/clear", "/help", "/quit", "/exit", "/q")
+# Of one word; what has another slash is a path, and a question may begin with one.
+COMMAND = re.compile(r"/[A-Za-z]+")
+
 # The reference decoding has no sampling; these ask for `generate`.
 GENERATE_ONLY = ("top_p",)
 GENERATION_OPTIONS = ("num_beams", "max_new_tokens", "temperature", "repetition_penalty", "length_penalty", "top_p")
-
-
-class IntermixedParser(argparse.ArgumentParser):
-    """Takes options before, between and after the arguments, also where some of these may be missing."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        parse = super().parse_known_args
-        self.parse_known_args = parse  # which the way of parsing below asks for
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            del self.parse_known_args
 
 
 def positive(kind: type) -> Any:
@@ -65,6 +61,10 @@ def add_decoding_options(parser: argparse.ArgumentParser | argparse._ArgumentGro
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "chat",
+        examples=(
+            'viscpm-hf chat viscpm-tiny picture.png "What is in the picture?"',
+            "viscpm-hf chat openbmb/VisCPM-Chat picture.jpg --quantization 4bit",
+        ),
         help="ask questions about an image / 就一张图片提问",
         description="Ask questions about an image, in one conversation. Without a question: an interactive prompt. / "
         "就一张图片在同一段对话中提问；不给问题则进入交互模式。",
@@ -206,7 +206,7 @@ class Conversation:
     def command(self, line: str) -> bool:
         """Obeys a command; False for a question. Raises `StopIteration` to end."""
         name, _, argument = line.partition(" ")
-        if name in ("/quit", "/exit", "/q"):
+        if name in COMMANDS[-3:]:
             raise StopIteration
         if name == "/clear":
             self.clear()
@@ -216,6 +216,12 @@ class Conversation:
             self.change_image(argument.strip())
         elif name == "/help":
             print(HELP, file=sys.stderr)
+        elif COMMAND.fullmatch(name):
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"There is no command {name}.{meant} /help lists them. / 没有这个命令，/help 列出全部命令。"
+            )
         else:
             return False
         return True
@@ -232,4 +238,4 @@ def turn_as_dict(turn: ChatTurn) -> dict[str, Any]:
 
 
 def timing(turn: ChatTurn) -> str:
-    return f"({turn.num_tokens} tokens, {turn.seconds:.1f} s, {turn.tokens_per_second:.1f} tokens/s)"
+    return f"({count(turn.num_tokens, 'token')}, {turn.seconds:.1f} s, {turn.tokens_per_second:.1f} tokens/s)"

@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..names import QUANTIZATIONS, full_dtype_name
-from .model_options import add_hub_options, hub_options
+from .model_options import add_hub_options, add_kind_option, hub_options, one_of_both
+from .words import count
 
 
 if TYPE_CHECKING:
@@ -17,11 +18,16 @@ if TYPE_CHECKING:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
+        examples=(
+            "viscpm-hf convert openbmb/VisCPM-Chat viscpm-chat --verify",
+            "viscpm-hf convert viscpm-chat original --to original",
+        ),
         help="convert an original checkpoint / 转换原始检查点",
         description="Convert an original checkpoint to a folder that transformers or diffusers load, or back. / "
         "把原始检查点转换为 transformers 或 diffusers 可直接加载的文件夹，或反向转换。",
     )
     parser.add_argument("source", metavar="SRC", help="file, folder, Hub id, or ID/file.bin / 源")
+    add_kind_option(parser)
     parser.add_argument("output", metavar="OUT", help="new folder; complete or not there at all / 输出文件夹")
     parser.add_argument(
         "--to", choices=("huggingface", "original"), default="huggingface", help="format of OUT / 目标格式"
@@ -54,6 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    arguments.source = one_of_both(arguments.source, arguments.kind)
     if arguments.quantize is not None:
         return run_quantized(arguments)
     if arguments.quantize_embedding:
@@ -101,10 +108,12 @@ OPTIONS = (
 
 def describe(result: ConversionResult) -> str:
     """For people."""
+    from ..loading.placement import size_text
+
     if result.already_converted:
-        return "\n".join(result.notes)
-    lines = [f"{name}  {size / 1e9:.2f} GB" for name, size in result.files.items()]
-    total = f"{result.num_tensors} tensors, {result.num_bytes / 1e9:.2f} GB, {len(result.files)} files"
+        return "\n".join([*result.notes, "Nothing was to do, and nothing was written. / 无需转换，未写入任何文件。"])
+    lines = [f"{name}  {size_text(size)}" for name, size in result.files.items()]
+    total = f"{count(result.num_tensors, 'tensor')}, {size_text(result.num_bytes)}, {count(len(result.files), 'file')}"
     if result.is_dry_run:
         return "\n".join([*lines, f"would write {result.output}: {total}"])
     lines = [f"wrote {result.output}: {total}, {result.seconds:.1f} s"]
@@ -112,7 +121,7 @@ def describe(result: ConversionResult) -> str:
         lines.append(f"{result.num_resumed_files} of the files were finished before")
     report = result.verification
     if report is not None:
-        lines.append(f"verified: {report.num_tensors} tensors are bit by bit what they should be")
+        lines.append(f"verified: {count(report.num_tensors, 'tensor')}, bit by bit as the source has them")
         if report.loading is not None:
             lines.append("verified: loads, with the source's names and shapes")
             if report.loading.is_output_equal:

@@ -33,6 +33,7 @@ PROMPTS = ("a red circle on the left", "右边有一个蓝色的五角星")
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "demo",
+        examples=("viscpm-hf demo", "viscpm-hf demo chat --model MODEL"),
         help=f"see {EMBEDDED_NAME} at work, no download / 演示内置的小模型，无需下载",
         description=f"Ask {EMBEDDED_NAME}, the model that comes with the package, about a picture in both languages, "
         "and let it paint. / 用内置的小模型以中英文就一张图片问答，并画图。",

@@ -11,6 +11,10 @@ from .eval_models import add_fid, add_shapes
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "eval",
+        examples=(
+            "viscpm-hf eval shapes chat viscpm-tiny --output answers.jsonl",
+            "viscpm-hf eval llava-bench --help",
+        ),
         help="measure a model / 评测模型",
         description="Measure a model. Each evaluation writes its results line by line, goes on where it ended when "
         "run again, and ends with a JSON report. / "

@@ -20,6 +20,7 @@ from .eval_running import (
     generation_of,
 )
 from .model_options import add_model_options, load_chat
+from .words import count
 
 
 if TYPE_CHECKING:
@@ -212,13 +213,13 @@ def run_judge(arguments: argparse.Namespace) -> int:
     )
     write_report(report, made)
     print(
-        f"{results.output}: {len(finished) - errors} of {len(rows)} judged, {errors} errors; "
-        f"{budget.spent.requests} requests, {budget.spent.tokens} tokens; report: {report}"
+        f"{results.output}: {len(finished) - errors} of {len(rows)} judged, {count(errors, 'error')}; "
+        f"{count(budget.spent.requests, 'request')}, {count(budget.spent.tokens, 'token')}; report: {report}"
     )
     if stopped_by is not None:
         print(f"viscpm-hf: {stopped_by} Raise it and run the command again to go on.", file=sys.stderr)
     elif errors:
-        print(f"viscpm-hf: {errors} judgements failed; the same command tries them again.", file=sys.stderr)
+        print(f"viscpm-hf: {count(errors, 'judgement')} failed; the same command tries again.", file=sys.stderr)
     return 0 if len(finished) - errors == len(rows) else 1
 
 
@@ -263,7 +264,7 @@ def run_score(arguments: argparse.Namespace) -> int:
     if arguments.report:
         write_report(Path(arguments.report), report)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else table(scores))
-    for path, count in failures.items():
-        if count:
-            print(f"viscpm-hf: {count} questions of {path} have no judgement and are left out.", file=sys.stderr)
+    for path, missing in failures.items():
+        if missing:
+            print(f"viscpm-hf: {missing} questions of {path} have no judgement and are left out.", file=sys.stderr)
     return 0

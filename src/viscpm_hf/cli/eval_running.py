@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
 from .model_options import hub_options, load_paint
+from .words import count
 
 
 if TYPE_CHECKING:
@@ -188,9 +189,14 @@ class ModelRun:
             results=results,
         )
         write_report(self.report, report)
-        print(f"{self.results.output}: {counts['rows']} rows, {counts['errors']} errors; report: {self.report}")
+        print(
+            f"{self.results.output}: {count(counts['rows'], 'row')}, {count(counts['errors'], 'error')}; "
+            f"report: {self.report}"
+        )
         if counts["errors"]:
-            print(f"viscpm-hf: {counts['errors']} rows failed; the same command tries them again.", file=sys.stderr)
+            print(
+                f"viscpm-hf: {count(counts['errors'], 'row')} failed; the same command tries again.", file=sys.stderr
+            )
         return 1 if counts["errors"] else 0
 
     def lines(self, rows: Sequence[InputRow]) -> dict[str, dict[str, Any]]:

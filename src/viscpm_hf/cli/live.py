@@ -22,6 +22,10 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "live",
+        examples=(
+            "viscpm-hf live viscpm-tiny video.mp4",
+            'viscpm-hf live MODEL /dev/video0 "Is the door open?" --endpoint http://127.0.0.1:8000/v1',
+        ),
         help="keep answering about a camera or a video / 对着摄像头或视频实时问答",
         description="Keeps answering one question about a camera's or a video's frames, or tells what is seen; a line "
         "for every answer that differs from the one before. Frames that come too fast are dropped. In the browser: "

@@ -6,27 +6,36 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ..version import __version__
-from . import batch, chat, convert, demo, inspect, live, memory, merge, paint, publish, serve, train
+from . import batch, chat, completion, convert, demo, inspect, live, memory, merge, paint, publish, serve, train
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
+from .parsing import Parser, parsers
 
+
+# Loggers that tell on import of kernels that can't be had, and of plans.
+LOUD = ("bitsandbytes", "torchao", "diffusers", "torch.utils._pytree", "huggingface_hub.serialization._torch")
 
 COMMANDS = (demo, chat, live, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="viscpm-hf",
         description="VisCPM in today's Hugging Face stack / 在今天的 Hugging Face 生态中使用 VisCPM",
+        examples=("viscpm-hf demo", 'viscpm-hf chat viscpm-tiny picture.png "What is in the picture?"'),
     )
     parser.add_argument("--version", action="version", version=f"viscpm-hf {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is done / 显示日志")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    completion.add_parser(commands, parser)
+    for _, child in parsers(parser):
+        child.finish()
     return parser
 
 
@@ -71,6 +80,16 @@ def _explain(error: Exception) -> str:
 
 
 def _configure_logging(verbose: bool) -> None:
+    if not verbose:
+        # Of other libraries, about themselves: what they can't load here, what they will rename, what they will drop.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for name in LOUD:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():  # read by these libraries when they are imported
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     from transformers.utils import logging as transformers_logging
 
     from .network import do_not_wait_for_the_hub
@@ -80,7 +99,5 @@ def _configure_logging(verbose: bool) -> None:
         transformers_logging.set_verbosity_info()
     else:
         transformers_logging.set_verbosity_error()
-        # It warns on import of a kernel that nothing here asks for.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 from .chat import positive
 from .model_options import add_hub_options, hub_options
+from .words import rate
 
 
 if TYPE_CHECKING:
     from ..memory import MemoryPlan, MemoryRow
 
+# A bare number below this is one of gigabytes.
+MOST_GIGABYTES = 1000
 # Of the work, by the option's name.
 CHAT_WORK = {"length": "length", "prompt_length": "prompt_length", "beams": "beams"}
 PAINT_WORK = {"size": "size", "steps": "steps", "candidates": "candidates"}
@@ -21,6 +24,10 @@ PAINT_WORK = {"size": "size", "steps": "steps", "candidates": "candidates"}
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "memory",
+        examples=(
+            "viscpm-hf memory openbmb/VisCPM-Chat --gpu 8GB",
+            "viscpm-hf memory openbmb/VisCPM-Paint --gpu 4090 --candidates 4",
+        ),
         help="say what memory a model needs / 估算显存与内存",
         description="Says what a model needs in every precision and place, how fast it can be there, and the command "
         "that suits this machine; no weight is read. / "
@@ -32,8 +39,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="file, folder, cached Hub id, viscpm-tiny; of openbmb/VisCPM-Chat and other released ids the sizes are "
         "known / 模型",
     )
-    parser.add_argument("--gpu", metavar="SIZE", help="8GB, a GPU's name (4090), or none; else as found / 显存")
-    parser.add_argument("--ram", metavar="SIZE", help="16GB; else what is free now / 内存")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", type=gigabytes, help="8GB, a GPU's name (4090), or none; else as found / 显存"
+    )
+    parser.add_argument("--ram", metavar="SIZE", type=gigabytes, help="16GB; else what is free now / 内存")
     parser.add_argument("--batch", type=positive(int), help="questions, or prompts, at once (1) / 批大小")
     parser.add_argument("--length", type=positive(int), help="Chat, CPM-Bee: tokens of an answer (512) / 回答长度")
     parser.add_argument(
@@ -47,6 +56,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object, in bytes / 输出 JSON")
     add_hub_options(parser, asks=False)
     parser.set_defaults(run=run)
+
+
+def gigabytes(text: str) -> str:
+    """`8` is `8GB`: no GPU is called so, and none has 8 bytes."""
+    is_small = text.replace(".", "", 1).isdecimal() and 0 < float(text) < MOST_GIGABYTES
+    return f"{text}GB" if is_small else text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,10 +126,10 @@ def cells(row: MemoryRow) -> list[str]:
 
     sizes = (row.weights, row.kv_cache, row.activations, row.peak_gpu, row.peak_ram)
     if row.seconds_per_image is not None:
-        speed = f"{row.seconds_per_image:.3g}"
+        speed = rate(row.seconds_per_image)
     else:
-        fast = f" ({row.tokens_per_second_fast:.3g} --fast)" if row.tokens_per_second_fast is not None else ""
-        speed = f"{row.tokens_per_second:.3g}{fast}"
+        fast = f" ({rate(row.tokens_per_second_fast)} --fast)" if row.tokens_per_second_fast is not None else ""
+        speed = f"{rate(row.tokens_per_second)}{fast}"
     return [row.precision, row.placement, *(size_text(size) if size else "-" for size in sizes), speed]
 
 

@@ -13,12 +13,20 @@ from .model_options import HUB_OPTIONS, add_hub_options
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "merge",
+        examples=(
+            "viscpm-hf merge visualcla --text-model alpaca --vision-model clip --lora-model lora OUT",
+            "viscpm-hf merge visualcla --lora-model lora OUT --to text-generation-webui",
+        ),
         help="merge VisualCLA's adapter with its bases / 合并 VisualCLA 的 LoRA 与基座模型",
         description="Merge a released adapter with the models that it changes. / 把发布的 LoRA 与其基座模型合并。",
     )
     systems = parser.add_subparsers(dest="system", metavar="SYSTEM", required=True)
     visualcla = systems.add_parser(
         "visualcla",
+        examples=(
+            "viscpm-hf merge visualcla --text-model alpaca --vision-model clip --lora-model lora OUT",
+            "viscpm-hf merge visualcla --lora-model lora OUT --to text-generation-webui",
+        ),
         help="VisualCLA-7B",
         description="Merge VisualCLA's adapter with Chinese-Alpaca-Plus-7B and CLIP-L/14, matrix by matrix in little "
         "memory; or split it for text-generation-webui. / 逐矩阵合并 VisualCLA 的 LoRA、Chinese-Alpaca-Plus-7B 与 "

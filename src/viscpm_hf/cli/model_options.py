@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..names import QUANTIZATIONS, full_dtype_name
+from ..tiny.embedded import EMBEDDED_NAME, KINDS, tiny
 
 
 if TYPE_CHECKING:
@@ -97,6 +98,26 @@ def add_hub_options(
     if asks:
         parser.add_argument("--token", help="of the Hub; others see it here, but not in HF_TOKEN / Hub 令牌")
     parser.add_argument("--cache-dir", metavar="FOLDER", help="for what the Hub sends / Hub 缓存目录")
+
+
+def add_kind_option(parser: argparse.ArgumentParser) -> None:
+    """The option that [`one_of_both`] reads."""
+    parser.add_argument("--kind", choices=KINDS, help=f"of {EMBEDDED_NAME}, which is both / 模型种类")
+
+
+def one_of_both(model: str, kind: str | None) -> str:
+    """`model`, or the folder of the embedded one.
+
+    Raises:
+        ValueError: for the embedded model without its kind, or another one's kind.
+    """
+    if model == EMBEDDED_NAME:
+        if kind is None:
+            raise ValueError(f"{EMBEDDED_NAME} is a chat and a paint model: say which one with --kind chat or paint.")
+        return tiny(kind)
+    if kind is not None:
+        raise ValueError(f"--kind is of {EMBEDDED_NAME} alone: {model} says itself what it is.")
+    return model
 
 
 HUB_OPTIONS = ("revision", "token", "cache_dir")

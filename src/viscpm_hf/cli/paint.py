@@ -31,6 +31,10 @@ OF_THE_RECORD = (
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "paint",
+        examples=(
+            'viscpm-hf paint viscpm-tiny "a red circle on the left" -o circle.png',
+            'viscpm-hf paint openbmb/VisCPM-Paint "人闲桂花落，夜静春山空" -o night.png --preset fast',
+        ),
         help="draw images for prompts / 根据文字生成图片",
         description="Draw images for prompts. By default as the original: four candidates of 50 steps, checked, and "
         "the one that Chinese-CLIP likes best. / "

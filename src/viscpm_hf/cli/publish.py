@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from .model_options import add_kind_option, one_of_both
+from .words import count
+
 
 if TYPE_CHECKING:
     from ..conversion.publish import Publication
@@ -13,10 +16,15 @@ if TYPE_CHECKING:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "publish",
+        examples=(
+            "viscpm-hf publish viscpm-chat NAME/viscpm-chat --dry-run",
+            "viscpm-hf publish viscpm-chat NAME/viscpm-chat --private",
+        ),
         help="check a converted folder and upload it / 检查并上传",
         description="Check a converted folder and upload it to the Hub. / 检查转换后的文件夹并上传到 Hub。",
     )
-    parser.add_argument("folder", metavar="OUT", help="what convert wrote / 转换后的文件夹")
+    parser.add_argument("folder", metavar="OUT", help="what convert wrote, or viscpm-tiny / 转换后的文件夹")
+    add_kind_option(parser)
     parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME / 仓库")
     parser.add_argument("--private", action="store_true", help="a new repository is private / 私有仓库")
     parser.add_argument(
@@ -30,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.publish import publish
 
     publication = publish(
-        arguments.folder,
+        one_of_both(arguments.folder, arguments.kind),
         arguments.repo_id,
         private=arguments.private,
         dry_run=arguments.dry_run,
@@ -42,7 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(publication: Publication) -> str:
     """For people."""
-    total = f"{len(publication.files)} files, {publication.num_bytes / 1e9:.2f} GB"
+    from ..loading.placement import size_text
+
+    total = f"{count(len(publication.files), 'file')}, {size_text(publication.num_bytes)}"
     if publication.is_dry_run:
         lines = [f"{size:>15,}  {name}" for name, size in publication.files.items()]
         return "\n".join([*lines, f"would upload to {publication.repo_id}: {total}"])

@@ -13,6 +13,10 @@ from .model_options import add_model_options, hub_options, load_chat
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "serve",
+        examples=(
+            "viscpm-hf serve viscpm-tiny --paint viscpm-tiny --no-paint-checks",
+            "viscpm-hf serve openbmb/VisCPM-Chat --port 8000 --api-key-file key.txt",
+        ),
         help="serve an OpenAI-compatible HTTP API / 提供兼容 OpenAI 的 HTTP 接口",
         description="Serve VisCPM-Chat, and VisCPM-Paint if asked for, over HTTP. / 通过 HTTP 提供 VisCPM 服务。",
     )

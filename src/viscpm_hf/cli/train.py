@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
+        examples=(
+            "viscpm-hf train chat --model viscpm-tiny --data examples/train_data.jsonl --output adapter",
+            "viscpm-hf train merge --model viscpm-tiny --adapter adapter OUT",
+        ),
         help="fine-tune a model, merge an adapter / 微调模型、合并适配器",
         description="Fine-tune Chat or Paint on your own data, or merge an adapter into its model. / "
         "用自己的数据微调 Chat 或 Paint，或把适配器合并进模型。",
@@ -33,6 +37,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _add_chat(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "chat",
+        examples=(
+            "viscpm-hf train chat --model viscpm-tiny --data examples/train_data.jsonl --output adapter",
+            "viscpm-hf train chat --config examples/train.yaml --qlora",
+        ),
         help="fine-tune Chat / 微调 Chat",
         description="Fine-tune Chat on conversations about pictures. Several GPUs: accelerate launch -m viscpm_hf.cli "
         "train chat ... / 用图文对话微调 Chat；多卡训练用 accelerate launch 启动。",
@@ -51,6 +59,10 @@ def _add_chat(kinds: argparse._SubParsersAction) -> None:
 def _add_merge(kinds: argparse._SubParsersAction) -> None:
     parser = kinds.add_parser(
         "merge",
+        examples=(
+            "viscpm-hf train merge --model viscpm-tiny --adapter adapter OUT",
+            "viscpm-hf train merge --model pytorch_model.bin --adapter adapter OUT --dtype bf16",
+        ),
         help="merge an adapter into its model / 合并适配器",
         description="Write a Chat model with an adapter's changes in its weights. / 把适配器合并进 Chat 模型的权重。",
     )

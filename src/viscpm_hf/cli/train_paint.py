@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "paint",
+        examples=(
+            "viscpm-hf train paint --model viscpm-tiny --data captions.jsonl --output trained",
+            "viscpm-hf train paint --model openbmb/VisCPM-Paint --data captions.jsonl --output trained --lora",
+        ),
         help="fine-tune Paint / 微调 Paint",
         description="Fine-tune Paint on pictures with captions; the language model stays as it is. Several GPUs: "
         "accelerate launch -m viscpm_hf.cli train paint ... / "

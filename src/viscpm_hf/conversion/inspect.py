@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
 from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.json_files import load_json
 from ..checkpoints.location import (
     ADAPTER,
     DIFFUSERS_FOLDER,
@@ -16,6 +19,7 @@ from ..checkpoints.location import (
     ORIGINAL_FOLDER,
     PAINT_MODEL_TYPE,
     Location,
+    find_original,
     llm_config_file,
     locate,
     original_files,
@@ -33,10 +37,11 @@ from ..checkpoints.original import (
     load_state_dict,
 )
 from ..checkpoints.readers import converted_tensors, problems_of, reader_of
-from ..checkpoints.tensor_files import TensorSpec, safetensors_header, weight_files
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, read_adapter
 from ..families.family import FAMILIES
 from ..loading.quantization import stored_quantization
+from ..plain_text import plain
 from .inspection import (
     KINDS,
     Inspection,
@@ -71,6 +76,9 @@ def inspect(
         OriginalCheckpointError: if it is no checkpoint of VisCPM or CPM-Bee, or a damaged one.
         OSError: if it isn't there or can't be read.
     """
+    adapter = AdapterFolder.find(source)
+    if adapter is not None and find_original(source) is None:  # VisualCLA's release is an adapter, too
+        return _inspect_adapter(adapter, os.fspath(source))
     location = locate(source, revision, token, with_weights=False, cache_dir=cache_dir)
     if location.is_converted:
         return _inspect_converted(location)
@@ -271,6 +279,43 @@ def _inspect_without_weights(location: Location) -> Inspection:
         sizes=sizes_of(config),
         missing=[f"weights ({' or '.join(ORIGINAL_SUFFIXES)})"],
         next_command=convert_command(location.name, []),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+def _inspect_adapter(adapter: AdapterFolder, name: str) -> Inspection:
+    weights, missing, problems, specs = adapter.path / ADAPTER_WEIGHTS, [], [], []
+    files = {ADAPTER_WEIGHTS: weights.stat().st_size} if weights.is_file() else {}
+    if files:
+        try:
+            specs = list(safetensors_header(weights).values())
+        except ConversionError as error:
+            problems.append(str(error))
+    else:
+        missing.append(ADAPTER_WEIGHTS)
+    if adapter.base is None:
+        missing.append("the name of the model that it was trained on (base_model_name_or_path)")
+    config = load_json(adapter.path / ADAPTER_CONFIG)
+    dtypes: Counter[str] = Counter()
+    for spec in specs:
+        dtypes[dtype_name(spec.dtype)] += spec.numel
+    count = sum(dtypes.values())
+    return Inspection(
+        source=name,
+        kind=None,
+        layout=f"{plain(config.get('peft_type') or 'PEFT')} adapter",
+        files=files,
+        num_bytes=sum(files.values()),
+        num_parameters=count,
+        parameters={"adapter": count} if count else {},
+        dtypes=dict(dtypes),
+        sizes={key: config[key] for key in ("r", "lora_alpha") if isinstance(config.get(key), int)},
+        missing=missing,
+        problems=problems,
+        system=f"changes to {plain(adapter.base)}" if adapter.base else "changes to another model",
+        next_command=shlex.join(["viscpm-hf", "chat", name, "IMAGE"]) if adapter.base else "",
     )
 
 

@@ -17,6 +17,13 @@ from torch.nn.functional import pad
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .continued_messages import with_continued_brackets, written
+
+
+try:
+    from jinja2 import TemplateError
+except ImportError:  # which transformers asks for only when it renders a template
+    TemplateError = ()
 
 Prompt: TypeAlias = Sized
 Grid: TypeAlias = tuple[int, int]
@@ -67,6 +74,22 @@ class ChatProcessing:
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
+    def apply_chat_template(self, conversation: Any, *args, **kwargs) -> Any:
+        """As in transformers, but a conversation that the template refuses is a `ValueError`, and one that is
+        continued (`continue_final_message`) may have any text."""
+        continues = kwargs.get("continue_final_message")
+        try:
+            rendered = super().apply_chat_template(
+                with_continued_brackets(conversation) if continues else conversation, *args, **kwargs
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
+        return written(rendered, self.write_brackets) if continues else rendered
+
+    def write_brackets(self, text: str) -> str:
+        """A rendered prompt with each [`CONTINUED_BRACKET`] as the template writes a `<` of an answer."""
+        raise NotImplementedError
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], grids: Sequence[Grid] = ()) -> Prompt:
         """The prompt of a conversation as the chat template takes it, the user's message last.
 
@@ -98,13 +121,15 @@ class ChatProcessing:
         question: str,
         answer: str | Sequence[int],
         prompt: Prompt | None = None,
+        num_images: int = 0,
         num_own: int = 0,
     ) -> str:
         """The context with one more turn.
 
         Args:
             answer: its text, or its tokens, which came of `prompt`; they may have special tokens, which a text hasn't.
-            num_own: see [`encode_turn`].
+            num_images, num_own: of the conversation and of this question, see [`encode_turn`]. With images of its own
+                the context says where all of them stand.
         """
         raise NotImplementedError
 

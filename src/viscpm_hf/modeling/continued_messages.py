@@ -6,6 +6,7 @@ So a character of no text stands for it meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -13,27 +14,27 @@ CONTINUED_BRACKET = "\ufdd1"
 
 
 def with_continued_brackets(conversation: Any) -> Any:
-    """A conversation, or several, with [`CONTINUED_BRACKET`] for every `<` of the last message."""
+    """A conversation, or several, with [`CONTINUED_BRACKET`] for every `<` of the last message; what was given is left
+    as it is."""
+    conversation = getattr(conversation, "messages", conversation)
     if not conversation:
         return conversation
-    if isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages"):
-        return [with_continued_brackets(getattr(entry, "messages", entry)) for entry in conversation]
     *earlier, last = conversation
-    content = last["content"]
+    if not isinstance(last, Mapping):
+        return [with_continued_brackets(own) for own in conversation]
+    content = last.get("content")
     if isinstance(content, str):
         content = content.replace("<", CONTINUED_BRACKET)
-    else:
+    elif content:
         content = [
-            {**part, "text": part["text"].replace("<", CONTINUED_BRACKET)} if part.get("type") == "text" else part
+            {**part, "text": part["text"].replace("<", CONTINUED_BRACKET)} if "text" in part else part
             for part in content
         ]
     return [*earlier, {**last, "content": content}]
 
 
-def with_brackets(rendered: Any, bracket: str) -> Any:
-    """Rendered prompts, one or several, with the template's `bracket` again; anything else as it is."""
+def written(rendered: Any, write: Callable[[str], str]) -> Any:
+    """Rendered prompts, one or several, as `write` writes them; anything else as it is."""
     if isinstance(rendered, str):
-        return rendered.replace(CONTINUED_BRACKET, bracket)
-    if isinstance(rendered, list) and all(isinstance(text, str) for text in rendered):
-        return [with_brackets(text, bracket) for text in rendered]
-    return rendered
+        return write(rendered)
+    return [written(text, write) for text in rendered] if isinstance(rendered, list) else rendered

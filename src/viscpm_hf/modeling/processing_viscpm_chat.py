@@ -17,13 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .chat_processing import ChatProcessing, EncodedImage, Grid, TokenTexts, check_messages, check_turn
-from .continued_messages import CONTINUED_BRACKET, with_brackets, with_continued_brackets
+from .continued_messages import CONTINUED_BRACKET
 from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 from .sequences_cpm_bee import TokenSequences
@@ -225,12 +224,7 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
         """As in transformers. `assistant_masks` are of the last answer: those before it are part of the prompt, which
         attends in both directions, so nothing can be learned of them."""
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        continues = kwargs.get("continue_final_message")
-        if continues:
-            conversation = with_continued_brackets(conversation)
         result = super().apply_chat_template(conversation, *args, **kwargs)
-        if continues:
-            result = with_brackets(result, "<<")
         if wants_mask:
             if not isinstance(result, BatchFeature):
                 raise ValueError("return_assistant_tokens_mask needs tokenize=True and return_dict=True.")
@@ -243,6 +237,9 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
             result["assistant_masks"] = torch.tensor(masks) if is_tensor else masks
         return result
 
+    def write_brackets(self, text: str) -> str:
+        return text.replace(CONTINUED_BRACKET, "<<")
+
     def parse_prompt(self, text: str | Mapping[str, Any]) -> ChatPrompt:
         """A document, a chat-template prompt or a text -> [`ChatPrompt`]."""
         if isinstance(text, Mapping):
@@ -250,7 +247,7 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
             return ChatPrompt(document, self._count_placeholders(document.pop(IMAGE_KEY, "")))
         if not isinstance(text, str):
             raise ValueError(f"A text is a str or a document (dict), got {type(text).__name__}.")
-        text = text.replace(CONTINUED_BRACKET, "<<")
+        text = self.write_brackets(text)
         if text.startswith(MARKUP_BEGIN):
             return self._parse_markup(text)
         if any(mark in text for mark in SEGMENT_MARKS):
@@ -350,11 +347,7 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], grids: Sequence[Grid] = ()) -> EncodedDocument:
         """See [`ChatProcessing.encode_chat`]."""
         check_messages(messages, len(grids))
-        try:
-            text = self.apply_chat_template(list(messages), tokenize=False)
-        except TemplateError as error:
-            raise ValueError(str(error)) from error
-        return self._open_prompt(self.parse_prompt(text))
+        return self._open_prompt(self.parse_prompt(self.apply_chat_template(list(messages), tokenize=False)))
 
     def encode_turn(
         self, question: str, context: str = "", grids: Sequence[Grid] = (), num_own: int = 0
@@ -380,6 +373,7 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
         question: str,
         answer: str | Sequence[int],
         prompt: EncodedDocument | None = None,
+        num_images: int = 0,
         num_own: int = 0,
     ) -> str:
         """See [`ChatProcessing.next_context`]; a context is document syntax."""

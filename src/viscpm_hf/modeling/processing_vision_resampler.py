@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jinja2 import TemplateError
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .chat_processing import ChatProcessing, EncodedImage, Grid, check_messages, check_turn
+from .continued_messages import CONTINUED_BRACKET
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
 
 
@@ -26,9 +26,6 @@ ESCAPE = "\ufdd0"
 # Of SentencePiece: a single byte, and what stands for the blank before a word.
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _WORD_BEGIN = "\u2581"
-# In a final message that is continued, `<` has this form until the prompt is written: transformers looks for that
-# message in the prompt letter by letter, and the template would have changed it.
-_CONTINUED = "\ufdd1"
 
 # Texts of a message, escaped, and its images; `text_of(message)`, `images_of(message)` in the templates.
 TEMPLATE_MACROS = """\
@@ -166,7 +163,7 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
         for index, entry in enumerate(texts):
             if not isinstance(entry, str):
                 raise ValueError(f"A text is a str, but text {index} is of type {type(entry).__name__}.")
-        texts = self._written(texts)
+        texts = list(map(self.write_brackets, texts))
 
         num_images = [entry.count(self.image_token) for entry in texts]
         limit = merged["images_kwargs"].get("max_image_pixels")
@@ -268,12 +265,15 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
         return self.encode_chat(self.messages_of_turn(question, context, len(grids), num_own), grids)
 
     def messages_of_turn(
-        self, question: str, context: str = "", num_images: int = 0, num_own: int = 0
+        self, question: str, context: str = "", num_images: int | None = 0, num_own: int = 0
     ) -> list[dict[str, Any]]:
-        """A question with those before it, as the chat template takes them; see [`encode_turn`]."""
+        """A question with those before it, as the chat template takes them; see [`encode_turn`]. Without a number of
+        images as the context has them."""
         check_turn(question, context)
-        earlier = _read_context(context)
-        messages = [*earlier, _message("user", question, num_own if earlier else 0)]
+        messages = [*_read_context(context), _message("user", question)]
+        if num_images is None:
+            return messages
+        messages[-1] = _message("user", question, num_own)
         num_others = num_images - sum(map(_count_images, messages))
         if num_others < 0:
             raise ValueError(
@@ -290,13 +290,13 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
         question: str,
         answer: str | Sequence[int],
         prompt: Sequence[int] | None = None,
+        num_images: int = 0,
         num_own: int = 0,
     ) -> str:
         """See [`ChatProcessing.next_context`]."""
-        earlier = _read_context(context)
         text = answer if isinstance(answer, str) else self.answer_text(answer)
-        messages = [*earlier, _message("user", question, num_own if earlier else 0), _message("assistant", text)]
-        return json.dumps(messages, ensure_ascii=False)
+        messages = self.messages_of_turn(question, context, num_images if num_own else None, num_own)
+        return json.dumps([*messages, _message("assistant", text)], ensure_ascii=False)
 
     def with_answer(self, prompt: Sequence[int], ids: Sequence[int]) -> list[int]:
         return [*prompt, *ids]
@@ -353,8 +353,8 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
     # ------------------------------------------------------------------------------------------------------ templates
 
     def apply_chat_template(self, conversation: Any, *args, **kwargs):
-        """As in transformers; a conversation that the template refuses is a `ValueError`, and so is
-        `return_assistant_tokens_mask`, which needs a tokenizer that knows places in its text."""
+        """As in transformers, but `return_assistant_tokens_mask`, which needs a tokenizer that knows places in its
+        text, is a `ValueError`, and so is what the template refuses."""
         if isinstance(conversation, Sequence) and not conversation:
             raise ValueError("The conversation has no messages.")
         if kwargs.get("return_assistant_tokens_mask"):
@@ -362,24 +362,10 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
                 "return_assistant_tokens_mask isn't there for this model: its tokens have no places in the text. "
                 "`viscpm-hf train` learns answers alone."
             )
-        continues = kwargs.get("continue_final_message")
-        if continues:
-            conversation = _with_final_text(conversation, lambda text: text.replace("<", _CONTINUED))
-        try:
-            result = super().apply_chat_template(conversation, *args, **kwargs)
-        except TemplateError as error:
-            raise ValueError(str(error)) from error
-        if continues and isinstance(result, (str, list)):
-            return self._written(result)
-        return result
+        return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def _written(self, prompts: Any) -> Any:
-        """Prompts whose continued messages are as the template writes all others."""
-        if isinstance(prompts, list):
-            return [self._written(prompt) for prompt in prompts]
-        if not isinstance(prompts, str):
-            return prompts
-        return self._with_answer_tokens(prompts, _CONTINUED).replace(_CONTINUED, f"<{ESCAPE}")
+    def write_brackets(self, text: str) -> str:
+        return self._with_answer_tokens(text, CONTINUED_BRACKET).replace(CONTINUED_BRACKET, f"<{ESCAPE}")
 
     def _expansions(self, features: BatchFeature, num_images: int) -> tuple[list[str], list[int]]:
         """The texts of the images and their numbers of views; takes out of `features` what only this needs."""
@@ -445,21 +431,6 @@ def _message(role: str, content: str | list[dict[str, Any]], num_images: int = 0
 def _count_images(message: Mapping[str, Any]) -> int:
     content = message["content"]
     return 0 if isinstance(content, str) else sum(part.get("type") == "image" for part in content)
-
-
-def _with_final_text(conversation: Any, change: Callable[[str], str]) -> Any:
-    """One conversation, or several, with another text of their last messages; what was given is left as it is."""
-    if not isinstance(conversation[-1], Mapping):
-        return [_with_final_text(list(own), change) if own else own for own in conversation]
-    content = conversation[-1].get("content")
-    if isinstance(content, str):
-        content = change(content)
-    elif isinstance(content, Sequence):
-        content = [
-            {**part, "text": change(part["text"])} if isinstance(part, Mapping) and "text" in part else part
-            for part in content
-        ]
-    return [*conversation[:-1], {**conversation[-1], "content": content}]
 
 
 __all__ = ["VisionResamplerProcessor"]

@@ -1,0 +1,20 @@
+"""Lays out the site's sources in build/docs: these pages, and the READMEs as its front pages. See `make docs`."""
+
+import re
+import shutil
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+# What the READMEs link to that is no page of the site becomes plain text.
+OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:LICENSE|CONTRIBUTING\.md|CHANGELOG\.md|notebooks/|docs/)\)")
+
+if __name__ == "__main__":
+    sources = ROOT / "build" / "docs"
+    shutil.rmtree(sources, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for name, page in (("README.md", "index.md"), ("README_zh.md", "index.zh.md")):
+        text = OUTSIDE.sub(r"\1", (ROOT / name).read_text("utf-8")).replace("](docs/", "](")
+        # The other language is in the site's own switch.
+        text = re.sub(r"^\[[^\]]*\]\(README\w*\.md\).*\n", "", text, flags=re.M)
+        (sources / page).write_text(text, "utf-8")
