@@ -17,7 +17,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 	$(PYTHON) -m venv --clear --without-pip $(1) && $(PYTHON) -m pip --python $(1)/bin/python install -q pip; }
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs dist tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench browser clean
+.PHONY: help demo docs dist tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench gpu browser clean
 .PHONY: conformance conformance-newest conformance-main tools compat compat-oldest compat-newest compat-main
 .PHONY: environment-oldest environment-newest environment-main
 
@@ -102,6 +102,9 @@ conformance: $(READY) ## Run transformers' own tests on our classes (TRANSFORMER
 
 bench: $(READY) ## Measure speed: benchmarks/chat.py, or BENCH=name for another
 	$(PY) benchmarks/$(or $(BENCH),chat).py $(ARGS)
+
+gpu: $(READY) ## Measure on an H100 or H200 what needs one, in at most nine minutes; ARGS=--dry-run tries it on the CPU
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 # The ends of the range that setup.cfg allows, each in an environment of its own. Only torch is pinned there;
 # the rest is what pip gives a new user today, so these are brought up to date on every run. Without gradio, which

@@ -1,7 +1,7 @@
 """What `viscpm-hf memory` predicts against what is then taken, on a machine without GPU.
 
     python benchmarks/memory_predictions.py                        # a random model of 290 M parameters, made for it
-    python benchmarks/memory_predictions.py --model DIR --steps int8 nf4 --length 16    # any other
+    python benchmarks/memory_predictions.py --model DIR --steps int8 int4 --length 16    # any other
 
 Every precision runs in a process of its own: it loads the model, then answers one question to the given length, by the
 reference's search or with one beam. `RssAnon`, sampled all the while, is what the process itself needs. The last line
@@ -31,7 +31,7 @@ STEPS = {
     "fp32": ("fp32", "CPU", {"dtype": "float32"}),
     "half": ("half", "CPU", {"dtype": "bfloat16"}),
     "int8": ("int8", "CPU", {"dtype": "bfloat16", "quantization": "8bit"}),
-    "nf4": ("nf4", "CPU", {"dtype": "bfloat16", "quantization": "4bit"}),
+    "int4": ("int4", "CPU", {"dtype": "bfloat16", "quantization": "4bit"}),
     "disk": (
         "half",
         "CPU + disk",

@@ -97,7 +97,9 @@ def serve_llama_cpp(path: str, threads: int) -> None:
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.use_extra_bufts = False  # with them 0.3.36 crashes on 8- and 4-bit files; perhaps slower without
+    model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
     options = llama_cpp.llama_context_default_params()
     options.n_ctx = options.n_batch = CONTEXT
     options.n_threads = options.n_threads_batch = threads
@@ -109,6 +111,7 @@ def serve_llama_cpp(path: str, threads: int) -> None:
         "version": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
         "bytes": llama_cpp.llama_model_size(model),
+        "repacked": False,
     }
     print(json.dumps(facts), flush=True)
 
@@ -302,7 +305,7 @@ def language_models(part: str, options: argparse.Namespace) -> Iterator[dict[str
             label = {"format": name, **({"their_format": file_format} if part == "llama.cpp" else {})}
             result = {**label, "threads": threads, **row(found, bytes_of_a_step(ours), their_bytes)}
             if part == "llama.cpp":
-                result["llama_cpp"] = {key: peer.facts[key] for key in ("version", "system")}
+                result["llama_cpp"] = {key: peer.facts[key] for key in ("version", "system", "repacked")}
                 peer.close()
                 if name.endswith("bit"):
                     result["target_kept"] = result["points_ahead"] >= -POINTS_BEHIND_LLAMA_CPP

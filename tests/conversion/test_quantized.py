@@ -80,7 +80,7 @@ def test_the_command_line(original, tmp_path, capsys):
     output = tmp_path / "int8"
     assert main(["convert", str(original), str(output), "--quantize", "8bit"]) == 0
     assert main(["inspect", str(output)]) == 0
-    assert "8 bits (bitsandbytes)" in capsys.readouterr().out
+    assert "8 bits (packed)" in capsys.readouterr().out
     assert main(["chat", str(output), str(IMAGE), "颜色", "--json", "--device", "cpu", "--max-new-tokens", "3"]) == 0
     from_folder = json.loads(capsys.readouterr().out)
     options = ["--quantization", "8bit", "--device", "cpu", "--dtype", "float16", "--max-new-tokens", "3"]

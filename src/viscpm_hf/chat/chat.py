@@ -15,6 +15,8 @@ from ..checkpoints.location import WHOLE, Original, chosen_file, find_original, 
 from ..families.family import CHAT, CHATS, FAMILIES, Family, family_of
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions, find_original_file
+from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
+from ..modeling.processing_viscpm_chat import ChatPrompt
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, ImageSafetyChecker
 from ..tiny.embedded import resolve_model
 from .answering import ChatRequest, answer_batch, prompt_of
@@ -267,6 +269,22 @@ class VisCPMChat:
     def encode_image(self, image: PIL.Image.Image) -> Any:
         """The image as the language model sees it, as [`chat`] returns it and takes it."""
         return self.processor.hand_on(self.processor.encode_images(self.model, [self.processor.views_of(image)]))
+
+    def _reference(
+        self,
+        document: Mapping[str, str],
+        vision_hidden_states: torch.Tensor | None,
+        decoding: ReferenceDecodingConfig,
+        fast: bool | None = None,
+    ) -> tuple[list[int], dict[int, str]]:
+        """The original's search over a document as it is, special tokens in its texts included, as recorded cases of
+        the original have it: token ids, and what those beyond the vocabulary stand for. Questions go through [`ask`],
+        which escapes them."""
+        num_images = 0 if vision_hidden_states is None else len(vision_hidden_states)
+        prompt = self.processor.encode_prompt(ChatPrompt(dict(document), num_images)).prompt(open_slot=0)
+        inputs = self.processor.pad_prompts([prompt], [vision_hidden_states], self.model)
+        (answer,) = self.model.answers(inputs, decoding, self.processor.tokenizer, fast=fast)
+        return answer.ids, prompt.strings(self.processor.tokenizer.num_words)
 
     def fill(self, documents: Sequence[Mapping[str, Any]], **generation) -> list[dict[str, Any]]:
         """Fills the answers of text documents with the language model; see `CpmBeeForCausalLM.fill`."""

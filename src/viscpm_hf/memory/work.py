@@ -16,7 +16,6 @@ from ..checkpoints.original import CPM_BEE, PAINT
 from ..modeling.answering import Decoding
 from ..modeling.beam_search_cpm_bee import ReferenceDecodingConfig
 from ..modeling.cache_cpm_bee import GROWTH
-from ..modeling.packed_linear import PIECE
 from .activations import peak_bytes
 from .sizes import ModelSizes
 
@@ -26,8 +25,8 @@ NUM_SEGMENTS = 9
 PAINT_PROMPT_LENGTH = 64
 # That bitsandbytes' CPU kernels need for each value of a weight while they use it; measured with 0.50.
 UNPACKED_BYTES_ON_CPU = {"int8": 10, "nf4": 4}
-# Of packed weights, for many rows: a row's two digits and their products, a value; and what is unpacked at a time.
-DIGIT_BYTES, PIECE_BYTES = 28, 8
+# Of packed weights, a value of each of many rows: in 8 bits two digits and their products, in 4 bits the products.
+PACKED_ROW_BYTES = {"packed8": 28, "packed4": 8}
 VAE_SCALE = 8
 # Pixels of a view's sides where the tower takes any, and tokens of a prompt beside its image's.
 VIEW_SIDE, TEXT_LENGTH = 448, 100
@@ -124,11 +123,9 @@ def work_bytes(
 ) -> WorkBytes:
     """Bytes that a call takes besides the weights."""
     unpacked = 0
-    if quantization == "packed8":
+    if quantization in PACKED_ROW_BYTES:
         widest = max(max(module.weight.shape) for module in sizes.linear_layers)
-        unpacked = work.batch * work.prompt_length * widest * DIGIT_BYTES
-    elif quantization == "packed4":
-        unpacked = PIECE * PIECE_BYTES
+        unpacked = work.batch * work.prompt_length * widest * PACKED_ROW_BYTES[quantization]
     elif quantization is not None:
         per_value = dtype.itemsize if on_gpu else UNPACKED_BYTES_ON_CPU[quantization]
         unpacked = sizes.largest_linear * per_value

@@ -71,7 +71,7 @@ def fusing_problem(model: nn.Module) -> str | None:
             projection = module._modules.get(part)
             if projection is None:  # fused already
                 continue
-            is_plain = type(projection) is RowLinear and type(projection.weight) is nn.Parameter
+            is_plain = type(projection) in (nn.Linear, RowLinear) and type(projection.weight) is nn.Parameter
             if not is_plain or projection.weight.is_meta or hasattr(projection, "_hf_hook"):
                 return (
                     f"only plain weights in memory can be fused, but {name}.{part} is a {type(projection).__name__} "

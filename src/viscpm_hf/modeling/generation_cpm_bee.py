@@ -20,10 +20,11 @@ from .compatibility import CACHE, named_cache
 from .continuous_rows import RowState
 from .document_call_cpm_bee import check_document_call, document_decoding, is_document_call
 from .document_cpm_bee import EncodedDocument, fill_document, own_strings
-from .fast_decoding import check_fast_decoding
+from .fast_decoding import check_fast_decoding, has_kernel
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
+from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
 
@@ -134,6 +135,8 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         return self.__dict__.setdefault("_fast_decoder", FastDecoder())
 
     def _decodes_fast(self, fast: bool | None) -> bool:
+        # Not from the beginning: bitsandbytes quantises what is an `nn.Linear` to the letter.
+        use_row_products(self.language_model(), self.lm_head)
         if fast or (fast is None and self.fast_decoder.enabled):
             check_fast_decoding(self.language_model(), self.lm_head)
             return True
@@ -267,10 +270,11 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         return fill_in_batches(documents, encoded, fill)
 
     def enable_fast_decoding(self) -> None:
-        """See [`AnsweringMixin.enable_fast_decoding`]; projections of the same input are fused where the weights are
-        plain."""
+        """See [`AnsweringMixin.enable_fast_decoding`]; where graphs are compiled, projections of the same input are
+        fused if the weights are plain."""
         check_fast_decoding(self.language_model(), self.lm_head)
-        if fusing_problem(self) is None:
+        use_row_products(self.language_model(), self.lm_head)
+        if not has_kernel(self.language_model(), self.lm_head) and fusing_problem(self) is None:
             self.fuse_projections()
         self.fast_decoder.enabled = True
 

@@ -36,7 +36,6 @@ from .fused_projections_cpm_bee import (
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
 from .packed_linear import register_packed
-from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
 from .token_space_cpm_bee import padded_vocab_size, slot_rows, write_slots
 
@@ -142,10 +141,10 @@ class CpmBeeAttention(FusibleModule):
         self.attention_dropout = config.attention_dropout
         self.is_causal = False  # the merged bias says who sees whom
         inner_size = config.num_attention_heads * config.head_dim
-        self.q_proj = RowLinear(config.hidden_size, inner_size, bias=False)
-        self.k_proj = RowLinear(config.hidden_size, inner_size, bias=False)
-        self.v_proj = RowLinear(config.hidden_size, inner_size, bias=False)
-        self.o_proj = RowLinear(inner_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner_size, bias=False)
+        self.o_proj = nn.Linear(inner_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -186,9 +185,9 @@ class CpmBeeMLP(FusibleModule):
 
     def __init__(self, config: CpmBeeConfig):
         super().__init__()
-        self.gate_proj = RowLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = RowLinear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -270,10 +269,6 @@ class CpmBeePreTrainedModel(PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "hf_device_map" and isinstance(value, Mapping):
             check_whole_layers(self, value)
-        elif name == "is_quantized" and value:  # by which a quantiser begins, that replaces nothing but nn.Linear
-            for layer in self.modules():
-                if type(layer) is RowLinear:
-                    layer.__class__ = nn.Linear
         super().__setattr__(name, value)
 
     # diffusers reads the signature to see which arguments there are.
@@ -597,7 +592,7 @@ class CpmBeeForCausalLM(CpmBeePreTrainedModel, CpmBeeGenerationMixin):
     def __init__(self, config: CpmBeeConfig):
         super().__init__(config)
         self.model = CpmBeeModel(config)
-        self.lm_head = RowLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.set_default_generation()
         self.post_init()
 

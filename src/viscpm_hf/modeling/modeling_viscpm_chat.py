@@ -27,7 +27,6 @@ from .image_processing_viscpm import images_in_order
 from .modeling_beit3 import Beit3Model
 from .modeling_cpm_bee import CpmBeeModel, CpmBeePreTrainedModel, project_to_vocabulary
 from .processing_viscpm_chat import IMAGE_TOKEN, VisCPMChatProcessor
-from .row_products import RowLinear
 from .structure_cpm_bee import Structure, answers_alone
 
 
@@ -179,7 +178,7 @@ class VisCPMChatForConditionalGeneration(VisCPMChatPreTrainedModel, CpmBeeGenera
     def __init__(self, config: VisCPMChatConfig):
         super().__init__(config)
         self.model = VisCPMChatModel(config)
-        self.lm_head = RowLinear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.set_default_generation()
         self.post_init()
 

@@ -45,7 +45,7 @@ def _reads_our_bytes() -> bool:
 # Whether the CPU multiplies whole matrices of int8 without overflow on the way, and reads 4-bit weights.
 HAS_INT8_PRODUCTS, HAS_4_BIT_KERNEL = torch.cpu._is_vnni_supported(), _reads_our_bytes()
 # Up to so many rows the kernels are faster.
-FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: 24 if HAS_4_BIT_KERNEL else 0}
+FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: 32 if HAS_4_BIT_KERNEL else 0}
 
 
 class PackedLinear(nn.Module):
@@ -173,19 +173,15 @@ class Int4Linear(PackedLinear):
         groups, count = self.in_features // GROUP, len(rows)
         blocks = self.weight.view(-1, self.in_features, BLOCK // 2)
         scale, zero = self.scale.view(groups, -1, BLOCK, 2).permute(3, 1, 0, 2).contiguous()
-        size = max(1, PIECE // (BLOCK * self.in_features))
-        # As they lie, codes are a matrix's columns; memory that is new for every piece would cost more than the work.
-        half = torch.empty(min(size, len(blocks)), self.in_features, BLOCK // 2, dtype=torch.uint8)
-        values = torch.empty(*half.shape[:2], BLOCK, dtype=torch.bfloat16)
+        # As they lie, codes are a matrix's columns; memory that is new for every block would cost more than the work.
+        half = torch.empty(self.in_features, BLOCK // 2, dtype=torch.uint8)
+        values = torch.empty(self.in_features, BLOCK, dtype=torch.bfloat16)
         output = torch.empty(len(blocks), count, BLOCK, dtype=torch.bfloat16)
-        for start in range(0, len(blocks), size):
-            piece = slice(start, start + size)
-            codes = blocks[piece]
-            half, values = half[: len(codes)], values[: len(codes)]
-            values[..., : BLOCK // 2].copy_(torch.bitwise_and(codes, 15, out=half))
-            values[..., BLOCK // 2 :].copy_(torch.bitwise_right_shift(codes, 4, out=half))
-            values.view(len(codes), groups, GROUP, BLOCK).mul_(scale[piece, :, None])
-            torch.matmul(rows, values, out=output[piece])
+        for block, codes in enumerate(blocks):
+            values[:, : BLOCK // 2].copy_(torch.bitwise_and(codes, 15, out=half))
+            values[:, BLOCK // 2 :].copy_(torch.bitwise_right_shift(codes, 4, out=half))
+            values.view(groups, GROUP, BLOCK).mul_(scale[block, :, None])
+            torch.matmul(rows, values, out=output[block])
         # What codes begin at, a group.
         least = (zero.float() - 8 * scale.float()).transpose(0, 1).reshape(groups, -1)
         sums = rows.view(count, groups, GROUP).sum(-1, dtype=torch.float32)

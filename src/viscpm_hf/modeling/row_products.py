@@ -34,7 +34,8 @@ MAX_ROWS = 4
 HUGE_PAGE_BYTES = 2**21
 # What the kernel takes in one go along the width.
 STEP = 32
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC")
+# No -ffast-math: loading such a library would flush the denormal numbers of the whole process.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 SOURCE = r"""
 #include <cstdint>
@@ -205,11 +206,12 @@ def runs_in_kernel(linear: nn.Linear) -> bool:
     )
 
 
-def use_row_products(model: nn.Module) -> None:
-    """Makes the plain linear layers of a model of another library [`RowLinear`]s."""
-    for layer in model.modules():
-        if type(layer) is nn.Linear:
-            layer.__class__ = RowLinear
+def use_row_products(*modules: nn.Module) -> None:
+    """Makes the plain linear layers in modules [`RowLinear`]s."""
+    for module in modules:
+        for layer in module.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = RowLinear
 
 
 def row_product(hidden_states: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
