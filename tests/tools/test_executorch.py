@@ -69,14 +69,22 @@ def test_long_prompts_go_in_pieces(exported, chat):
         exported.image_features(torch.zeros(1, 3, 70, 70))
 
 
-def test_quantised_weights_are_small_and_compute_what_torch_does(exported, folder, tmp_path, capsys):
+def test_quantised_weights_are_small_and_answer_as_in_torch(exported, folder, tmp_path, capsys):
     pytest.importorskip("torchao", reason="torchao is not installed")
     out = tmp_path / "out"
     assert main(["export", str(folder), str(out), "--quantization", "int4", "--context", "64", "--verify"]) == 0
     assert "from torch's" in capsys.readouterr().out
     assert json.loads((out / "export.json").read_text())["quantization"] == "int4"
-    whole = exported.folder / "language_model.pte"
-    assert (out / "language_model.pte").stat().st_size < whole.stat().st_size / 4
+    for part, times in (("vision", 2.5), ("token_embedding", 3.5), ("language_model", 5.5)):
+        assert (out / f"{part}.pte").stat().st_size * times < (exported.folder / f"{part}.pte").stat().st_size
+    from viscpm_hf.conversion.executorch import _quantize
+    from viscpm_hf.conversion.executorch_run import ExportedModel
+
+    chat = SiblingChat(folder, device="cpu", dtype="float32")
+    _quantize(chat.model.requires_grad_(False), "int4")
+    small = ExportedModel(out)
+    inputs = small.inputs(PIL.Image.new("RGB", (60, 60), "red"), "What is it?")
+    assert small.generate(**inputs, max_new_tokens=12) == greedy(chat, inputs, 12)
 
 
 def test_what_cannot_be_exported_is_said(folder, tmp_path, capsys):
