@@ -50,7 +50,7 @@ def test_weights_are_close(bits, inputs, outputs):
 @pytest.mark.parametrize(("bits", "inputs", "outputs"), SHAPES)
 def test_every_number_of_rows(bits, inputs, outputs, dtype):
     layer, weight = layer_of(bits, inputs, outputs, bias=True)
-    for rows in (1, 3, FEW_ROWS[bits], FEW_ROWS[bits] + 1, 60):
+    for rows in (1, 3, FEW_ROWS[bits], FEW_ROWS[bits] + 1, 113):
         hidden = torch.randn(2, rows, inputs)[:1].to(dtype)
         output = layer(hidden)
         assert output.shape == (1, rows, outputs) and output.dtype == dtype

@@ -34,7 +34,7 @@ logger = logging.get_logger(__name__)
 MAX_ROWS = 4
 HUGE_PAGE_BYTES = 2**21
 # The same of 4-bit weights, beside unpacking them.
-MAX_INT4_ROWS = 32
+MAX_INT4_ROWS = 48
 # What the kernel takes in one go along the width.
 STEP = 32
 # No -ffast-math: loading such a library would flush the denormal numbers of the whole process.
