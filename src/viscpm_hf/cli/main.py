@@ -13,7 +13,22 @@ from collections.abc import Sequence
 
 from ..quiet import uncollected
 from ..version import __version__
-from . import batch, chat, completion, convert, demo, inspect, live, memory, merge, paint, publish, serve, train
+from . import (
+    batch,
+    chat,
+    completion,
+    convert,
+    demo,
+    export,
+    inspect,
+    live,
+    memory,
+    merge,
+    paint,
+    publish,
+    serve,
+    train,
+)
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
 from .parsing import Parser, parsers
@@ -22,7 +37,7 @@ from .parsing import Parser, parsers
 # Loggers that tell on import of kernels that can't be had, and of plans.
 LOUD = ("bitsandbytes", "torchao", "diffusers", "torch.utils._pytree", "huggingface_hub.serialization._torch")
 
-COMMANDS = (demo, chat, live, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
+COMMANDS = (demo, chat, live, paint, batch, serve, inspect, memory, convert, merge, export, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:

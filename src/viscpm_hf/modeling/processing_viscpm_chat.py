@@ -424,7 +424,7 @@ class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"vision_hidden_states is a tensor, got {type(value).__name__}.")
         self._check_encoded(value, "images", hidden_size)
-        return [EncodedImage(own) for own in value.split(1)]
+        return [EncodedImage(value[place : place + 1]) for place in range(len(value))]
 
     # ------------------------------------------------------------------------------------------------------- decoding
 

@@ -413,11 +413,20 @@ def _read_context(context: str) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"The context is not what an earlier turn returned: {error}.") from error
     if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message and isinstance(message.get("content"), (str, list))
-        for message in messages
+        isinstance(message, dict) and "role" in message and _is_content(message.get("content")) for message in messages
     ):
         raise ValueError("The context is not what an earlier turn returned: a JSON list of messages.")
     return messages
+
+
+def _is_content(content: Any) -> bool:
+    """Whether that is a text, or a list of texts and images."""
+    if not isinstance(content, list):
+        return isinstance(content, str)
+    return all(
+        isinstance(part, dict) and (part.get("type") == "image" or isinstance(part.get("text"), str))
+        for part in content
+    )
 
 
 def _message(role: str, content: str | list[dict[str, Any]], num_images: int = 0) -> dict[str, Any]:
