@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .chat_processing import ChatProcessing, EncodedImage, Grid, check_messages, check_turn
 from .continued_messages import CONTINUED_BRACKET
@@ -81,7 +81,7 @@ class VisionResamplerProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
 
 
-class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
+class VisionResamplerProcessor(ChatProcessing):
     r"""
     Makes model inputs of prompts, as the chat template writes them, and images.
 
