@@ -77,3 +77,17 @@ def test_whatever_is_used_first_finds_our_classes_registered():
         "    os._exit(model_class is not viscpm_hf.VisCPMChatForConditionalGeneration or bool(waiting))",
         f"assert not any(os.wait()[1] for _ in {FIRST})",
     )
+
+
+def test_the_garbage_collector_waits_for_the_libraries_alone():
+    in_a_new_process(
+        "import gc, sys",
+        "rounds = lambda: gc.get_stats()[2]['collections']",
+        "before = rounds()",
+        "from viscpm_hf.cli import main",
+        f"assert main(['inspect', {tiny('chat')!r}]) == 0 and 'transformers' in sys.modules",
+        "assert gc.isenabled() and rounds() - before < 4, rounds() - before",
+        "import atexit",
+        "atexit._run_exitfuncs()",
+        "assert gc.get_freeze_count() > 100_000",
+    )

@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
-from .quiet import quiet
+from .quiet import quiet, uncollected
 
 
 # Rooms that registering imports, but for what in them is as light as this file.
@@ -50,7 +50,7 @@ def _is_use_of_transformers(name: str) -> bool:
 
 def _when(is_awaited: Callable[[str], bool], act: Callable[[], None], is_here: bool) -> None:
     if is_here:
-        with quiet(*LOUD):
+        with quiet(*LOUD), uncollected():
             act()
     elif not any(isinstance(finder, Waiting) and finder.act is act for finder in sys.meta_path):
         sys.meta_path.insert(0, Waiting(is_awaited, act))
@@ -79,7 +79,7 @@ class Waiting(importlib.abc.MetaPathFinder):
                 if is_first:
                     sys.meta_path.remove(self)
                 try:
-                    with quiet(*LOUD):
+                    with quiet(*LOUD), uncollected():
                         load(module)
                         if is_first:
                             self.act()
