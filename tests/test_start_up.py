@@ -52,12 +52,18 @@ FIRST = (
     "import viscpm_hf; from diffusers import DiffusionPipeline",
     "from viscpm_hf.modeling.modeling_cpm_bee import CpmBeeModel",
     "import viscpm_hf, importlib.util; importlib.util.find_spec('transformers.modeling_utils')",
+    # Threads that find each other's modules half there.
+    "import viscpm_hf, transformers as used; in_threads('AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoConfig')",
+    "import transformers as used, viscpm_hf; in_threads('AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoConfig')",
+    "import viscpm_hf as used; in_threads('VisCPMChat', 'VisCPMPaint', 'CpmBeeConfig', 'memory_plan')",
 )
 
 
 def test_whatever_is_used_first_finds_our_classes_registered():
     in_a_new_process(
         "import os, sys, torch, numpy",
+        "from concurrent.futures import ThreadPoolExecutor",
+        "in_threads = lambda *names: [*ThreadPoolExecutor(len(names)).map(lambda name: getattr(used, name), names)]",
         f"for first in {FIRST}:",
         "    if os.fork():",
         "        continue",

@@ -281,7 +281,8 @@ class VisionResamplerProcessor(ChatProcessing):
                 "the earlier turn returned, encoded images too."
             )
         if num_others:
-            messages[0] = _message("user", messages[0]["content"], num_others)
+            first = next(place for place, message in enumerate(messages) if message["role"] == "user")
+            messages[first] = _message("user", messages[first]["content"], num_others)
         return messages
 
     def next_context(
