@@ -137,11 +137,11 @@ environment-oldest environment-newest environment-main: environment-%:
 	@$(if $(filter main,$*),.venv-$*/bin/pip $(UPGRADE) $(MAIN))
 	@.venv-$*/bin/pip list 2>/dev/null | grep -iE '^(torch|transformers|diffusers|tokenizers|huggingface.hub) '
 
-tools: ## Run other people's tools on us (TRL, lm-eval, lmms-eval, outlines, DeepSpeed, ONNX) in .venv-tools
+tools: ## Run other people's tools on us (TRL, lm-eval, lmms-eval, outlines, DeepSpeed, ONNX, ExecuTorch) in .venv-tools
 	@echo "Bringing .venv-tools up to date"
 	@$(call MAKE_VENV,.venv-tools)
 	@.venv-tools/bin/pip install -q -c constraints.txt torch
-	@.venv-tools/bin/pip install -q -c constraints.txt -e '.[test,tools]'
+	@.venv-tools/bin/pip install -q -c constraints.txt -e '.[test,tools,executorch]'
 	@# DeepSpeed compiles what is used, for the torch that is there.
 	@DS_BUILD_OPS=0 .venv-tools/bin/pip install -q -c constraints.txt --no-build-isolation deepspeed
 	@# Without all that it names for other models: torchvision and, with it, another torch.

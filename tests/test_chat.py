@@ -150,6 +150,7 @@ def test_seed_repeats_and_leaves_no_trace(golden, chat):
     options = {"mode": "generate", "do_sample": True, "temperature": 2.0, "max_new_tokens": 12}
     first, again, other = (chat.ask(golden.image(0), "颜色", seed=seed, **options).answer for seed in (1, 1, 2))
     assert first == again != other
+    assert chat.ask(golden.image(0), "颜色", seed=np.int64(1), **options).answer == first
     state = torch.get_rng_state()
     chat.ask(golden.image(0), "颜色", seed=1, **options)
     assert torch.equal(torch.get_rng_state(), state)
@@ -200,6 +201,17 @@ def test_question_is_text(small_chat, question):
 def test_wrong_vision_hidden_states_are_one_clear_error(small_chat, shape):
     with pytest.raises(ValueError, match=r"has shape \(.*\), but this model's are \(images, 8, 48\)"):
         small_chat.chat(None, "a", vision_hidden_states=torch.zeros(shape))
+
+
+def test_no_image_may_be_handed_on(small_chat):
+    none = small_chat.ask(None, "a", vision_hidden_states=torch.zeros(0, 8, 48), max_new_tokens=4)
+    assert none.answer == small_chat.ask(None, "a", max_new_tokens=4).answer
+
+
+@pytest.mark.parametrize("seed", [1.5, "1"])
+def test_seed_is_a_whole_number(small_chat, seed):
+    with pytest.raises(ValueError, match=f"A seed is a whole number, got {seed!r}"):
+        small_chat.ask(None, "a", seed=seed)
 
 
 def test_vision_hidden_states_are_a_tensor(small_chat):

@@ -88,13 +88,13 @@ def test_an_interrupted_run_goes_on(capsys, tmp_path, bench, monkeypatch):
         answered.extend(requests)
         return stock(chat, requests, **options)
 
-    monkeypatch.setattr("viscpm_hf.chat.answering.answer_batch", interrupted)
+    monkeypatch.setattr("viscpm_hf.chat.chat.answer_batch", interrupted)
     status, _, err = run(capsys, "llava-bench", *bench, answers, *SHORT, *sampling)
     assert status == 130
     assert "2 of 4 rows are finished" in err
     assert not answers.exists()
 
-    monkeypatch.setattr("viscpm_hf.chat.answering.answer_batch", stock)
+    monkeypatch.setattr("viscpm_hf.chat.chat.answer_batch", stock)
     status, _, err = run(capsys, "llava-bench", *bench, answers, *SHORT, "--seed", "6")
     assert status == 1
     assert "begun with other settings" in err

@@ -107,6 +107,7 @@ def test_words_that_share_a_beginning():
     """After a long word that fails at its last character, matching goes back to the longest word before it."""
     assert LongestMatch({"a", "ab", "abcde"}).split("abcdabcdex") == ["ab", "cd", "abcde", "x"]
     assert LongestMatch({"abc"}).split("ababcab") == ["ab", "abc", "ab"]
+    assert LongestMatch({"", "ab"}).split("abc") == ["ab", "c"]  # an empty line of vocab.txt
 
 
 # ------------------------------------------------------------------------------------------------------- special cases

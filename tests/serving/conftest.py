@@ -1,19 +1,15 @@
 """The demo page's tests need gradio (the extra `demo`), those in a browser selenium too."""
 
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from ray_support import ray_cluster, write_models
+from sibling_folders import NAMES, write_folder
 from support import CHAT_CASES, Golden
 
 from viscpm_hf import SiblingChat
-
-
-sys.path.append(str(Path(__file__).parents[1] / "siblings"))
-from sibling_folders import NAMES, write_folder
 
 
 collect_ignore = []

@@ -39,7 +39,7 @@ def test_a_files_lines_are_those_of_the_local_engine(cluster, ray_models, tmp_pa
             capsys, ray_models / "chat-a", source, output, *common, "--engine", engine,
             *(("--num-processes", 2) if engine == "ray" else ()),
         )  # fmt: skip
-        assert code == 0 and "24 rows, 1 errors" in printed.out
+        assert code == 0 and "24 rows, 1 error" in printed.out
     assert (tmp_path / "ray.jsonl").read_text("utf-8") == (tmp_path / "local.jsonl").read_text("utf-8")
 
 

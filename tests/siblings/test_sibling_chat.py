@@ -168,6 +168,8 @@ def test_one_bad_request_does_not_spoil_the_batch(chat):
         ({"mode": "fast"}, "mode is one of reference, generate"),
         ({"context": "User: hi"}, "context is not what an earlier turn returned"),
         ({"context": "[1]"}, "a JSON list of messages"),
+        ({"context": '[{"role": "user", "content": ["a"]}]'}, "a JSON list of messages"),
+        ({"context": '[{"role": "user", "content": [{"type": "text", "text": 1}]}]'}, "a JSON list of messages"),
         ({"vision_hidden_states": torch.zeros(1)}, "is an EncodedImage"),
         ({"max_new_tokens": 0}, "max_new_tokens must be"),
         ({"question": 3}, "A question is a str, got int"),

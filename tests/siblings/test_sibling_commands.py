@@ -31,12 +31,12 @@ def test_the_demo_page_answers(sibling_chats, picture):
 
     chat = sibling_chats["minicpmv-2.0"]
     engine = ChatEngine(chat)
-    page = ChatPage(engine)
+    page = ChatPage(engine, "minicpmv-2.0")
     with gr.Blocks(analytics_enabled=False):
-        page.build(Labels("en"), gr.Radio(choices=["zh", "en"]))
+        page.build(Labels("en"))
 
     async def answer():
-        given = ([], str(picture), "What?", "sampling", 6, 0.0, 1.0, "en", gr.EventData(None, None))
+        given = ([], str(picture), "What?", "sampling", 6, 0.0, 1.0, gr.EventData(None, None))
         return [update async for update in page.answer(*given)]
 
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import PIL.Image
@@ -133,9 +134,11 @@ def _decoding(chat: Any, mode: str, generation: dict[str, Any], on_text: Any) ->
 
 
 def _seeds(seed: int | Sequence[int | None] | None, count: int) -> list[int | None]:
-    if seed is None or isinstance(seed, int):
-        return [seed] * count
-    seeds = list(seed)
+    if seed is None or isinstance(seed, Integral):
+        return [seed if seed is None else int(seed)] * count
+    if not isinstance(seed, Iterable) or isinstance(seed, (str, bytes)):
+        raise ValueError(f"A seed is a whole number, got {seed!r}.")
+    seeds = [own if own is None else int(own) for own in seed]
     if len(seeds) != count:
         raise ValueError(f"Give one seed, or one for each request: got {len(seeds)} seeds for {count} requests.")
     return seeds

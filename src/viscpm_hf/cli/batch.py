@@ -73,6 +73,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--quantize-vision", action="store_true", help="Chat: the vision tower too / 同时量化视觉编码器"
     )
+    parser.add_argument(
+        "--quantize-embedding", action="store_true", help="Chat: embedding and head too / 同时量化词嵌入与输出层"
+    )
     parser.add_argument("--vision-config", metavar="JSON", help="Chat, original file: sizes / 视觉编码器配置")
     parser.set_defaults(run=run, check_image=None)  # as the model's class has it: on with Paint, off with Chat
 
@@ -267,8 +270,9 @@ def settings_of(arguments: argparse.Namespace, kind: str) -> dict[str, Any]:
         settings["revision"] = arguments.revision
     if kind == "chat":
         mode = chat_mode(arguments)
-        checked = {"check_image": True} if arguments.check_image else {}
-        return {**settings, "mode": mode, **checked, **generation_options(arguments, mode)}
+        switches = ("check_image", "quantize_vision", "quantize_embedding")
+        given = {name: True for name in switches if getattr(arguments, name)}
+        return {**settings, "mode": mode, **given, **generation_options(arguments, mode)}
     return {
         **settings,
         "scheduler": arguments.scheduler,

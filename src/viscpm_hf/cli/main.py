@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+from ..quiet import uncollected
 from ..version import __version__
-from . import batch, chat, completion, convert, demo, inspect, live, memory, merge, paint, publish, serve, train
+from . import (
+    batch,
+    chat,
+    completion,
+    convert,
+    demo,
+    export,
+    inspect,
+    live,
+    memory,
+    merge,
+    paint,
+    publish,
+    serve,
+    train,
+)
 from . import eval as evaluate
 from .errors import EXIT_INTERRUPTED, describe
 from .parsing import Parser, parsers
@@ -19,7 +37,7 @@ from .parsing import Parser, parsers
 # Loggers that tell on import of kernels that can't be had, and of plans.
 LOUD = ("bitsandbytes", "torchao", "diffusers", "torch.utils._pytree", "huggingface_hub.serialization._torch")
 
-COMMANDS = (demo, chat, live, paint, batch, serve, inspect, memory, convert, merge, publish, train, evaluate)
+COMMANDS = (demo, chat, live, paint, batch, serve, inspect, memory, convert, merge, export, publish, train, evaluate)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; errors that the user can mend are one line on stderr and exit status 1."""
     arguments = build_parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for commands that start further processes
-    _configure_logging(arguments.verbose)
+    # At its end Python looks for garbage once more, among all that the libraries made, which takes half a second.
+    atexit.register(gc.freeze)
+    with uncollected():
+        _configure_logging(arguments.verbose)
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

@@ -78,7 +78,7 @@ def inspect(
     """
     adapter = AdapterFolder.find(source)
     if adapter is not None and find_original(source) is None:  # VisualCLA's release is an adapter, too
-        return _inspect_adapter(adapter, os.fspath(source))
+        return _inspect_peft_adapter(adapter, os.fspath(source))
     location = locate(source, revision, token, with_weights=False, cache_dir=cache_dir)
     if location.is_converted:
         return _inspect_converted(location)
@@ -285,7 +285,7 @@ def _inspect_without_weights(location: Location) -> Inspection:
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
-def _inspect_adapter(adapter: AdapterFolder, name: str) -> Inspection:
+def _inspect_peft_adapter(adapter: AdapterFolder, name: str) -> Inspection:
     weights, missing, problems, specs = adapter.path / ADAPTER_WEIGHTS, [], [], []
     files = {ADAPTER_WEIGHTS: weights.stat().st_size} if weights.is_file() else {}
     if files:

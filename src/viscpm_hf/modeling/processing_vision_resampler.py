@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .chat_processing import ChatProcessing, EncodedImage, Grid, check_messages, check_turn
 from .continued_messages import CONTINUED_BRACKET
@@ -81,7 +81,7 @@ class VisionResamplerProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
 
 
-class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
+class VisionResamplerProcessor(ChatProcessing):
     r"""
     Makes model inputs of prompts, as the chat template writes them, and images.
 
@@ -281,7 +281,8 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
                 "the earlier turn returned, encoded images too."
             )
         if num_others:
-            messages[0] = _message("user", messages[0]["content"], num_others)
+            first = next(place for place, message in enumerate(messages) if message["role"] == "user")
+            messages[first] = _message("user", messages[first]["content"], num_others)
         return messages
 
     def next_context(
@@ -413,11 +414,20 @@ def _read_context(context: str) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"The context is not what an earlier turn returned: {error}.") from error
     if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message and isinstance(message.get("content"), (str, list))
-        for message in messages
+        isinstance(message, dict) and "role" in message and _is_content(message.get("content")) for message in messages
     ):
         raise ValueError("The context is not what an earlier turn returned: a JSON list of messages.")
     return messages
+
+
+def _is_content(content: Any) -> bool:
+    """Whether that is a text, or a list of texts and images."""
+    if not isinstance(content, list):
+        return isinstance(content, str)
+    return all(
+        isinstance(part, dict) and (part.get("type") == "image" or isinstance(part.get("text"), str))
+        for part in content
+    )
 
 
 def _message(role: str, content: str | list[dict[str, Any]], num_images: int = 0) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class LongestMatch:
         self.words: defaultdict[str, list[str]] = defaultdict(list)
         """By their first character."""
         for word in words:
-            self.words[word[0]].append(word)
+            self.words[word[:1]].append(word)
         self.prefixes: dict[str, tuple[str | None, int, bool]] = {}
 
     def _first_entry(self, character: str) -> tuple[str | None, int, bool] | None:
