@@ -52,12 +52,18 @@ FIRST = (
     "import viscpm_hf; from diffusers import DiffusionPipeline",
     "from viscpm_hf.modeling.modeling_cpm_bee import CpmBeeModel",
     "import viscpm_hf, importlib.util; importlib.util.find_spec('transformers.modeling_utils')",
+    # Threads that find each other's modules half there.
+    "import viscpm_hf, transformers as used; in_threads('AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoConfig')",
+    "import transformers as used, viscpm_hf; in_threads('AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoConfig')",
+    "import viscpm_hf as used; in_threads('VisCPMChat', 'VisCPMPaint', 'CpmBeeConfig', 'memory_plan')",
 )
 
 
 def test_whatever_is_used_first_finds_our_classes_registered():
     in_a_new_process(
         "import os, sys, torch, numpy",
+        "from concurrent.futures import ThreadPoolExecutor",
+        "in_threads = lambda *names: [*ThreadPoolExecutor(len(names)).map(lambda name: getattr(used, name), names)]",
         f"for first in {FIRST}:",
         "    if os.fork():",
         "        continue",
@@ -70,4 +76,18 @@ def test_whatever_is_used_first_finds_our_classes_registered():
         "    waiting = [finder for finder in sys.meta_path if getattr(finder, 'act', None) is register_models]",
         "    os._exit(model_class is not viscpm_hf.VisCPMChatForConditionalGeneration or bool(waiting))",
         f"assert not any(os.wait()[1] for _ in {FIRST})",
+    )
+
+
+def test_the_garbage_collector_waits_for_the_libraries_alone():
+    in_a_new_process(
+        "import gc, sys",
+        "rounds = lambda: gc.get_stats()[2]['collections']",
+        "before = rounds()",
+        "from viscpm_hf.cli import main",
+        f"assert main(['inspect', {tiny('chat')!r}]) == 0 and 'transformers' in sys.modules",
+        "assert gc.isenabled() and rounds() - before < 4, rounds() - before",
+        "import atexit",
+        "atexit._run_exitfuncs()",
+        "assert gc.get_freeze_count() > 100_000",
     )

@@ -4,6 +4,8 @@ Importing it registers every model with transformers' Auto classes and every pip
 libraries are used; itself it imports neither of them, nor torch.
 """
 
+import threading
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .registration import register
@@ -69,6 +71,9 @@ _EXPORTS = {
 
 __all__ = ["__version__", "tiny", *_EXPORTS]
 
+# One thread at a time: transformers and diffusers are half there for another that imports them meanwhile.
+_LOADING = threading.RLock()
+
 if TYPE_CHECKING:
     from .chat.answering import ChatRequest
     from .chat.chat import VisCPMChat
@@ -116,9 +121,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    with _LOADING:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 
 
 def __dir__() -> list[str]:

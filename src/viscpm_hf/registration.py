@@ -1,9 +1,10 @@
 """When transformers and diffusers get to know our classes: as soon as they are used, and not before.
 
-Both libraries are lazy; torch and the models behind them take seconds to import, and `viscpm-hf --help` needs none.
-So `import viscpm_hf` imports nothing of theirs: it waits, as a finder of Python's import system, for the first import
-that goes deeper than transformers' lazy top module, or into a room of ours that is built on it. That import is the
-outermost one: nothing of the library is half there when our classes follow it.
+Torch and the models behind both libraries take seconds to import, and `viscpm-hf --help` needs none. So
+`import viscpm_hf` imports nothing of theirs: it waits, as a finder of Python's import system, for the first import of
+transformers, or of a room of ours that is built on it. What our classes need follows while that import lasts, for
+which every other thread waits: later, threads that load models at the same time would find each other's modules half
+there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 
-from .quiet import quiet
+from .quiet import quiet, uncollected
 
 
 # Rooms that registering imports, but for what in them is as light as this file.
@@ -25,7 +26,7 @@ LOUD = ("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch"
 
 def register() -> None:
     """Makes both libraries know our classes, now or when they are first used; a second call changes nothing."""
-    _when(_is_use_of_transformers, register_models, "transformers.models.auto" in sys.modules)
+    _when(_is_use_of_transformers, register_models, "transformers" in sys.modules)
     _when(lambda name: name == "diffusers", register_pipelines, "diffusers" in sys.modules)
 
 
@@ -44,14 +45,12 @@ def register_pipelines() -> None:
 
 
 def _is_use_of_transformers(name: str) -> bool:
-    if name.startswith("transformers."):
-        return not getattr(sys.modules["transformers"].__spec__, "_initializing", False)
-    return name.startswith(ROOMS) and name not in LIGHT
+    return name == "transformers" or (name.startswith(ROOMS) and name not in LIGHT)
 
 
 def _when(is_awaited: Callable[[str], bool], act: Callable[[], None], is_here: bool) -> None:
     if is_here:
-        with quiet(*LOUD):
+        with quiet(*LOUD), uncollected():
             act()
     elif not any(isinstance(finder, Waiting) and finder.act is act for finder in sys.meta_path):
         sys.meta_path.insert(0, Waiting(is_awaited, act))
@@ -80,7 +79,7 @@ class Waiting(importlib.abc.MetaPathFinder):
                 if is_first:
                     sys.meta_path.remove(self)
                 try:
-                    with quiet(*LOUD):
+                    with quiet(*LOUD), uncollected():
                         load(module)
                         if is_first:
                             self.act()

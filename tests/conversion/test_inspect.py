@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import CHAT_LAYOUTS, CPM_BEE_LAYOUTS, GOLDEN
 
-from viscpm_hf import OriginalCheckpointError, VisCPMChatConfig, convert, inspect
+from viscpm_hf import OriginalCheckpointError, VisCPMChatConfig, convert, inspect, tiny
 
 
 PAINT = GOLDEN / "paint_a"
@@ -57,6 +57,11 @@ def test_paint(converted_paint):
         assert found.kind == "paint" and found.is_complete, found
         assert {"language model", "projection", "UNet"} <= found.parameters.keys()
         assert found.sizes["prompt_embedding"] == 24
+
+
+def test_a_paint_folder_of_the_first_version_is_whole():
+    """Its table has the rows of words alone; no head is tied to it."""
+    assert inspect(tiny("paint")).is_complete
 
 
 def test_paint_without_vae(tmp_path):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from viscpm_hf.modeling import packed_linear
-from viscpm_hf.modeling.packed_linear import FEW_ROWS, PACKED_CLASSES, PackedConfig, quantize_weight
+from viscpm_hf.modeling import packed_linear, row_products
+from viscpm_hf.modeling.packed_linear import FEW_ROWS, GROUP, PACKED_CLASSES, PackedConfig, quantize_weight
+from viscpm_hf.modeling.row_products import MAX_INT4_ROWS, int4_row_product, unpack_int4
 
 
 SHAPES = [(8, 128, 192), (8, 48, 72), (4, 128, 192), (4, 64, 64)]
@@ -18,6 +19,14 @@ def layer_of(bits: int, inputs: int, outputs: int, bias: bool = False) -> tuple[
     if bias:
         layer.bias.data = torch.randn(outputs)
     return layer, torch.cat(list(layer.unpacked(torch.float32)))
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    row_products.kernel.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    yield
+    row_products.kernel.cache_clear()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -41,13 +50,50 @@ def test_weights_are_close(bits, inputs, outputs):
 @pytest.mark.parametrize(("bits", "inputs", "outputs"), SHAPES)
 def test_every_number_of_rows(bits, inputs, outputs, dtype):
     layer, weight = layer_of(bits, inputs, outputs, bias=True)
-    for rows in (1, 3, FEW_ROWS[bits], FEW_ROWS[bits] + 1, 60):
+    for rows in (1, 3, FEW_ROWS[bits], FEW_ROWS[bits] + 1, 113):
         hidden = torch.randn(2, rows, inputs)[:1].to(dtype)
         output = layer(hidden)
         assert output.shape == (1, rows, outputs) and output.dtype == dtype
         assert relative_error(output, hidden.float() @ weight.T + layer.bias) <= 0.01
     assert layer(torch.zeros(0, inputs)).shape == (0, outputs)
     assert (layer(torch.zeros(40, inputs)) == layer.bias).all()
+
+
+@pytest.mark.parametrize(("bits", "inputs", "outputs"), SHAPES[2:])
+def test_every_number_of_rows_without_a_compiler(no_compiler, bits, inputs, outputs):
+    test_every_number_of_rows(bits, inputs, outputs, torch.bfloat16)
+    assert row_products.kernel() is None
+
+
+@pytest.mark.skipif(not row_products.has_int4_products(row_products.kernel()), reason="needs VNNI, VBMI, a compiler")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (192, 320), (1088, 704)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, MAX_INT4_ROWS])
+def test_our_kernel_for_4_bits(inputs, outputs, rows):
+    """Nearer to the exact product than torch's, also of fp32 rows, and with an outlier."""
+    layer, weight = layer_of(4, inputs, outputs)
+    hidden = torch.randn(rows, inputs)
+    found = int4_row_product(hidden, layer.weight, layer.scale)
+    assert relative_error(found, hidden @ weight.T) <= 1e-4
+    assert torch.equal(found[:1], int4_row_product(hidden[:1], layer.weight, layer.scale))  # however many rows
+    hidden[:, 7] *= 500
+    assert relative_error(layer(hidden), hidden @ weight.T) <= 1e-3
+    half = hidden.bfloat16()
+    exact, theirs = (
+        half.float() @ weight.T,
+        torch.ops.aten._weight_int4pack_mm_for_cpu(half, layer.weight, GROUP, layer.scale),
+    )
+    ours = int4_row_product(half, layer.weight, layer.scale)
+    assert relative_error(ours, exact) <= max(0.003, relative_error(theirs, exact))
+    assert relative_error(ours, theirs.float()) <= 0.005
+
+
+@pytest.mark.skipif(row_products.kernel() is None, reason="needs a compiler")
+def test_unpacked_by_the_kernel():
+    layer, weight = layer_of(4, 192, 320)
+    for first, count in ((0, 320), (64, 64), (128, 192)):
+        found = torch.empty(192, count, dtype=torch.bfloat16)
+        unpack_int4(layer.weight, layer.scale, first, found)
+        torch.testing.assert_close(found.float(), weight[first : first + count].T, rtol=2**-8, atol=1e-6)
 
 
 def test_an_outlier_among_many_rows_costs_nothing():

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from ..quiet import uncollected
 from ..tiny.embedded import EMBEDDED_NAME, KINDS, tiny
 from .model_options import add_hub_options, hub_options
 
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     paths = [tiny(kind) for kind in KINDS] if arguments.path == EMBEDDED_NAME else [arguments.path]
     options = {"llm_config": arguments.llm_config, "vision_config": arguments.vision_config}
-    found = [inspect(path, **options, **hub_options(arguments, arguments.path)) for path in paths]
+    with uncollected():  # of Paint's UNet diffusers imports as much again
+        found = [inspect(path, **options, **hub_options(arguments, arguments.path)) for path in paths]
     for inspection in found:
         print(json.dumps(as_dict(inspection), ensure_ascii=False) if arguments.json else describe(inspection))
     return 0 if all(inspection.is_complete for inspection in found) else 1

@@ -211,7 +211,8 @@ def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> No
     missing = [name for name in expected if name not in stored]
     surplus = [name for name in stored if name not in expected]
     # Folders of version 0.1 have the rows of words alone, the others are made when they are loaded.
-    num_words = getattr(model.config.get_text_config(decoder=True), "num_words", None) if tied else None
+    is_diffusers = not hasattr(model.config, "get_text_config")
+    num_words = None if is_diffusers else getattr(model.config.get_text_config(decoder=True), "num_words", None)
     misshaped = [
         name
         for name in expected

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch.nn.functional import pad
-from transformers import BatchFeature
+from transformers import BatchFeature, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .continued_messages import with_continued_brackets, written
@@ -53,7 +53,7 @@ class EncodedImage:
     grid: Grid = (0, 0)
 
 
-class ChatProcessing:
+class ChatProcessing(ProcessorMixin):
     """A base of processors: conversations to prompts, tokens to answers, images to views.
 
     A subclass has `tokenizer`, `image_processor`, `num_query_tokens` and what raises `NotImplementedError` here.

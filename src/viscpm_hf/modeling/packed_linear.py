@@ -1,12 +1,13 @@
-"""Linear layers in 8 and 4 bits as torch's own CPU kernels read them, and how transformers loads and saves them.
+"""Linear layers in 8 and 4 bits as torch's CPU kernels and ours read them, and how transformers loads and saves them.
 
 | rows of a product | 8 bits | 4 bits |
 | --- | --- | --- |
-| few: a step of decoding, beams | `aten::_weight_int8pack_mm` | `aten::_weight_int4pack_mm_for_cpu` |
+| few: steps, beams | `aten::_weight_int8pack_mm` | our kernel (VNNI); else `aten::_weight_int4pack_mm_for_cpu` |
 | many: prompts, batches | int8 product (VNNI, AMX), rows in two digits of 8 bits | unpacked to bf16 piece by piece |
 
-The kernels multiply rows in bf16 and add in fp32. Without VNNI, on other devices and where gradients are wanted,
-8-bit weights are unpacked too. The numbers of rows are where one way becomes faster than the other, measured.
+Torch's kernels multiply rows in bf16 and add in fp32; ours (`row_products`) takes two digits of 8 bits here too.
+Without VNNI, on other devices and where gradients are wanted, 8-bit weights are unpacked too. The numbers of rows are
+where one way becomes faster than the other, measured.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .row_products import MAX_INT4_ROWS, int4_row_product, kernel, unpack_int4
+
 
 QUANT_METHOD = "viscpm_packed"
 # Of a 4-bit weight: columns that share scale and zero point; rows that lie side by side, as AVX-512 reads them.
 GROUP, BLOCK = 64, 64
 # Values that are unpacked at a time.
 PIECE = 2**21
+# Outputs that are unpacked at a time for a product: few enough for the caches, enough for the library.
+OUTPUTS = 512
 TINY = 1e-30
 
 
@@ -45,7 +50,7 @@ def _reads_our_bytes() -> bool:
 # Whether the CPU multiplies whole matrices of int8 without overflow on the way, and reads 4-bit weights.
 HAS_INT8_PRODUCTS, HAS_4_BIT_KERNEL = torch.cpu._is_vnni_supported(), _reads_our_bytes()
 # Up to so many rows the kernels are faster.
-FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: 32 if HAS_4_BIT_KERNEL else 0}
+FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: MAX_INT4_ROWS if HAS_4_BIT_KERNEL else 0}
 
 
 class PackedLinear(nn.Module):
@@ -66,13 +71,13 @@ class PackedLinear(nn.Module):
         if rows.device.type != "cpu" or (rows.requires_grad and torch.is_grad_enabled()):
             output = self.unpacked_product(rows)
         elif len(rows) <= FEW_ROWS[self.bits]:
-            output = self.kernel(rows.to(torch.bfloat16).contiguous())
+            output = self.product_of_few(rows)
         else:
             output = self.product_of_many(rows)
         output = output.to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
-    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
+    def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
@@ -102,8 +107,8 @@ class Int8Linear(PackedLinear):
         scale = torch.empty(out_features, dtype=torch.bfloat16, device=device)
         self.weight, self.scale = (nn.Parameter(it, requires_grad=False) for it in (weight, scale))
 
-    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale.to(rows.dtype))
+    def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), self.weight, self.scale)
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
         if not HAS_INT8_PRODUCTS:
@@ -165,11 +170,28 @@ class Int4Linear(PackedLinear):
         scale = torch.empty(in_features // GROUP, out_features, 2, dtype=torch.bfloat16, device=device)
         self.weight, self.scale = (nn.Parameter(it, requires_grad=False) for it in (weight, scale))
 
-    def kernel(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
+    def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        # A compiled graph can't call ours.
+        output = None if torch.compiler.is_compiling() else int4_row_product(rows, self.weight, self.scale)
+        if output is None:
+            rows = rows.to(torch.bfloat16).contiguous()
+            output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
+        return output
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(torch.bfloat16)
+        if torch.compiler.is_compiling() or kernel() is None:
+            return self.product_without_kernel(rows)
+        output = rows.new_empty(len(rows), self.out_features)
+        scratch = rows.new_empty(self.in_features * min(OUTPUTS, self.out_features))
+        for part, start in zip(output.split(OUTPUTS, 1), range(0, self.out_features, OUTPUTS), strict=True):
+            values = scratch[: self.in_features * part.shape[1]].view(self.in_features, -1)
+            unpack_int4(self.weight, self.scale, start, values)
+            part.copy_(rows @ values)
+        return output
+
+    def product_without_kernel(self, rows: torch.Tensor) -> torch.Tensor:
+        """As [`product_of_many`], of rows in bf16."""
         groups, count = self.in_features // GROUP, len(rows)
         blocks = self.weight.view(-1, self.in_features, BLOCK // 2)
         scale, zero = self.scale.view(groups, -1, BLOCK, 2).permute(3, 1, 0, 2).contiguous()

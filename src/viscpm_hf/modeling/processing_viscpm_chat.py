@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .chat_processing import ChatProcessing, EncodedImage, Grid, TokenTexts, check_messages, check_turn
 from .continued_messages import CONTINUED_BRACKET
@@ -112,7 +112,7 @@ class ChatPrompt:
     """In place of a document: text of one segment, in document syntax."""
 
 
-class VisCPMChatProcessor(ChatProcessing, ProcessorMixin):
+class VisCPMChatProcessor(ChatProcessing):
     r"""
     Makes model inputs of conversations (`apply_chat_template`), CPM-Bee documents or texts, and images.
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
 from .chat_processing import ChatProcessing, EncodedImage, Grid, check_messages, check_turn
 from .continued_messages import CONTINUED_BRACKET
@@ -81,7 +81,7 @@ class VisionResamplerProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
 
 
-class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
+class VisionResamplerProcessor(ChatProcessing):
     r"""
     Makes model inputs of prompts, as the chat template writes them, and images.
 
@@ -281,7 +281,8 @@ class VisionResamplerProcessor(ChatProcessing, ProcessorMixin):
                 "the earlier turn returned, encoded images too."
             )
         if num_others:
-            messages[0] = _message("user", messages[0]["content"], num_others)
+            first = next(place for place, message in enumerate(messages) if message["role"] == "user")
+            messages[first] = _message("user", messages[first]["content"], num_others)
         return messages
 
     def next_context(
