@@ -61,7 +61,8 @@ def test_paint(converted_paint):
 
 def test_a_paint_folder_of_the_first_version_is_whole():
     """Its table has the rows of words alone; no head is tied to it."""
-    assert inspect(tiny("paint")).is_complete
+    found = inspect(tiny("paint"))
+    assert found.is_complete and found.licence == "Apache-2.0"
 
 
 def test_paint_without_vae(tmp_path):

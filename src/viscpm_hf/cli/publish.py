@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from .model_options import add_kind_option, one_of_both
 from .words import count
 
 
@@ -23,8 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="check a converted folder and upload it / 检查并上传",
         description="Check a converted folder and upload it to the Hub. / 检查转换后的文件夹并上传到 Hub。",
     )
-    parser.add_argument("folder", metavar="OUT", help="what convert wrote, or viscpm-tiny / 转换后的文件夹")
-    add_kind_option(parser)
+    parser.add_argument("folder", metavar="OUT", help="what convert wrote / 转换后的文件夹")
     parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME / 仓库")
     parser.add_argument("--private", action="store_true", help="a new repository is private / 私有仓库")
     parser.add_argument(
@@ -38,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..conversion.publish import publish
 
     publication = publish(
-        one_of_both(arguments.folder, arguments.kind),
+        arguments.folder,
         arguments.repo_id,
         private=arguments.private,
         dry_run=arguments.dry_run,

@@ -11,6 +11,7 @@ from ..training.options import add_config_options, config_from_arguments
 from . import train_paint
 from .errors import EXIT_INTERRUPTED
 from .model_options import add_hub_options, hub_options
+from .words import count
 
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def _add_merge(kinds: argparse._SubParsersAction) -> None:
         "merge",
         examples=(
             "viscpm-hf train merge --model viscpm-tiny --adapter adapter OUT",
-            "viscpm-hf train merge --model pytorch_model.bin --adapter adapter OUT --dtype bf16",
+            "viscpm-hf train merge --model pytorch_model.bin --adapter adapter OUT --dtype bfloat16",
         ),
         help="merge an adapter into its model / 合并适配器",
         description="Write a Chat model with an adapter's changes in its weights. / 把适配器合并进 Chat 模型的权重。",
@@ -110,4 +111,4 @@ def describe(result: ChatTrainingResult) -> str:
     if result.eval_loss is not None:
         best = f", best at step {result.best_step}" if result.best_step is not None else ""
         lines.append(f"loss on held-out data {result.eval_loss:.4f}{best}")
-    return "\n".join([*lines, f"wrote {result.output}: {result.steps} steps, {result.seconds:.1f} s"])
+    return "\n".join([*lines, f"wrote {result.output}: {count(result.steps, 'step')}, {result.seconds:.1f} s"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..training.options import add_config_options, config_from_arguments
 from ..training.paint_config import PaintTrainingConfig
 from .errors import EXIT_INTERRUPTED
+from .words import count
 
 
 if TYPE_CHECKING:
@@ -58,4 +59,4 @@ def describe(result: PaintTrainingResult) -> str:
     if result.eval_loss is not None:
         best = f", best at step {result.best_step}" if result.best_step is not None else ""
         lines.append(f"loss on held-out data {result.eval_loss:.4f}{best}")
-    return "\n".join([*lines, f"wrote {result.output}: {result.steps} steps, {result.seconds:.1f} s"])
+    return "\n".join([*lines, f"wrote {result.output}: {count(result.steps, 'step')}, {result.seconds:.1f} s"])

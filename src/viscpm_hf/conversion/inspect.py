@@ -305,7 +305,7 @@ def _inspect_peft_adapter(adapter: AdapterFolder, name: str) -> Inspection:
     return Inspection(
         source=name,
         kind=None,
-        layout=f"{plain(config.get('peft_type') or 'PEFT')} adapter",
+        layout=f"{plain(config.get('peft_type') or 'PEFT').replace('LORA', 'LoRA')} adapter",
         files=files,
         num_bytes=sum(files.values()),
         num_parameters=count,
@@ -360,7 +360,10 @@ def _inspect_converted(location: Location) -> Inspection:
             problems.append(str(error))
     name = shlex.quote(location.name)
     chats = FAMILIES[location.kind].processor_class is not None
-    command = f"viscpm-hf chat {name} IMAGE" if chats else f"viscpm-hf publish {name} REPO_ID --dry-run"
+    if is_paint:
+        command = f"viscpm-hf paint {name} PROMPT -o PNG"
+    else:
+        command = f"viscpm-hf chat {name} IMAGE" if chats else f"viscpm-hf publish {name} REPO_ID --dry-run"
     return inspection(
         location,
         location.kind,

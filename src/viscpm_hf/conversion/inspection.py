@@ -21,6 +21,8 @@ from ..checkpoints.original import (
 from ..checkpoints.tensor_files import TensorSpec, dtype_name
 from ..families.systems import system_of
 from ..modeling.configuration_vision_resampler import VisionResamplerConfig
+from ..tiny.embedded import FOLDER
+from ..tiny.embedded import LICENCE as EMBEDDED_LICENCE
 from .model_card import LICENCE
 
 
@@ -104,6 +106,8 @@ def inspection(location: Location, kind: str | None, files: dict[str, int], part
     if isinstance(config, VisionResamplerConfig):
         facts = system_of(config)
         system, licence = facts.name, facts.licence
+    elif location.path.parent == FOLDER:
+        licence = EMBEDDED_LICENCE
     return Inspection(
         source=location.name,
         kind=kind,

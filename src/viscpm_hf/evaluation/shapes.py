@@ -161,7 +161,7 @@ def summarize(rows: Sequence[InputRow], lines: Mapping[str, dict[str, Any]], par
             name: {
                 part: proportion(sum(bool(line.get(part)) for line in found), len(found)).as_dict() for part in parts
             }
-            for name, found in by_name.items()
+            for name, found in sorted(by_name.items(), key=lambda item: item[0] == "all")
         }
         for language, by_name in groups.items()
     }

@@ -15,6 +15,7 @@ from ..plain_text import plain
 
 EMBEDDED_NAME = "viscpm-tiny"
 KINDS = ("chat", "paint")
+LICENCE = "Apache-2.0"
 
 # Of a name that is meant to be that of the embedded model.
 LIKENESS = 0.8
