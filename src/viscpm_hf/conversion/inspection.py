@@ -88,7 +88,8 @@ class Inspection:
 
 
 def convert_command(source: str, missing: list[str]) -> str:
-    words = ["viscpm-hf", "convert", source, f"{Path(source).stem or 'viscpm'}-hf", "--verify"]
+    name = Path(source).name.removesuffix(".bin").removesuffix(".pt") or "viscpm"
+    words = ["viscpm-hf", "convert", source, f"{name}-hf", "--verify"]
     if "vocab.txt" in missing:
         words += ["--vocab", "vocab.txt"]
     if any(name.startswith("vae/") for name in missing):
