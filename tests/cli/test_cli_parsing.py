@@ -55,6 +55,7 @@ def test_common_help_is_a_screen_and_rare_options_are_named(capsys, monkeypatch,
         with pytest.raises(SystemExit):
             main([command, "--help-all"])
         assert len(capsys.readouterr().out.splitlines()) > len(short.splitlines())
+    assert command != "serve" or "--cors-origin ORIGIN" in short  # what an option takes is told, whatever is left out
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,10 @@ class Parser(argparse.ArgumentParser):
             for action, help in helps:
                 action.help = help
         if rare:
-            names = ", ".join(action.option_strings[0] for action in rare)
-            text += "\n" + _wrapped(f"--help-all explains also / 更多选项见 --help-all: {names}")
+            # With what they take, which stays on the option's line.
+            invocation = self._get_formatter()._format_action_invocation
+            names = ", ".join(invocation(action).replace(" ", "\0") for action in rare)
+            text += "\n" + _wrapped(f"--help-all explains also / 更多选项见 --help-all: {names}").replace("\0", " ")
         if self.examples:
             text += "\nexamples / 示例:\n" + "".join(f"  {example}\n" for example in self.examples)
         return text
