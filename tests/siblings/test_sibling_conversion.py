@@ -169,7 +169,7 @@ def original_contents(folder: Path) -> dict[str, dict]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.suffix in (".bin", ".safetensors"):
-            contents[name] = load_file(path) if path.suffix == ".safetensors" else torch.load(path)
+            contents[name] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
         elif path.suffix == ".json" and name != "conversion.json":
             contents[name] = json.loads(path.read_text("utf-8"))
     return contents

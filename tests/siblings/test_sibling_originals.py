@@ -292,7 +292,9 @@ def test_merged_folder_with_its_head_tied(tmp_path):
     """The original's script saved embedding and head as one storage."""
     folder = small_visualcla().write(tmp_path / "tied")
     text = folder / "text_encoder"
-    tensors = {name: tensor for file in text.glob("*.bin") for name, tensor in torch.load(file).items()}
+    tensors = {
+        name: tensor for file in text.glob("*.bin") for name, tensor in torch.load(file, weights_only=True).items()
+    }
     for file in text.glob("pytorch_model*"):
         file.unlink()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

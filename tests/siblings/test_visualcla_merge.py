@@ -25,7 +25,7 @@ def release(tmp_path_factory) -> VisualClaRelease:
     release = write_visualcla_release(make_system("visualcla"), tmp_path_factory.mktemp("release"))
     write_tokenizer("visualcla", release.adapter)
     for file in release.text_model.glob("*.bin"):
-        torch.save({name: tensor.half() for name, tensor in torch.load(file).items()}, file)
+        torch.save({name: tensor.half() for name, tensor in torch.load(file, weights_only=True).items()}, file)
     return release
 
 
@@ -33,7 +33,7 @@ def bases(release: VisualClaRelease) -> dict[str, torch.Tensor]:
     """Both bases by the names of the whole model."""
     tensors = {f"vision_model.{k}": v for k, v in load_file(release.vision_model / "model.safetensors").items()}
     for file in release.text_model.glob("*.bin"):
-        tensors |= {f"text_model.{name}": tensor for name, tensor in torch.load(file).items()}
+        tensors |= {f"text_model.{name}": tensor for name, tensor in torch.load(file, weights_only=True).items()}
     return tensors
 
 
@@ -65,7 +65,7 @@ def change(adapter: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 def test_matrices_are_base_plus_change(release, merged):
     before, after = bases(release), merged_tensors(merged)
-    adapter = torch.load(release.adapter / "adapter_model.bin")
+    adapter = torch.load(release.adapter / "adapter_model.bin", weights_only=True)
     for original, ours in (
         ("text_model.model.layers.1.mlp.down_proj", "language_model.model.layers.1.mlp.down_proj"),
         ("text_model.model.layers.0.self_attn.q_proj", "language_model.model.layers.0.self_attn.q_proj"),
@@ -83,7 +83,7 @@ def test_matrices_are_base_plus_change(release, merged):
 
 
 def test_embeddings_are_replaced_and_the_vocabulary_is_theirs(release, merged):
-    adapter, after = torch.load(release.adapter / "adapter_model.bin"), merged_tensors(merged)
+    adapter, after = torch.load(release.adapter / "adapter_model.bin", weights_only=True), merged_tensors(merged)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         own = adapter[f"base_model.model.text_model.{name}"]
         assert torch.equal(after[f"language_model.{name}"], own.half())
@@ -130,7 +130,7 @@ def test_several_adapters_one_after_the_other(release, tmp_path):
     (second / "adapter_model.bin").unlink()
     config = json.loads((second / "adapter_config.json").read_text())
     write_json(second / "adapter_config.json", config | {"r": 2, "lora_alpha": 1})
-    first = torch.load(release.adapter / "adapter_model.bin")
+    first = torch.load(release.adapter / "adapter_model.bin", weights_only=True)
     merge(release, tmp_path / "out", f"{release.adapter},{second}", dtype="float32")
     expected = bases(release)[f"{name}.weight"].double() + change(first, name) + 0.5 * (b.double() @ a.double())
     after = merged_tensors(tmp_path / "out")["language_model.model.layers.0.mlp.up_proj.weight"]
@@ -206,18 +206,18 @@ def test_text_half_is_an_adapter_of_the_language_model(release, merged, halves):
 
 
 def test_vision_half_has_the_rest(release, halves):
-    adapter = torch.load(release.adapter / "adapter_model.bin")
-    tensors = torch.load(halves[1] / "adapter_model.bin")
+    adapter = torch.load(release.adapter / "adapter_model.bin", weights_only=True)
+    tensors = torch.load(halves[1] / "adapter_model.bin", weights_only=True)
     name = "encoder.layers.0.self_attn.q_proj.lora_A.weight"
     source = f"base_model.model.vision_model.vision_model.{name}"
     assert torch.equal(tensors[f"base_model.model.vision_model.{name}"], adapter[source])
-    own = torch.load(halves[1] / "visual_resampler_model.bin") | torch.load(
-        halves[1] / "image_projection_layer_model.bin"
+    own = torch.load(halves[1] / "visual_resampler_model.bin", weights_only=True) | torch.load(
+        halves[1] / "image_projection_layer_model.bin", weights_only=True
     )
     assert torch.equal(own["weight"], adapter["base_model.model.image_projection_layer.weight"])
     assert json.loads((halves[1] / "visual_resampler_config.json").read_text())["num_query_tokens"] == 4
     # Nothing of the release is lost.
-    text = torch.load(halves[0] / "adapter_model.bin")
+    text = torch.load(halves[0] / "adapter_model.bin", weights_only=True)
     assert len(text) + len(tensors) + len(own) == len(adapter)
 
 
