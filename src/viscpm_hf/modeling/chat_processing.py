@@ -7,7 +7,6 @@ number of tokens. A *grid* is the rows and columns of an image's tiles, (0, 0) f
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -170,13 +169,13 @@ class ChatProcessing(ProcessorMixin):
         """
         raise NotImplementedError
 
-    def answer_stream(self, prompt: Prompt | None = None) -> AnswerText:
-        """What tells the text of an answer to this prompt as its tokens come."""
-        return AnswerText(self, prompt)
+    def settles(self, token: int, last: int | None = None) -> bool:
+        """Whether nothing behind this token of an answer changes its text or that of the tokens before it.
 
-    def num_settled(self, ids: Sequence[int]) -> int:
-        """How many of an answer's first tokens have a text that nothing after them changes."""
-        return len(ids)
+        Args:
+            last: the last one before it that did so.
+        """
+        return True
 
     def token_bytes(self, token: int, prompt: Prompt | None = None) -> bytes:
         """What a token adds to an answer, in UTF-8, or its name if that is nothing."""
@@ -249,36 +248,35 @@ class ChatProcessing(ProcessorMixin):
 
 
 class AnswerText:
-    """The text of an answer as its tokens come."""
+    """The text of an answer as its tokens come. Every token is decoded a few times, however long the answer gets:
+    with what follows it, and as the beginning of that."""
 
     def __init__(self, processor: ChatProcessing, prompt: Prompt | None = None):
         self.processor = processor
         self.prompt = prompt
-        self._told = ""
+        self._num_seen = self._num_told = 0
+        self._is_over = False
 
     def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
         """What is to be told beyond what was; `ids` are all tokens so far, an end token included."""
-        if not is_last:
-            ids = ids[: self.processor.num_settled(ids)]
-        text = self.processor.answer_text(ids, self.prompt)
-        if not text.startswith(self._told):
+        if self._is_over:
             return ""
-        told, self._told = self._told, text
-        return text[len(told) :]
-
-
-class TokenTexts(AnswerText):
-    """Likewise where every token has a text of its own, whatever is before and after it."""
-
-    def __init__(self, processor: ChatProcessing, prompt: Prompt | None = None):
-        super().__init__(processor, prompt)
-        self._begin = 0
-
-    def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
-        new, self._begin = ids[self._begin :], len(ids)
-        if self.processor.tokenizer.eos_token_id in new:
-            self._begin = sys.maxsize  # the answer has ended
-        return self.processor.answer_text(new, self.prompt)
+        told = end = self._num_told
+        new = ids[self._num_seen :]
+        self._is_over = is_last or self.processor.tokenizer.eos_token_id in new
+        if self._is_over:
+            end = len(ids)
+        else:
+            for place, token in enumerate(new, self._num_seen + 1):
+                if self.processor.settles(token, ids[end - 1] if end else None):
+                    end = place
+        self._num_seen, self._num_told = len(ids), end
+        if end == told:
+            return ""
+        # The token before them says whether a space between is theirs.
+        last = ids[max(told - 1, 0) : told]
+        text = self.processor.answer_text([*last, *ids[told:end]], self.prompt)
+        return text[len(self.processor.answer_text(last, self.prompt)) :]
 
 
 def check_turn(question: Any, context: Any) -> None:
@@ -301,4 +299,4 @@ def check_messages(messages: Sequence[Mapping[str, Any]], num_images: int) -> No
         raise ValueError(f"The messages have {found} images, but {num_images} were given.")
 
 
-__all__ = ["AnswerText", "ChatProcessing", "EncodedImage", "ImageViews", "TokenTexts", "check_messages", "check_turn"]
+__all__ = ["AnswerText", "ChatProcessing", "EncodedImage", "ImageViews", "check_messages", "check_turn"]
