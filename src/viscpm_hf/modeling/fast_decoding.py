@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .row_products import cpp_compiler, kernel, runs_in_kernel
+from .cpp_kernels import cpp_compiler
+from .row_products import kernel, runs_in_kernel
 
 
 def has_kernel(*modules: nn.Module) -> bool:

@@ -13,22 +13,14 @@ import contextlib
 import contextvars
 import ctypes
 import functools
-import hashlib
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
+from .cpp_kernels import COMMON, load_library
 
-logger = logging.get_logger(__name__)
 
 # Above, libraries are as fast.
 MAX_ROWS = 4
@@ -37,38 +29,8 @@ HUGE_PAGE_BYTES = 2**21
 MAX_INT4_ROWS = 48
 # What the kernel takes in one go along the width.
 STEP = 32
-# No -ffast-math: loading such a library would flush the denormal numbers of the whole process.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", f"-DMAX_INT4_ROWS={MAX_INT4_ROWS}")
 
 SOURCE = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-struct Pair { Floats even, odd; };
-
-// A bf16 is the upper half of a float: 32 of them are 16 of even and 16 of odd place, a shift and a mask away.
-static inline Pair load(const uint16_t* from) {
-  Bits both;
-  memcpy(&both, from, sizeof both);
-  return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
-}
-static inline Pair load(const float* from) {
-  Pair pair;
-  memcpy(&pair, from, sizeof pair);
-  return pair;
-}
-static inline void store(float value, float* to) { *to = value; }
-static inline void store(float value, uint16_t* to) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 // y (rows, n) = x (rows, k) . w (n, k)^T
 template <int ROWS, class Number>
 static void product(const Number* w, const Number* x, Number* y, long n, long k, int threads) {
@@ -269,31 +231,11 @@ extern "C" void bfloat16_int4(const uint8_t* w, const uint32_t* scales, const ui
 _uses_kernel: contextvars.ContextVar[bool] = contextvars.ContextVar("uses_kernel", default=False)
 
 
-def cpp_compiler() -> str | None:
-    """The machine's C++ compiler, `CXX` first."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    return next((name for name in names if shutil.which(name)), None)
-
-
 @functools.lru_cache(1)
 def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, from the disk if it was compiled before; None where there is no compiler for it."""
-    compiler = cpp_compiler()
-    if compiler is None or platform.system() != "Linux":
-        return None
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        machine = sorted({line for line in lines if "name" in line or "flags" in line})
-        made_of = hashlib.sha256("\n".join([SOURCE, compiler, *FLAGS, *machine]).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
-        file = cache / "viscpm_hf" / f"row_products_{made_of}.so"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, file)
-        library = ctypes.CDLL(os.fspath(file))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.warning(f"Products on the CPU go without our own kernel: {' '.join(reason.split())[:300]}")
+    """The compiled kernel; None where there is no compiler for it."""
+    library = load_library("row_products", COMMON + SOURCE, (f"-DMAX_INT4_ROWS={MAX_INT4_ROWS}",))
+    if library is None:
         return None
     for dtype in _DTYPES.values():
         function = getattr(library, dtype)
@@ -312,15 +254,6 @@ def kernel() -> ctypes.CDLL | None:
 def has_int4_products(library: ctypes.CDLL | None) -> bool:
     """Whether the CPU has the instructions (AVX-512 VNNI and VBMI); weights are unpacked without them too."""
     return library is not None and hasattr(library, "float32_int4")
-
-
-def _compile(compiler: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source, made = Path(folder, "row_products.cpp"), Path(folder, target.name)
-        source.write_text(SOURCE, "utf-8")
-        command = [compiler, *FLAGS, os.fspath(source), "-o", os.fspath(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        made.replace(target)  # another process may be at the same
 
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
