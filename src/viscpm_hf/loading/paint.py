@@ -381,6 +381,17 @@ def _load_diffusers_folder(model_class: type[ModelMixin], folder: Path, dtype: t
     return model_class.from_pretrained(folder, torch_dtype=dtype).eval()
 
 
+def compile_unet(unet: UNet2DConditionModel, **options) -> None:
+    """Compiles a UNet in place, its weights channels-last. Each number and size of pictures is compiled anew, at its
+    first step.
+
+    Args:
+        options: further ones of `torch.compile`.
+    """
+    unet.to(memory_format=torch.channels_last)
+    unet.compile(dynamic=False, **options)
+
+
 def _config_of(folder: Path) -> dict[str, Any] | None:
     """A diffusers model's configuration, without the keys that describe the file."""
     path = folder / "config.json"

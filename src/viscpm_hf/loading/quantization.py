@@ -479,7 +479,7 @@ def pack_on_cpu(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and getattr(module.weight, "quant_state", None):
-            if not _is_packed(module):
+            if module.weight.device.type == "cpu" and not _is_packed(module):
                 packing = _Packing(module.weight.quant_state)
                 module.register_forward_pre_hook(packing.pack)
                 module.register_state_dict_pre_hook(packing.unpack)
