@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..families.family import BEIT3, CHAT, CPM_BEE, FAMILIES, PAINT, Family
 from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
@@ -573,6 +573,20 @@ def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, is_n
         if is_needed:
             raise
         return None  # transformers reports it when it looks itself
+
+
+def at_commit(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    """The Hub's arguments with the commit that a repository is at as the revision: all that is loaded with them is of
+    one commit, and what is here is asked for no more. Of a path they are as given."""
+    is_here = os.path.exists(name_or_path)
+    found = None if is_here else find_repository_file(name_or_path, ORIGINAL_CONFIG_NAMES[0], **hub)
+    commit = None if found is None else commit_of(found)
+    return hub if commit is None else {**hub, "revision": commit}
+
+
+def commit_of(path: str | os.PathLike) -> str | None:
+    """The commit of the Hub's repository that a path in its cache is of; None for any other."""
+    return extract_commit_hash(os.path.join(path, "file"), None)  # which looks at what is above the last name
 
 
 def download_repository(repo_id: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> Path:

@@ -91,6 +91,11 @@ def packed_bits(name: str, device: torch.device) -> int | None:
     return None if bits == 4 and not HAS_4_BIT_KERNEL else bits
 
 
+def computing_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What the layers of a checkpoint stored in `stored` compute in: torchao's int4 knows bf16 alone."""
+    return torch.bfloat16 if name == "int4wo" and packed_bits(name, device) is None else stored
+
+
 def check_unet_quantization(name: str | None, device: torch.device) -> None:
     """Raises `ValueError` if the UNet can't be quantised that way."""
     if QUANTIZATIONS.get(name) == "bitsandbytes" and device.type == "cpu":
@@ -118,7 +123,7 @@ def quantization_config(
         device: where the model is to run; CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: if embedding and head can't be quantised that way.
+        ValueError: if embedding and head can't be quantised that way, or the format doesn't know the dtype.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,6 +135,11 @@ def quantization_config(
         raise ValueError(
             f"Embedding and head keep their precision with quantization={name!r} on {device.type}: only 8bit and 4bit "
             "on a CPU quantise them."
+        )
+    if isinstance(dtype, torch.dtype) and computing_dtype(name, device, dtype) != dtype:
+        raise ValueError(
+            f"quantization={name!r} computes in bfloat16 on {device.type}, not in "
+            f"{str(dtype).removeprefix('torch.')}: say dtype='bfloat16', or use nf4."
         )
     logger.info(f"quantization={name!r} on {device.type}: the format of {QUANTIZATIONS[name]}")
     if QUANTIZATIONS[name] == "torchao":
