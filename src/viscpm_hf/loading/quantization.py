@@ -29,17 +29,15 @@ from ..families.key_maps import Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.packed_linear import (
-    BLOCK,
-    GROUP,
     HAS_4_BIT_KERNEL,
     Int8Embedding,
     PackedConfig,
     PackedLinear,
     modules_to_pack,
     pack_modules,
-    quantize_into,
 )
 from ..modeling.row_products import use_row_products
+from ..modeling.weight_packing import BLOCK, GROUP, quantize_into
 from ..names import QUANTIZATIONS
 from .file_order import empty_like, quantize_in_file_order
 
