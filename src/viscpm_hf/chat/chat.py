@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints.adapters import AdapterFolder
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import WHOLE, Original, chosen_file, find_original, hub_arguments, original_of
+from ..checkpoints.location import WHOLE, Original, at_commit, chosen_file, find_original, hub_arguments, original_of
 from ..families.family import CHAT, CHATS, FAMILIES, Family, family_of
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions, find_original_file
@@ -123,6 +123,8 @@ class VisCPMChat:
                 "config_path and vision_config_path belong to an original file; "
                 f"{model_path} is a folder or Hub id and has its own config.json."
             )
+        else:
+            hub = at_commit(source, **hub)
         self.family, model, self.processor = self._load(find_original(source, **hub) or source, vocab_path, hub)
         problem = self.processor.vocabulary_problem(model)
         if problem is not None:

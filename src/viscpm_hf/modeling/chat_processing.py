@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import pad
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import is_pil_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .continued_messages import with_continued_brackets, written
@@ -34,10 +35,10 @@ MOST_VIEWS = 32
 
 @dataclass(frozen=True, eq=False)
 class ImageViews:
-    """An image as the vision tower takes it."""
+    """An image in the sizes in which the vision tower takes it."""
 
     pixel_values: torch.Tensor
-    """`(views, 3, height, width)`, fp32"""
+    """`(views, 3, height, width)`: levels, uint8; what the image processor makes of them, fp32, if that was given."""
     image_sizes: torch.Tensor | None = None
     """`(views, 2)`: height and width of each view without padding, where views differ."""
     grid: Grid = (0, 0)
@@ -193,7 +194,10 @@ class ChatProcessing(ProcessorMixin):
         Raises:
             ValueError: for what is no image, or one outside the limits.
         """
-        inputs: BatchFeature = self.image_processor(image, return_tensors="pt")
+        picture = self.image_processor.fetch_images(image)
+        # A quarter of the memory while it waits; see `_pixel_values`.
+        options = {"do_rescale": False, "do_normalize": False} if is_pil_image(picture) else {}
+        inputs: BatchFeature = self.image_processor(picture, **options, return_tensors="pt")
         (grid,) = inputs["grids"].tolist() if "grids" in inputs else [(0, 0)]
         return ImageViews(inputs["pixel_values"], inputs.get("image_sizes"), tuple(grid))
 
@@ -215,13 +219,27 @@ class ChatProcessing(ProcessorMixin):
 
     def _encode_images(self, model: Any, images: Sequence[ImageViews]) -> list[EncodedImage]:
         height, width = (max(image.pixel_values.shape[axis] for image in images) for axis in (-2, -1))
-        views = [image.pixel_values for image in images]
+        views = [self._pixel_values(image, model.device) for image in images]
         padded = [pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])) for own in views]
         sizes = [image.image_sizes for image in images if image.image_sizes is not None]
         options = {"image_sizes": torch.cat(sizes).to(model.device)} if sizes else {}
-        features = model.get_image_features(torch.cat(padded).to(model.device), **options).pooler_output
+        features = model.get_image_features(torch.cat(padded), **options).pooler_output
         split = features.split([len(own) for own in views])
         return [EncodedImage(own, image.grid) for own, image in zip(split, images, strict=True)]
+
+    def _pixel_values(self, image: ImageViews, device: torch.device) -> torch.Tensor:
+        """Views as the tower takes them, fp32."""
+        levels = image.pixel_values.to(device)
+        if levels.dtype != torch.uint8:
+            return levels
+        table = torch.from_numpy(self.image_processor.values_of_levels(levels.shape[1])).to(device)
+        values = table.new_empty(levels.shape)
+        for place, channel in enumerate(table):
+            values[:, place] = channel.index_select(0, levels[:, place].int().flatten()).view_as(levels[:, place])
+        if image.image_sizes is not None:
+            for view, (height, width) in zip(values, image.image_sizes.tolist(), strict=True):
+                view[:, height:], view[:, :, width:] = 0, 0
+        return values
 
     def hand_on(self, images: Sequence[EncodedImage]) -> Any:
         """Encoded images as a chat gives them back for the next turn; None if there are none."""

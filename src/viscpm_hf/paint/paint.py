@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..checkpoints.headers import check_weight_files
 from ..checkpoints.location import chosen_file, hub_arguments
 from ..checkpoints.original import load_state_dict, read_json
-from ..checkpoints.tensor_files import check_weight_files
 from ..loading.layer_streaming import BUDGET_VARIABLE
 from ..loading.options import LoadOptions, stored_dtype
 from ..loading.paint import (
