@@ -68,7 +68,7 @@ def options_of(way: str, tiny: bool) -> dict[str, Any]:
         return {**half, "device": DEVICE}
     if way == "int4wo" and not CUDA:
         raise ValueError("torchao's int4 needs a GPU")
-    return {"device": DEVICE, "quantization": way, **({} if way == "int4wo" else half)}
+    return {"device": DEVICE, "quantization": way, **({} if way in ("int4wo", "int8wo") else half)}
 
 
 def places_of(model: torch.nn.Module) -> dict[str, int]:

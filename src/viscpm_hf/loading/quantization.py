@@ -92,8 +92,13 @@ def packed_bits(name: str, device: torch.device) -> int | None:
 
 
 def computing_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What the layers of a checkpoint stored in `stored` compute in: torchao's int4 knows bf16 alone."""
-    return torch.bfloat16 if name == "int4wo" and packed_bits(name, device) is None else stored
+    """What the layers of a checkpoint stored in `stored` compute in.
+
+    torchao's int4 knows bf16 alone. Its int8 multiplies before it scales: in fp16, outputs above some thirty become
+    infinite.
+    """
+    is_torchao = QUANTIZATIONS.get(name) == "torchao" and packed_bits(name, device) is None
+    return torch.bfloat16 if is_torchao and (name == "int4wo" or stored == torch.float16) else stored
 
 
 def check_unet_quantization(name: str | None, device: torch.device) -> None:
