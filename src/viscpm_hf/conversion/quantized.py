@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from ..checkpoints.errors import ConversionError
+from ..checkpoints.headers import safetensors_header
 from ..checkpoints.location import MANIFEST_NAME, locate
 from ..checkpoints.original import PAINT
-from ..checkpoints.tensor_files import dtype_name, safetensors_header, sha256_of
-from ..loading.quantization import check_quantization, computing_dtype, quantization_config, stored_quantization
+from ..checkpoints.stored_quantization import stored_quantization
+from ..checkpoints.tensor_files import sha256_of
+from ..loading.quantization import check_quantization, computing_dtype, quantization_config
 from ..version import __version__
 from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
 from .export import save_processor
@@ -80,7 +82,7 @@ def convert_quantized(
     else:
         checkpoint = open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
     in_layers = wanted or computing_dtype(quantization, device, _stored_dtype(checkpoint))
-    workspace = Workspace(output, [location.path], resume=False, overwrite=overwrite)
+    workspace = Workspace(output, [location.path], resume=None, overwrite=overwrite)
     source_files = SourceFiles.of(checkpoint)
     with workspace.open({"version": __version__, "quantization": quantization}):
         folder = workspace.path
@@ -186,7 +188,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, quantization: str, sha256: s
             {
                 "target": spec.name,
                 "file": path.relative_to(folder).as_posix(),
-                "dtype": dtype_name(spec.dtype),
+                "dtype": spec.dtype,
                 "shape": list(spec.shape),
             }
             for path in paths

@@ -21,15 +21,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..checkpoints.location import json_object
+from ..checkpoints.key_matching import KeyMatcher
 from ..checkpoints.original import CPM_BEE, checkpoint_kind, key_map_of
-from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, factor_of
+from ..checkpoints.stored_quantization import describe_quantization
+from ..checkpoints.weight_transforms import apply_operation, factor_of
 from ..families.key_maps import TOKEN_ROWS, Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.packed_linear import (
     HAS_4_BIT_KERNEL,
-    QUANT_METHOD,
     Int8Embedding,
     PackedConfig,
     PackedLinear,
@@ -198,32 +198,6 @@ def check_same_quantization(
     raise ValueError(
         f"The checkpoint is quantised to {have} already, so it can't be loaded in {want}: leave quantization out, "
         "or start from the checkpoint in full precision."
-    )
-
-
-def describe_quantization(config: Any) -> str | None:
-    """A configuration's `quantization_config` for people; None for None."""
-    if config is None:
-        return None
-    config = config if isinstance(config, Mapping) else config.to_dict()
-    method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
-    if method == "bitsandbytes" and config.get("load_in_4bit"):
-        return f"4 bits ({config['bnb_4bit_quant_type']}, bitsandbytes)"
-    if method == "bitsandbytes":
-        return "8 bits (bitsandbytes)"
-    if method == QUANT_METHOD:
-        return f"{config['bits']} bits (packed{', embedding too' if config['quantize_embedding'] else ''})"
-    if method == "torchao":
-        kind = config["quant_type"]["default"].get("_type", "")
-        return f"{'4 bits' if 'Int4' in kind else '8 bits' if 'Int8' in kind else kind} (torchao)"
-    return str(method)
-
-
-def stored_quantization(folder: Path) -> str | None:
-    """What the model of a converted folder, for Paint its text encoder, is quantised to."""
-    configs = (json_object(folder / part / "config.json") for part in ("", "text_encoder"))
-    return next(
-        (describe_quantization(it["quantization_config"]) for it in configs if "quantization_config" in it), None
     )
 
 
@@ -482,7 +456,7 @@ def pack_on_cpu(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and getattr(module.weight, "quant_state", None):
-            if not _is_packed(module):
+            if module.weight.device.type == "cpu" and not _is_packed(module):
                 packing = _Packing(module.weight.quant_state)
                 module.register_forward_pre_hook(packing.pack)
                 module.register_state_dict_pre_hook(packing.unpack)
