@@ -25,7 +25,7 @@ from ..checkpoints.key_matching import KeyMatcher
 from ..checkpoints.original import CPM_BEE, checkpoint_kind, key_map_of
 from ..checkpoints.stored_quantization import describe_quantization
 from ..checkpoints.weight_transforms import apply_operation, factor_of
-from ..families.key_maps import Entry
+from ..families.key_maps import TOKEN_ROWS, Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.packed_linear import (
@@ -37,6 +37,7 @@ from ..modeling.packed_linear import (
     pack_modules,
 )
 from ..modeling.row_products import use_row_products
+from ..modeling.token_space_cpm_bee import slot_rows
 from ..modeling.weight_packing import BLOCK, GROUP, quantize_into
 from ..names import QUANTIZATIONS
 from .file_order import empty_like, quantize_in_file_order
@@ -314,9 +315,7 @@ def _load_on_cpu(
         target, entry = match
         target = next((it for it in (target, target.removeprefix(prefix), prefix + target) if it in own), None)
         layer = None if target is None else layers.get(target.removesuffix(".weight"))
-        if isinstance(layer, nn.Embedding):  # which grows
-            weights[target] = (apply_operation(entry.operation, tensor.float()), 1.0)
-        elif layer is not None:
+        if layer is not None:
             weights[target] = (tensor, factor_of(entry.operation, tensor.shape))
         elif target is not None:
             loaded_weights[target] = apply_operation(entry.operation, tensor.to(dtype))
@@ -354,7 +353,13 @@ def _quantize_packed(weights: Mapping[str, tuple[torch.Tensor, float]], model: n
 
     def quantize_one(name: str, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight, factor = weights[name]
-        quantize_into(weight, *target.values(), factor)
+        packed, scale = target.values()
+        num_words = len(weight)
+        if len(packed) > num_words and isinstance(model.get_submodule(name.removesuffix(".weight")), Int8Embedding):
+            rows = slot_rows(*weight.shape)  # which no original has
+            quantize_into(rows, packed[num_words:], scale[num_words:], factor_of(TOKEN_ROWS, weight.shape))
+            packed, scale = packed[:num_words], scale[:num_words]
+        quantize_into(weight, packed, scale, factor)
         return target
 
     return quantize_in_file_order(weights, empty, quantize_one)
