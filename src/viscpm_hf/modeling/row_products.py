@@ -46,6 +46,7 @@ SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#include <omp.h>
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
@@ -62,50 +63,95 @@ static inline Pair load(const float* from) {
   memcpy(&pair, from, sizeof pair);
   return pair;
 }
+// 32 floats in the order in which `load` has those of a Number.
+template <class Number>
+static inline Pair arranged(const float* from) {
+  Pair pair = load(from);
+  if (sizeof(Number) == 2)
+    for (int lane = 0; lane < 16; lane++) pair.even[lane] = from[2 * lane], pair.odd[lane] = from[2 * lane + 1];
+  return pair;
+}
+static inline float number(float value) { return value; }
+static inline float number(uint16_t value) {
+  uint32_t bits = (uint32_t)value << 16;
+  float number;
+  memcpy(&number, &bits, 4);
+  return number;
+}
 static inline void store(float value, float* to) { *to = value; }
 static inline void store(float value, uint16_t* to) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+static inline float total(const Floats& values) {
+  float sum = 0;
+  for (int lane = 0; lane < 16; lane++) sum += values[lane];
+  return sum;
+}
 
-// y (rows, n) = x (rows, k) . w (n, k)^T
+// The share of `n` outputs, in whole units, that is a thread's.
+struct Range { long from, to; };
+static inline Range share(long n, long unit) {
+  const long units = (n + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
+  return {units * me / threads * unit, std::min(n, units * (me + 1) / threads * unit)};
+}
+
+// Each kind of weight has a `prepare` for rows x (rows, k) and a `multiply`, which makes the outputs of a range of
+// y (rows, n) = x . w (n, k)^T.
 template <int ROWS, class Number>
-static void product(const Number* w, const Number* x, Number* y, long n, long k, int threads) {
-  static thread_local std::vector<Pair> loaded;
-  loaded.resize(ROWS * k / 32);
-  for (long i = 0; i < ROWS * k / 32; i++) loaded[i] = load(x + 32 * i);
-  const Pair* xs = loaded.data();
-  const long ahead = 4096 / sizeof(Number), line = 64 / sizeof(Number);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (long i = 0; i < n; i++) {
-    Floats sums[ROWS] = {}, others[ROWS] = {};
-    const Number* row = w + i * k;
-    for (long j = 0; j < k; j += 32) {
-      for (long l = 0; l < 32; l += line) __builtin_prefetch(row + j + ahead + l);
-      Pair weights = load(row + j);
-      for (int m = 0; m < ROWS; m++) {
-        const Pair& mine = xs[(m * k + j) / 32];
-        sums[m] += weights.even * mine.even;
-        others[m] += weights.odd * mine.odd;
+struct Plain {
+  static const long UNIT = 16;
+  std::vector<Pair> rows;
+  long k;
+
+  void prepare(const float* x, long, long width) {
+    k = width;
+    rows.resize(ROWS * k / 32);
+    for (long i = 0; i < ROWS * k / 32; i++) rows[i] = arranged<Number>(x + 32 * i);
+  }
+  template <class Out>
+  void multiply(const void* weight, const void*, Out* y, long n, Range range) const {
+    const Number* w = (const Number*)weight;
+    const Pair* xs = rows.data();
+    const long ahead = 4096 / sizeof(Number), line = 64 / sizeof(Number);
+    for (long i = range.from; i < range.to; i++) {
+      Floats sums[ROWS] = {}, others[ROWS] = {};
+      const Number* row = w + i * k;
+      for (long j = 0; j < k; j += 32) {
+        for (long l = 0; l < 32; l += line) __builtin_prefetch(row + j + ahead + l);
+        Pair weights = load(row + j);
+        for (int m = 0; m < ROWS; m++) {
+          const Pair& mine = xs[(m * k + j) / 32];
+          sums[m] += weights.even * mine.even;
+          others[m] += weights.odd * mine.odd;
+        }
       }
-    }
-    for (int m = 0; m < ROWS; m++) {
-      Floats all = sums[m] + others[m];
-      float sum = 0;
-      for (int lane = 0; lane < 16; lane++) sum += all[lane];
-      store(sum, y + m * n + i);
+      for (int m = 0; m < ROWS; m++) store(total(sums[m] + others[m]), y + m * n + i);
     }
   }
+};
+
+template <class Product, class Number>
+static void product(const void* w, const void* scales, const Number* x, Number* y, long n, long k, long rows,
+                    int threads) {
+  static thread_local std::vector<float> wide;
+  static thread_local Product prepared;
+  wide.resize(rows * k);
+  for (long i = 0; i < rows * k; i++) wide[i] = number(x[i]);
+  prepared.prepare(wide.data(), rows, k);
+  const Product& mine = prepared;  // of the calling thread
+#pragma omp parallel num_threads(threads)
+  mine.multiply(w, scales, y, n, share(n, Product::UNIT));
 }
 
 template <class Number>
 static void dispatch(const Number* w, const Number* x, Number* y, long n, long k, long rows, int threads) {
   switch (rows) {
-    case 1: return product<1>(w, x, y, n, k, threads);
-    case 2: return product<2>(w, x, y, n, k, threads);
-    case 3: return product<3>(w, x, y, n, k, threads);
-    case 4: return product<4>(w, x, y, n, k, threads);
+    case 1: return product<Plain<1, Number>>(w, nullptr, x, y, n, k, rows, threads);
+    case 2: return product<Plain<2, Number>>(w, nullptr, x, y, n, k, rows, threads);
+    case 3: return product<Plain<3, Number>>(w, nullptr, x, y, n, k, rows, threads);
+    case 4: return product<Plain<4, Number>>(w, nullptr, x, y, n, k, rows, threads);
   }
 }
 
@@ -163,106 +209,180 @@ extern "C" void unpack_int4(const uint8_t* w, const uint32_t* scales, uint16_t* 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
 
-// A row, a group at a time, is step * (coarse + fine / 254) with two digits of 8 bits.
-struct Group {
-  int8_t coarse[GROUP], fine[GROUP];
-  float step, sum;
+// Rows are step * (coarse + fine / 254) with two digits of 8 bits.
+static inline void digits_of(const float* x, long count, float step, int8_t* coarse, int8_t* fine) {
+  for (long i = 0; i < count; i++) {
+    float scaled = x[i] / step, whole = std::rint(scaled);
+    coarse[i] = whole;
+    fine[i] = std::rint((scaled - whole) * 254);
+  }
+}
+static inline float step_of(const float* x, long count) {
+  float largest = 1e-30f;
+  for (long i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i]));
+  return largest / 127;
+}
+
+// 8-bit weights: (n, k) codes, `scales` (n,) in bf16.
+struct Int8 {
+  static const long UNIT = 16;
+  std::vector<int8_t> digits;  // of each row the coarse ones, then the fine ones
+  std::vector<float> steps;
+  std::vector<int32_t> sums;
+  long rows, k;
+
+  void prepare(const float* x, long count, long width) {
+    rows = count, k = width;
+    digits.resize(2 * rows * k), steps.resize(rows), sums.resize(2 * rows);
+    for (long m = 0; m < rows; m++) {
+      int8_t* mine = digits.data() + 2 * m * k;
+      steps[m] = step_of(x + m * k, k);
+      digits_of(x + m * k, k, steps[m], mine, mine + k);
+      for (int fine = 0; fine < 2; fine++) {
+        int32_t sum = 0;
+        for (long j = 0; j < k; j++) sum += mine[fine * k + j];
+        sums[2 * m + fine] = sum;
+      }
+    }
+  }
+  template <int ROWS, class Out>
+  void multiply_rows(const uint8_t* w, const uint16_t* scales, Out* y, long n, Range range, long first) const {
+    const __m512i middle = _mm512_set1_epi8((char)128);
+    const int8_t* xs = digits.data() + 2 * first * k;
+    for (long i = range.from; i < range.to; i++) {
+      __m512i coarse[ROWS] = {}, fine[ROWS] = {};
+      const uint8_t* row = w + i * k;
+      for (long j = 0; j < k; j += 64) {
+        __builtin_prefetch(row + j + 4096);
+        // The instruction wants one side without signs.
+        const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(row + j), middle);
+        for (int m = 0; m < ROWS; m++) {
+          coarse[m] = _mm512_dpbusd_epi32(coarse[m], codes, _mm512_loadu_si512(xs + 2 * m * k + j));
+          fine[m] = _mm512_dpbusd_epi32(fine[m], codes, _mm512_loadu_si512(xs + (2 * m + 1) * k + j));
+        }
+      }
+      for (int m = 0; m < ROWS; m++) {
+        const int32_t* sum = sums.data() + 2 * (first + m);
+        float whole = _mm512_reduce_add_epi32(coarse[m]) - 128 * sum[0];
+        float rest = _mm512_reduce_add_epi32(fine[m]) - 128 * sum[1];
+        store((whole + rest / 254) * steps[first + m] * number(scales[i]), y + (first + m) * n + i);
+      }
+    }
+  }
+  template <class Out>
+  void multiply(const void* weight, const void* scale, Out* y, long n, Range all) const {
+    const uint8_t* w = (const uint8_t*)weight;
+    const uint16_t* scales = (const uint16_t*)scale;
+    // Of many rows some at a time, while the weights of some outputs are in the cache.
+    const long piece = rows > 4 ? UNIT : n;
+    for (Range range{all.from, 0}; range.from < all.to; range.from = range.to) {
+      range.to = std::min(all.to, range.from + piece);
+      for (long m = 0; m < rows; m += 4)
+        switch (rows - m) {
+          case 1: multiply_rows<1>(w, scales, y, n, range, m); break;
+          case 2: multiply_rows<2>(w, scales, y, n, range, m); break;
+          case 3: multiply_rows<3>(w, scales, y, n, range, m); break;
+          default: multiply_rows<4>(w, scales, y, n, range, m);
+        }
+    }
+  }
 };
 
-template <class Number>
-static Group digits_of(const Number* x) {
-  Group group;
-  float values[GROUP], largest = 1e-30f;
-  for (long i = 0; i < GROUP; i += 32) {
-    Pair pair = load(x + i);
-    memcpy(values + i, &pair, sizeof pair);
-  }
-  group.sum = 0;
-  for (float value : values) largest = std::max(largest, std::fabs(value)), group.sum += value;
-  group.step = largest / 127;
-  for (long i = 0; i < GROUP; i++) {
-    // Pairs of bf16 come by even and odd places.
-    long at = sizeof(Number) == 4 ? i : i / 32 * 32 + (i % 16) * 2 + i % 32 / 16;
-    float scaled = values[i] / group.step, coarse = std::rint(scaled);
-    group.coarse[at] = coarse;
-    group.fine[at] = std::rint((scaled - coarse) * 254);
-  }
-  return group;
-}
+struct Int4 {
+  static const long UNIT = 64;
+  struct Group {
+    int8_t coarse[GROUP], fine[GROUP];
+    float step, sum;
+  };
+  std::vector<Group> digits;
+  long rows, k;
 
-template <class Number>
-static void int4_product(const uint8_t* w, const uint32_t* scales, const Number* x, Number* y, long n, long k,
-                         long rows, int threads) {
-  const long groups = k / GROUP;
-  static thread_local std::vector<Group> loaded;
-  loaded.resize(rows * groups);
-  for (long i = 0; i < rows * groups; i++) loaded[i] = digits_of(x + i * GROUP);
-  const Group* xs = loaded.data();
-  // Two inputs of 32 outputs each -> pairs of inputs, so that four of them come together for an output below.
-  alignas(64) uint8_t places[64];
-  for (int i = 0; i < 64; i++) places[i] = i / 16 * 4 + i / 2 % 4 + i / 8 % 2 * 16 + i % 2 * 32;
-  const __m512i order = _mm512_load_si512(places), low = _mm512_set1_epi8(15);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (long b = 0; b < n / 64; b++) {
-    __m512 sums[MAX_INT4_ROWS][4] = {};
-    for (long g = 0; g < groups; g++) {
-      const uint8_t* codes = w + (b * k + g * GROUP) * 32;
-      __m512i values[GROUP];
-      for (long j = 0; j < GROUP; j += 4) {
-        __m512i one = _mm512_loadu_si512(codes + 32 * j), other = _mm512_loadu_si512(codes + 32 * j + 64);
-        __builtin_prefetch(codes + 32 * j + 4096);
-        __builtin_prefetch(codes + 32 * j + 4096 + 64);
-        one = _mm512_permutexvar_epi8(order, one), other = _mm512_permutexvar_epi8(order, other);
-        __m512i first = _mm512_unpacklo_epi16(one, other), second = _mm512_unpackhi_epi16(one, other);
-        values[j] = _mm512_and_si512(first, low), values[j + 1] = _mm512_and_si512(second, low);
-        values[j + 2] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
-        values[j + 3] = _mm512_and_si512(_mm512_srli_epi16(second, 4), low);
-      }
-      __m512 scale[4], least[4];
-      for (int q = 0; q < 4; q++) {
-        const uint32_t* from = scales + g * n + b * 64 + 16 * q;
-        if (g + 2 < groups) __builtin_prefetch(from + 2 * n);
-        __m512i both = _mm512_loadu_si512(from);
-        scale[q] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-        __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
-        least[q] = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale[q], zero);
-      }
-      for (long m = 0; m < rows; m++) {
-        const Group& mine = xs[m * groups + g];
-        __m512i coarse[4] = {}, fine[4] = {};
+  void prepare(const float* x, long count, long width) {
+    rows = count, k = width;
+    digits.resize(rows * k / GROUP);
+    for (long i = 0; i < rows * k / GROUP; i++) {
+      Group& group = digits[i];
+      const float* from = x + i * GROUP;
+      group.step = step_of(from, GROUP);
+      digits_of(from, GROUP, group.step, group.coarse, group.fine);
+      group.sum = 0;
+      for (long j = 0; j < GROUP; j++) group.sum += from[j];
+    }
+  }
+  template <class Out>
+  void multiply(const void* weight, const void* scale, Out* y, long n, Range range) const {
+    const uint8_t* w = (const uint8_t*)weight;
+    const uint32_t* scales = (const uint32_t*)scale;
+    const long groups = k / GROUP;
+    const Group* xs = digits.data();
+    // Two inputs of 32 outputs each -> pairs of inputs, so that four of them come together for an output below.
+    alignas(64) uint8_t places[64];
+    for (int i = 0; i < 64; i++) places[i] = i / 16 * 4 + i / 2 % 4 + i / 8 % 2 * 16 + i % 2 * 32;
+    const __m512i order = _mm512_load_si512(places), low = _mm512_set1_epi8(15);
+    for (long b = range.from / 64; b < range.to / 64; b++) {
+      __m512 sums[MAX_PACKED_ROWS][4];
+      for (long m = 0; m < rows; m++)
+        for (int q = 0; q < 4; q++) sums[m][q] = _mm512_setzero_ps();
+      for (long g = 0; g < groups; g++) {
+        const uint8_t* codes = w + (b * k + g * GROUP) * 32;
+        __m512i values[GROUP];
         for (long j = 0; j < GROUP; j += 4) {
-          int four[2];
-          memcpy(four, mine.coarse + j, 4), memcpy(four + 1, mine.fine + j, 4);
+          __m512i one = _mm512_loadu_si512(codes + 32 * j), other = _mm512_loadu_si512(codes + 32 * j + 64);
+          __builtin_prefetch(codes + 32 * j + 4096);
+          __builtin_prefetch(codes + 32 * j + 4096 + 64);
+          one = _mm512_permutexvar_epi8(order, one), other = _mm512_permutexvar_epi8(order, other);
+          __m512i first = _mm512_unpacklo_epi16(one, other), second = _mm512_unpackhi_epi16(one, other);
+          values[j] = _mm512_and_si512(first, low), values[j + 1] = _mm512_and_si512(second, low);
+          values[j + 2] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
+          values[j + 3] = _mm512_and_si512(_mm512_srli_epi16(second, 4), low);
+        }
+        __m512 factor[4], least[4];
+        for (int q = 0; q < 4; q++) {
+          const uint32_t* from = scales + g * n + b * 64 + 16 * q;
+          if (g + 2 < groups) __builtin_prefetch(from + 2 * n);
+          __m512i both = _mm512_loadu_si512(from);
+          factor[q] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+          __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
+          least[q] = _mm512_fnmadd_ps(_mm512_set1_ps(8), factor[q], zero);
+        }
+        for (long m = 0; m < rows; m++) {
+          const Group& mine = xs[m * groups + g];
+          __m512i coarse[4] = {}, fine[4] = {};
+          for (long j = 0; j < GROUP; j += 4) {
+            int four[2];
+            memcpy(four, mine.coarse + j, 4), memcpy(four + 1, mine.fine + j, 4);
+            for (int q = 0; q < 4; q++) {
+              coarse[q] = _mm512_dpbusd_epi32(coarse[q], values[j + q], _mm512_set1_epi32(four[0]));
+              fine[q] = _mm512_dpbusd_epi32(fine[q], values[j + q], _mm512_set1_epi32(four[1]));
+            }
+          }
+          const __m512 step = _mm512_set1_ps(mine.step), sum = _mm512_set1_ps(mine.sum);
           for (int q = 0; q < 4; q++) {
-            coarse[q] = _mm512_dpbusd_epi32(coarse[q], values[j + q], _mm512_set1_epi32(four[0]));
-            fine[q] = _mm512_dpbusd_epi32(fine[q], values[j + q], _mm512_set1_epi32(four[1]));
+            __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(fine[q]), _mm512_set1_ps(1 / 254.f),
+                                          _mm512_cvtepi32_ps(coarse[q]));
+            sums[m][q] = _mm512_fmadd_ps(_mm512_mul_ps(factor[q], step), both, sums[m][q]);
+            sums[m][q] = _mm512_fmadd_ps(least[q], sum, sums[m][q]);
           }
         }
-        const __m512 step = _mm512_set1_ps(mine.step), sum = _mm512_set1_ps(mine.sum);
-        for (int q = 0; q < 4; q++) {
-          __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(fine[q]), _mm512_set1_ps(1 / 254.f),
-                                        _mm512_cvtepi32_ps(coarse[q]));
-          sums[m][q] = _mm512_fmadd_ps(_mm512_mul_ps(scale[q], step), both, sums[m][q]);
-          sums[m][q] = _mm512_fmadd_ps(least[q], sum, sums[m][q]);
-        }
+      }
+      for (long m = 0; m < rows; m++) {
+        float all[64];
+        memcpy(all, sums[m], sizeof all);
+        for (int i = 0; i < 64; i++) store(all[i], y + m * n + b * 64 + i);
       }
     }
-    for (long m = 0; m < rows; m++) {
-      float all[64];
-      memcpy(all, sums[m], sizeof all);
-      for (int i = 0; i < 64; i++) store(all[i], y + m * n + b * 64 + i);
-    }
   }
-}
+};
 
-extern "C" void float32_int4(const uint8_t* w, const uint32_t* scales, const float* x, float* y, long n, long k,
-                          long rows, int threads) {
-  int4_product(w, scales, x, y, n, k, rows, threads);
-}
-extern "C" void bfloat16_int4(const uint8_t* w, const uint32_t* scales, const uint16_t* x, uint16_t* y, long n, long k,
-                           long rows, int threads) {
-  int4_product(w, scales, x, y, n, k, rows, threads);
-}
+#define PACKED(NAME, PRODUCT, NUMBER)                                                                              \
+  extern "C" void NAME(const void* w, const void* scales, const NUMBER* x, NUMBER* y, long n, long k, long rows,   \
+                       int threads) {                                                                              \
+    product<PRODUCT>(w, scales, x, y, n, k, rows, threads);                                                        \
+  }
+PACKED(float32_int8, Int8, float)
+PACKED(bfloat16_int8, Int8, uint16_t)
+PACKED(float32_int4, Int4, float)
+PACKED(bfloat16_int4, Int4, uint16_t)
 #endif
 """
 
