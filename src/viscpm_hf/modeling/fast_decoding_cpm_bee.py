@@ -23,10 +23,10 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_cpm_bee import CpmBeeCache
+from .cache_cpm_bee import CpmBeeCache, places_of
 from .compatibility import CACHE
 from .fast_decoding import compilation_problem, has_kernel
-from .row_products import put_into_huge_pages, with_kernel
+from .row_products import put_into_huge_pages
 from .token_space_cpm_bee import write_slots
 
 
@@ -100,6 +100,11 @@ class PlacedKeys:
         values[:, :, self.places] = value_states
         return keys, values
 
+    def open_places(self, batch: int, count: int) -> tuple[int, list[int]]:
+        """See [`CpmBeeCache.open_places`]."""
+        places = [number for it in zip(self.keys, self.values, strict=True) for number in places_of(*it)]
+        return int(self.places[0]), places
+
 
 class DecodingGraph:
     """One shape class: its buffers, and the step over them.
@@ -166,9 +171,7 @@ class DecodingGraph:
         bias = self.language_model.merge_bias(bias, visible, hidden_states.dtype)
 
         cache = PlacedKeys(self.keys, self.values, places)
-        for layer in self.language_model.layers:
-            hidden_states = layer(hidden_states, bias, cache=cache)
-        hidden_states = self.language_model.norm(hidden_states)
+        hidden_states = self.language_model.run_layers(hidden_states, bias, cache=cache)
         return write_slots(self.lm_head(hidden_states), hidden_states, self.config, self.extensions, self.owned)
 
     def warm_up(self, compile: bool) -> None:
@@ -236,8 +239,7 @@ class DecodingGraph:
     def __call__(self) -> torch.Tensor:
         """A step with what is in `inputs`; the logits are valid until the next."""
         if self._replay is None:
-            with with_kernel():
-                return self._run(*self.inputs)
+            return self._run(*self.inputs)
         self._replay.replay()
         return self._logits
 

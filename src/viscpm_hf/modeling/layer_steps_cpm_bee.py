@@ -1,43 +1,47 @@
-"""A decoding step of a whole CPM-Bee layer on a CPU, by a kernel of our own.
+"""A decoding step of all CPM-Bee layers on a CPU, by a kernel of our own.
 
 A step of few rows reads every weight once and computes next to nothing; what keeps it from the memory's speed is all
-the rest: some thirty small operations a layer, each of which wakes the threads. Here a layer is one call with one team
-of threads, for plain weights in fp32 and bf16 and for the packed ones of `packed_linear`. Numbers in between are fp32.
-Where something is out of the ordinary (hooks, adapters, other devices, gradients, compilation), the layer's modules
-compute as ever, and so they do without a compiler.
+the rest: some thirty small operations a layer, each of which wakes the threads. Here all layers are one call with one
+team of threads, for plain weights in fp32 and bf16 and for the packed ones of `packed_linear`. Numbers in between are
+fp32. Where something is out of the ordinary (hooks, adapters, other devices, gradients, outputs of single layers), the
+modules compute as ever, and so they do without a compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from .packed_linear import Int4Linear, Int8Linear
-from .row_products import MAX_ROWS, NUMBERS, SOURCE, STEP, RowLinear, has_packed_products, load_library
+from .cpp_kernels import load_library
+from .fused_projections_cpm_bee import FusibleModule
+from .packed_linear import Int4Linear, Int8Linear, PackedLinear
+from .row_products import MAX_PACKED_ROWS, MAX_ROWS, NUMBERS, SOURCE, STEP, RowLinear, is_for_kernel
 
 
-# Of packed weights.
-MAX_STEP_ROWS = 4
 MAX_HEAD_DIM = 256
 
 STEP_SOURCE = (
     SOURCE
+    + f"static const long MAX_HEAD_DIM = {MAX_HEAD_DIM};"
     + r"""
 struct Matrix { const void *weight, *scale; };
 struct Layer {
-  const void *first_norm, *second_norm;
+  const void *attention_norm, *mlp_norm;  // null, and so are the matrices, where pruning left nothing
   Matrix q, k, v, o, gate, up, down;
-  long width, heads, head_dim, inner, batch, queries, past, places;
-  const void* bias;
-  void *keys, *values;
-  long strides[6];  // of keys, then values: batch, head, place
 };
+struct Cached { void *keys, *values; long strides[6]; };  // of keys, then values: batch, head, place
+struct Step {
+  const Layer* layers;
+  const Cached* cache;  // of the layers with attention
+  const void *last_norm, *bias;
+  long count, width, inner, heads, head_dim, batch, queries, past, places;
+};
+struct Factors { float eps, residual, scaling; };
 static const float HIDDEN = -1e30f;  // no score or bias of a place that is seen is as low
-static const long MAX_HEAD_DIM = 256;
-struct Factors { float first_eps, second_eps, residual, scaling; };
 
 // exp of 16 numbers that are at most 0, to 2 units in the last place
 static inline Floats exponential(Floats x) {
@@ -69,23 +73,23 @@ static void normalize(const Given* x, const Number* weight, float* to, long rows
 
 // One head of one sequence: puts its new keys and values into the cache and attends to all places.
 template <class Number>
-static void attend(const Layer& layer, const float* q, const float* k, const float* v, float* out, long b, long h,
-                   float scaling) {
-  const long size = layer.head_dim, inner = layer.heads * size, places = layer.past + layer.queries;
-  Number* keys = (Number*)layer.keys + b * layer.strides[0] + h * layer.strides[1];
-  Number* values = (Number*)layer.values + b * layer.strides[3] + h * layer.strides[4];
-  const long key_stride = layer.strides[2], value_stride = layer.strides[5], padded = (places + 15) / 16 * 16;
+static void attend(const Step& step, const Cached& cached, const float* q, const float* k, const float* v, float* out,
+                   long b, long h, float scaling) {
+  const long size = step.head_dim, inner = step.heads * size, places = step.past + step.queries;
+  Number* keys = (Number*)cached.keys + b * cached.strides[0] + h * cached.strides[1];
+  Number* values = (Number*)cached.values + b * cached.strides[3] + h * cached.strides[4];
+  const long key_stride = cached.strides[2], value_stride = cached.strides[5], padded = (places + 15) / 16 * 16;
   static thread_local std::vector<float> all_weights;
   all_weights.resize(padded);
   float* weights = all_weights.data();
-  for (long m = 0; m < layer.queries; m++)
-    for (long i = 0, from = (b * layer.queries + m) * inner + h * size; i < size; i++) {
-      store(k[from + i], keys + (layer.past + m) * key_stride + i);
-      store(v[from + i], values + (layer.past + m) * value_stride + i);
+  for (long m = 0; m < step.queries; m++)
+    for (long i = 0, from = (b * step.queries + m) * inner + h * size; i < size; i++) {
+      store(k[from + i], keys + (step.past + m) * key_stride + i);
+      store(v[from + i], values + (step.past + m) * value_stride + i);
     }
-  for (long m = 0; m < layer.queries; m++) {
-    const long at = (b * layer.queries + m) * inner + h * size;
-    const Number* bias = (const Number*)layer.bias + ((b * layer.heads + h) * layer.queries + m) * layer.places;
+  for (long m = 0; m < step.queries; m++) {
+    const long at = (b * step.queries + m) * inner + h * size;
+    const Number* bias = (const Number*)step.bias + ((b * step.heads + h) * step.queries + m) * step.places;
     Pair query[MAX_HEAD_DIM / 32], sums[MAX_HEAD_DIM / 32] = {};
     for (long i = 0; i < size / 32; i++) query[i] = arranged<Number>(q + at + 32 * i);
     float largest = HIDDEN;
@@ -129,100 +133,271 @@ static void attend(const Layer& layer, const float* q, const float* k, const flo
 }
 
 template <class Product, class Number>
-static void step(const Layer& layer, const Factors& factors, const Number* x, Number* y, int threads) {
-  const long rows = layer.batch * layer.queries, width = layer.width, inner = layer.heads * layer.head_dim;
+static void steps(const Step& step, const Factors& factors, const Number* x, Number* y, int threads) {
+  const long rows = step.batch * step.queries, width = step.width, inner = step.heads * step.head_dim;
   static thread_local std::vector<float> scratch;
-  scratch.resize(rows * (4 * inner + 2 * width + 2 * layer.inner));
+  scratch.resize(rows * (4 * inner + 2 * width + 2 * step.inner));
   float *q = scratch.data(), *k = q + rows * inner, *v = k + rows * inner, *attended = v + rows * inner;
-  float *middle = attended + rows * inner, *down = middle + rows * width;
-  float *gate = down + rows * width, *up = gate + rows * layer.inner;
+  float *states = attended + rows * inner, *made = states + rows * width;
+  float *gate = made + rows * width, *up = gate + rows * step.inner;
+  for (long i = 0; i < rows * width; i++) states[i] = number(x[i]);
 #pragma omp parallel num_threads(threads)
   {
     // Preparing rows is little work: every thread does it for itself, which is quicker than to wait for another.
     static thread_local Product product;
     static thread_local std::vector<float> normal;
     normal.resize(rows * width);
-    normalize(x, (const Number*)layer.first_norm, normal.data(), rows, width, factors.first_eps);
-    product.prepare(normal.data(), rows, width);
-    Range range = share(inner, Product::UNIT);
-    product.multiply(layer.q.weight, layer.q.scale, q, inner, range);
-    product.multiply(layer.k.weight, layer.k.scale, k, inner, range);
-    product.multiply(layer.v.weight, layer.v.scale, v, inner, range);
+    const Range mine = share(width, Product::UNIT), wide = share(step.inner, Product::UNIT);
+    const Cached* cached = step.cache;
+    auto prepare_normal = [&](const void* norm) {
+      normalize(states, (const Number*)norm, normal.data(), rows, width, factors.eps);
+      product.prepare(normal.data(), rows, width);
+    };
+    auto add_made = [&] {
+      for (long m = 0; m < rows; m++)
+        for (long i = m * width + mine.from; i < m * width + mine.to; i++)
+          states[i] = (states[i] + made[i]) * factors.residual;
+    };
+    for (const Layer* layer = step.layers; layer < step.layers + step.count; layer++) {
+      if (layer->attention_norm) {
+        prepare_normal(layer->attention_norm);
+        const Range range = share(inner, Product::UNIT);
+        product.multiply(layer->q.weight, layer->q.scale, q, inner, range);
+        product.multiply(layer->k.weight, layer->k.scale, k, inner, range);
+        product.multiply(layer->v.weight, layer->v.scale, v, inner, range);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (long i = 0; i < layer.batch * layer.heads; i++)
-      attend<Number>(layer, q, k, v, attended, i / layer.heads, i % layer.heads, factors.scaling);
-    product.prepare(attended, rows, inner);
-    range = share(width, Product::UNIT);
-    product.multiply(layer.o.weight, layer.o.scale, middle, width, range);
-    for (long m = 0; m < rows; m++)
-      for (long i = m * width + range.from; i < m * width + range.to; i++)
-        middle[i] = (number(x[i]) + middle[i]) * factors.residual;
+        for (long i = 0; i < step.batch * step.heads; i++)
+          attend<Number>(step, *cached, q, k, v, attended, i / step.heads, i % step.heads, factors.scaling);
+        cached++;
+        product.prepare(attended, rows, inner);
+        product.multiply(layer->o.weight, layer->o.scale, made, width, mine);
+        add_made();
 #pragma omp barrier
-    normalize(middle, (const Number*)layer.second_norm, normal.data(), rows, width, factors.second_eps);
-    product.prepare(normal.data(), rows, width);
-    Range wide = share(layer.inner, Product::UNIT);
-    product.multiply(layer.gate.weight, layer.gate.scale, gate, layer.inner, wide);
-    product.multiply(layer.up.weight, layer.up.scale, up, layer.inner, wide);
-    for (long m = 0; m < rows; m++)
-      for (long i = m * layer.inner + wide.from; i < m * layer.inner + wide.to; i++)
-        gate[i] = gate[i] * 0.5f * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
+      }
+      if (layer->mlp_norm) {
+        prepare_normal(layer->mlp_norm);
+        product.multiply(layer->gate.weight, layer->gate.scale, gate, step.inner, wide);
+        product.multiply(layer->up.weight, layer->up.scale, up, step.inner, wide);
+        for (long m = 0; m < rows; m++)
+          for (long i = m * step.inner + wide.from; i < m * step.inner + wide.to; i++)
+            gate[i] = gate[i] * 0.5f * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
 #pragma omp barrier
-    product.prepare(gate, rows, layer.inner);
-    product.multiply(layer.down.weight, layer.down.scale, down, width, range);
-    for (long m = 0; m < rows; m++)
-      for (long i = m * width + range.from; i < m * width + range.to; i++)
-        store((middle[i] + down[i]) * factors.residual, y + i);
+        product.prepare(gate, rows, step.inner);
+        product.multiply(layer->down.weight, layer->down.scale, made, width, mine);
+        add_made();
+#pragma omp barrier
+      }
+    }
   }
+  normalize(states, (const Number*)step.last_norm, made, rows, width, factors.eps);
+  for (long i = 0; i < rows * width; i++) store(made[i], y + i);
 }
 
 template <class Number>
-static void plain_step(const Layer& layer, const Factors& factors, const Number* x, Number* y, int threads) {
-  switch (layer.batch * layer.queries) {
-    case 1: return step<Plain<1, Number>>(layer, factors, x, y, threads);
-    case 2: return step<Plain<2, Number>>(layer, factors, x, y, threads);
-    case 3: return step<Plain<3, Number>>(layer, factors, x, y, threads);
-    case 4: return step<Plain<4, Number>>(layer, factors, x, y, threads);
+static void plain_steps(const Step& step, const Factors& factors, const Number* x, Number* y, int threads) {
+  switch (step.batch * step.queries) {
+    case 1: return steps<Plain<1, Number>>(step, factors, x, y, threads);
+    case 2: return steps<Plain<2, Number>>(step, factors, x, y, threads);
+    case 3: return steps<Plain<3, Number>>(step, factors, x, y, threads);
+    case 4: return steps<Plain<4, Number>>(step, factors, x, y, threads);
   }
 }
 
-#define STEP(NAME, CALL, NUMBER)                                                                                   \
-  extern "C" void NAME(const Layer* layer, const Factors* factors, const NUMBER* x, NUMBER* y, int threads) {     \
-    CALL(*layer, *factors, x, y, threads);                                                                         \
+#define STEPS(NAME, CALL, NUMBER)                                                                                  \
+  extern "C" void NAME(const Step* step, const Factors* factors, const NUMBER* x, NUMBER* y, int threads) {       \
+    CALL(*step, *factors, x, y, threads);                                                                          \
   }
-STEP(float32_step, plain_step, float)
-STEP(bfloat16_step, plain_step, uint16_t)
-#ifdef __AVX512VNNI__
-STEP(float32_int8_step, step<Int8>, float)
-STEP(bfloat16_int8_step, step<Int8>, uint16_t)
-STEP(float32_int4_step, step<Int4>, float)
-STEP(bfloat16_int4_step, step<Int4>, uint16_t)
+STEPS(float32_steps, plain_steps, float)
+STEPS(bfloat16_steps, plain_steps, uint16_t)
+#ifdef HAS_PACKED
+STEPS(float32_int8_steps, steps<Int8>, float)
+STEPS(bfloat16_int8_steps, steps<Int8>, uint16_t)
+STEPS(float32_int4_steps, steps<Int4>, float)
+STEPS(bfloat16_int4_steps, steps<Int4>, uint16_t)
 #endif
 """
 )
 
 
 _KINDS = {RowLinear: "", Int8Linear: "_int8", Int4Linear: "_int4"}
+# Of the hooks that transformers leaves on a model once outputs were asked for.
+_CAPTURING = "output_capturing_hook"
+_NO_MATRIX = (0, 0)
 
 
-def step_library() -> ctypes.CDLL | None:
-    library = load_library("layer_steps", STEP_SOURCE)
-    if library is not None and library.float32_step.argtypes is None:
-        kinds = ("", "_int8", "_int4") if has_packed_products(library) else ("",)
-        for function in (getattr(library, f"{dtype}{kind}_step") for dtype in NUMBERS.values() for kind in kinds):
+@functools.lru_cache(1)
+def step_kernel() -> ctypes.CDLL | None:
+    """The compiled kernel; None where there is no compiler for it."""
+    library = load_library("layer_steps_cpm_bee", STEP_SOURCE)
+    if library is not None:
+        kinds = ("", "_int8", "_int4") if hasattr(library, "float32_int4_steps") else ("",)
+        for function in (getattr(library, f"{dtype}{kind}_steps") for dtype in NUMBERS.values() for kind in kinds):
             function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
             function.restype = None
     return library
 
 
-def matrices(layer: nn.Module) -> list[nn.Module]:
+class LayerSteps:
+    """Steps of all layers and the last norm of a [`CpmBeeModel`], as long as nothing about it changes.
+
+    `kernel` is None if the kernel isn't made for the model as it is.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.kernel, self.max_rows = _kernel_for(model)
+        modules = [module for layer in (*model.layers, model.norm) for module in layer.modules()]
+        # What would tell of a change, as flat as can be: it is looked at in each step.
+        self._children = [(module._modules, name, child) for module in modules for name, child in module.named_children()]
+        self._weights = [
+            (module._parameters, name, weight, weight.data_ptr())
+            for module in modules
+            for name, weight in module.named_parameters(recurse=False)
+        ]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._attributes = [module.__dict__ for module in modules]
+        if self.kernel is None:
+            return
+        config = model.config
+        numbers = [number for layer in model.layers for number in _numbers_of(layer)]
+        self._layers = (ctypes.c_int64 * len(numbers))(*numbers)
+        self._sizes = (len(model.layers), config.hidden_size, config.intermediate_size, config.num_attention_heads)
+        self._head_dim = config.head_dim
+        self._last_norm = model.norm.weight
+        factors = (config.rms_norm_eps, 1 / config.residual_divisor, config.head_dim**-0.5)
+        self._factors = (ctypes.c_float * len(factors))(*factors)
+
+    def is_still_right(self) -> bool:
+        return (
+            all(children.get(name) is child for children, name, child in self._children)
+            and all(
+                parameters.get(name) is weight and weight.data_ptr() == place
+                for parameters, name, weight, place in self._weights
+            )
+            and not any("forward" in attributes for attributes in self._attributes)
+            and not any(hooks and not _are_capturing(hooks) for hooks in self._hooks)
+        )
+
+    def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """See [`step_layers`]."""
+        batch, queries, width = hidden_states.shape
+        opened = cache.open_places(batch, queries)
+        if opened is None:
+            return None
+        past, places = opened
+        count, _, inner, heads = self._sizes
+        bias = position_bias.to(hidden_states.dtype).expand(batch, heads, queries, -1).contiguous()
+        hidden_states = hidden_states.contiguous()
+        output = torch.empty_like(hidden_states)
+        cached = (ctypes.c_int64 * len(places))(*places)
+        step = (ctypes.c_int64 * 13)(
+            ctypes.addressof(self._layers),
+            ctypes.addressof(cached),
+            self._last_norm.data_ptr(),
+            bias.data_ptr(),
+            *(count, width, inner, heads, self._head_dim, batch, queries, past, bias.shape[-1]),
+        )
+        self.kernel(step, self._factors, hidden_states.data_ptr(), output.data_ptr(), torch.get_num_threads())
+        return output
+
+    def __reduce__(self):
+        return _None, ()  # a copied model has other weights
+
+
+def _None() -> None:
+    return None
+
+
+def _are_capturing(hooks: dict[int, Any]) -> bool:
+    return all(getattr(hook, "__name__", "") == _CAPTURING for hook in hooks.values())
+
+
+def _kernel_for(model: nn.Module) -> tuple[Any, int]:
+    """The kernel's function for the model's weights, and how many rows it takes; None and 0 if there is none."""
+    config, dtype = model.config, model.norm.weight.dtype
+    linears = [module for module in model.layers.modules() if isinstance(module, (nn.Linear, PackedLinear))]
+    kind = _KINDS.get(type(linears[0])) if linears else None
+    if (
+        kind is None
+        or dtype not in NUMBERS
+        or config.hidden_act != "gelu"
+        or config.head_dim % STEP
+        or config.head_dim > MAX_HEAD_DIM
+        or any(weight.device.type != "cpu" for weight in model.layers.parameters())
+        or any(type(linear) is not type(linears[0]) or linear.bias is not None for linear in linears)
+        or (not kind and not all(is_for_kernel(linear) and linear.weight.dtype == dtype for linear in linears))
+        or any(layer.weight.dtype != dtype for layer in model.layers.modules() if hasattr(layer, "variance_epsilon"))
+    ):
+        return None, 0
+    library = step_kernel()
+    bits = {"_int8": 8, "_int4": 4}.get(kind)
+    return getattr(library, f"{NUMBERS[dtype]}{kind}_steps", None), MAX_PACKED_ROWS.get(bits, MAX_ROWS)
+
+
+def _numbers_of(layer: nn.Module) -> list[int]:
+    """What the kernel calls a `Layer`."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.q_proj, attention.k_proj]
+    norms = [
+        0 if part is None else norm.weight.data_ptr()
+        for part, norm in (
+            (attention, getattr(layer, "input_layernorm", None)),
+            (mlp, getattr(layer, "post_attention_layernorm", None)),
+        )
+    ]
+    matrices = [_NO_MATRIX] * 4 if attention is None else [*_matrices(attention), _matrix(attention.o_proj)]
+    matrices += [_NO_MATRIX] * 3 if mlp is None else [*_matrices(mlp), _matrix(mlp.down_proj)]
+    return [*norms, *(number for matrix in matrices for number in matrix)]
 
 
-def step_kind(layer: nn.Module) -> str | None:
-    """Which of the kernel's functions steps the layer; None if none does, now or at all."""
-    raise NotImplementedError
+def _matrices(module: FusibleModule) -> list[tuple[int, int]]:
+    """Of the projections, fused or not."""
+    fused, parts = module._fusible_projections
+    if fused not in module._modules:
+        return [_matrix(module._modules[part]) for part in parts]
+    weight = module._modules[fused].weight
+    return [(weight.data_ptr() + part * weight.nbytes // len(parts), 0) for part in range(len(parts))]
 
 
-__all__ = ["layer_step"]
+def _matrix(linear: nn.Module) -> tuple[int, int]:
+    return linear.weight.data_ptr(), linear.scale.data_ptr() if isinstance(linear, PackedLinear) else 0
+
+
+def step_layers(
+    model: nn.Module, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any
+) -> torch.Tensor | None:
+    """What all layers and the last norm make of new tokens.
+
+    Args:
+        model: a [`CpmBeeModel`].
+        hidden_states: `(batch, queries, hidden)`.
+        position_bias: `(batch or 1, heads, queries, places)`.
+        cache: whatever has `open_places`; the new keys and values are added to it.
+
+    Returns:
+        `(batch, queries, hidden)`, or None, with the cache unchanged, if the modules have to compute.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or hidden_states.device.type != "cpu"
+        or type(hidden_states) is not torch.Tensor
+        or not hasattr(cache, "open_places")
+        or torch.jit.is_tracing()
+    ):
+        return None
+    steps = layer_steps(model)
+    is_taken = steps.kernel is not None and hidden_states.dtype == model.norm.weight.dtype
+    if not is_taken or not 0 < hidden_states.shape[0] * hidden_states.shape[1] <= steps.max_rows:
+        return None
+    return steps(hidden_states, position_bias, cache)
+
+
+def layer_steps(model: nn.Module) -> LayerSteps:
+    """The model's, made anew when it has changed."""
+    steps = model.__dict__.get("_layer_steps")
+    if steps is None or not steps.is_still_right():
+        steps = model.__dict__["_layer_steps"] = LayerSteps(model)
+    return steps
+
+
+__all__ = ["layer_steps", "step_layers"]

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .row_products import MAX_INT4_ROWS, int4_row_product, kernel, unpack_int4
+from .row_products import MAX_PACKED_ROWS, has_packed_products, kernel, row_product, unpack_int4
 
 
 QUANT_METHOD = "viscpm_packed"
@@ -50,7 +50,7 @@ def _reads_our_bytes() -> bool:
 # Whether the CPU multiplies whole matrices of int8 without overflow on the way, and reads 4-bit weights.
 HAS_INT8_PRODUCTS, HAS_4_BIT_KERNEL = torch.cpu._is_vnni_supported(), _reads_our_bytes()
 # Up to so many rows the kernels are faster.
-FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: MAX_INT4_ROWS if HAS_4_BIT_KERNEL else 0}
+FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: MAX_PACKED_ROWS[4] if HAS_4_BIT_KERNEL else 0}
 
 
 class PackedLinear(nn.Module):
@@ -108,6 +108,8 @@ class Int8Linear(PackedLinear):
         self.weight, self.scale = (nn.Parameter(it, requires_grad=False) for it in (weight, scale))
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and has_packed_products(kernel()):
+            return row_product(rows, self.weight, self.scale, "_int8")
         return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), self.weight, self.scale)
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
@@ -172,11 +174,10 @@ class Int4Linear(PackedLinear):
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
         # A compiled graph can't call ours.
-        output = None if torch.compiler.is_compiling() else int4_row_product(rows, self.weight, self.scale)
-        if output is None:
-            rows = rows.to(torch.bfloat16).contiguous()
-            output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
-        return output
+        if not torch.compiler.is_compiling() and has_packed_products(kernel()):
+            return row_product(rows, self.weight, self.scale, "_int4")
+        rows = rows.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(torch.bfloat16)

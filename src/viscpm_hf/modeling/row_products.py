@@ -10,59 +10,32 @@ pages of 4 KB a third of the time goes into finding them. The same kernel multip
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import ctypes
 import functools
-import hashlib
 import mmap
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.utils import logging
+
+from .cpp_kernels import COMMON, load_library
 
 
-logger = logging.get_logger(__name__)
-
-# Above, libraries are as fast.
-MAX_ROWS = 4
-HUGE_PAGE_BYTES = 2**21
-# The same of 4-bit weights, beside unpacking them.
-MAX_INT4_ROWS = 48
+# Above, libraries are as fast; the same of packed weights.
+MAX_ROWS, MAX_PACKED_ROWS = 4, {8: 16, 4: 48}
 # What the kernel takes in one go along the width.
 STEP = 32
-# No -ffast-math: loading such a library would flush the denormal numbers of the whole process.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", f"-DMAX_INT4_ROWS={MAX_INT4_ROWS}")
+NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+PAGE, HUGE_PAGE_BYTES = 2**12, 2**21
+# Bytes of weights that lie in one piece of memory, at least.
+ROOM = 2**26
 
-SOURCE = r"""
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+SOURCE = (
+    COMMON
+    + f"static const long MAX_INT4_ROWS = {MAX_PACKED_ROWS[4]};"
+    + r"""
 #include <omp.h>
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-struct Pair { Floats even, odd; };
-
-// A bf16 is the upper half of a float: 32 of them are 16 of even and 16 of odd place, a shift and a mask away.
-static inline Pair load(const uint16_t* from) {
-  Bits both;
-  memcpy(&both, from, sizeof both);
-  return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
-}
-static inline Pair load(const float* from) {
-  Pair pair;
-  memcpy(&pair, from, sizeof pair);
-  return pair;
-}
 // 32 floats in the order in which `load` has those of a Number.
 template <class Number>
 static inline Pair arranged(const float* from) {
@@ -78,16 +51,16 @@ static inline float number(uint16_t value) {
   memcpy(&number, &bits, 4);
   return number;
 }
-static inline void store(float value, float* to) { *to = value; }
-static inline void store(float value, uint16_t* to) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 static inline float total(const Floats& values) {
-  float sum = 0;
-  for (int lane = 0; lane < 16; lane++) sum += values[lane];
-  return sum;
+  typedef float Eight __attribute__((vector_size(32)));
+  typedef float Four __attribute__((vector_size(16)));
+  Eight halves[2];
+  memcpy(halves, &values, sizeof halves);
+  halves[0] += halves[1];
+  Four quarters[2];
+  memcpy(quarters, halves, sizeof quarters);
+  quarters[0] += quarters[1];
+  return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
 }
 
 // The share of `n` outputs, in whole units, that is a thread's.
@@ -96,6 +69,9 @@ static inline Range share(long n, long unit) {
   const long units = (n + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
   return {units * me / threads * unit, std::min(n, units * (me + 1) / threads * unit)};
 }
+
+// How many bytes ahead the weights are asked for. Not a whole page, whose lines would share places of the cache.
+static const long AHEAD = 3072;
 
 // Each kind of weight has a `prepare` for rows x (rows, k) and a `multiply`, which makes the outputs of a range of
 // y (rows, n) = x . w (n, k)^T.
@@ -114,7 +90,7 @@ struct Plain {
   void multiply(const void* weight, const void*, Out* y, long n, Range range) const {
     const Number* w = (const Number*)weight;
     const Pair* xs = rows.data();
-    const long ahead = 4096 / sizeof(Number), line = 64 / sizeof(Number);
+    const long ahead = AHEAD / sizeof(Number), line = 64 / sizeof(Number);
     for (long i = range.from; i < range.to; i++) {
       Floats sums[ROWS] = {}, others[ROWS] = {};
       const Number* row = w + i * k;
@@ -132,95 +108,30 @@ struct Plain {
   }
 };
 
-template <class Product, class Number>
-static void product(const void* w, const void* scales, const Number* x, Number* y, long n, long k, long rows,
-                    int threads) {
-  static thread_local std::vector<float> wide;
-  static thread_local Product prepared;
-  wide.resize(rows * k);
-  for (long i = 0; i < rows * k; i++) wide[i] = number(x[i]);
-  prepared.prepare(wide.data(), rows, k);
-  const Product& mine = prepared;  // of the calling thread
-#pragma omp parallel num_threads(threads)
-  mine.multiply(w, scales, y, n, share(n, Product::UNIT));
-}
-
-template <class Number>
-static void dispatch(const Number* w, const Number* x, Number* y, long n, long k, long rows, int threads) {
-  switch (rows) {
-    case 1: return product<Plain<1, Number>>(w, nullptr, x, y, n, k, rows, threads);
-    case 2: return product<Plain<2, Number>>(w, nullptr, x, y, n, k, rows, threads);
-    case 3: return product<Plain<3, Number>>(w, nullptr, x, y, n, k, rows, threads);
-    case 4: return product<Plain<4, Number>>(w, nullptr, x, y, n, k, rows, threads);
-  }
-}
-
-extern "C" void float32(const float* w, const float* x, float* y, long n, long k, long rows, int threads) {
-  dispatch(w, x, y, n, k, rows, threads);
-}
-extern "C" void bfloat16(const uint16_t* w, const uint16_t* x, uint16_t* y, long n, long k, long rows, int threads) {
-  dispatch(w, x, y, n, k, rows, threads);
-}
-
 // 4-bit weights: blocks of 64 outputs, (n / 64, k, 32) bytes, the first 32 outputs in the low halves; `scales`
 // (k / 64, n) pairs of bf16, so that a value is (code - 8) * first + second.
 static const long GROUP = 64;
 
 typedef int32_t Codes __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(64)));
-
-// `both` holds 16 codes of even and, in the upper halves, 16 of odd place; so does the result 32 bf16.
-static inline Bits values_of(Bits both, const Pair& scale, const Pair& least) {
-  Floats even = __builtin_convertvector((Codes)(both & 15), Floats) * scale.even + least.even;
-  Floats odd = __builtin_convertvector((Codes)(both >> 16 & 15), Floats) * scale.odd + least.odd;
-  return ((Bits)even + 0x8000) >> 16 | (((Bits)odd + 0x8000) & 0xffff0000u);
-}
-
-// (k, 64 * blocks) values from the block `first` on
-extern "C" void unpack_int4(const uint8_t* w, const uint32_t* scales, uint16_t* to, long n, long k, long first,
-                        long blocks, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (long g = 0; g < k / GROUP; g++)
-    for (long b = 0; b < blocks; b++) {
-      const uint8_t* codes = w + ((first + b) * k + g * GROUP) * 32;
-      const uint32_t* from = scales + g * n + (first + b) * 64;
-      Pair scale[2], least[2];
-      for (int half = 0; half < 2; half++)
-        for (int i = 0; i < 16; i++) {
-          const uint32_t* pair = from + 32 * half + 2 * i;
-          float numbers[4];
-          uint32_t bits[4] = {pair[0] << 16, pair[0] & 0xffff0000u, pair[1] << 16, pair[1] & 0xffff0000u};
-          memcpy(numbers, bits, sizeof bits);
-          scale[half].even[i] = numbers[0], least[half].even[i] = numbers[1] - 8 * numbers[0];
-          scale[half].odd[i] = numbers[2], least[half].odd[i] = numbers[3] - 8 * numbers[2];
-        }
-      for (long j = 0; j < GROUP; j++) {
-        Bytes bytes;
-        memcpy(&bytes, codes + 32 * j, sizeof bytes);
-        __builtin_prefetch(codes + 32 * j + 4096);
-        Bits both = (Bits)__builtin_convertvector(bytes, Halves);
-        Bits made[2] = {values_of(both, scale[0], least[0]), values_of(both >> 4, scale[1], least[1])};
-        memcpy(to + ((g * GROUP + j) * blocks + b) * 64, made, sizeof made);
-      }
-    }
-}
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define HAS_PACKED
 #include <immintrin.h>
 
-// Rows are step * (coarse + fine / 254) with two digits of 8 bits.
+// Rows are step * (coarse + fine / 254) with two digits of 8 bits; counts are multiples of 16.
 static inline void digits_of(const float* x, long count, float step, int8_t* coarse, int8_t* fine) {
-  for (long i = 0; i < count; i++) {
-    float scaled = x[i] / step, whole = std::rint(scaled);
-    coarse[i] = whole;
-    fine[i] = std::rint((scaled - whole) * 254);
+  const __m512 inverse = _mm512_set1_ps(1 / step);
+  for (long i = 0; i < count; i += 16) {
+    __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse), whole = _mm512_roundscale_ps(scaled, 0);
+    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, whole), _mm512_set1_ps(254));
+    _mm_storeu_si128((__m128i*)(coarse + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(whole)));
+    _mm_storeu_si128((__m128i*)(fine + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest)));
   }
 }
 static inline float step_of(const float* x, long count) {
-  float largest = 1e-30f;
-  for (long i = 0; i < count; i++) largest = std::max(largest, std::fabs(x[i]));
-  return largest / 127;
+  __m512 largest = _mm512_set1_ps(1e-30f);
+  for (long i = 0; i < count; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  return _mm512_reduce_max_ps(largest) / 127;
 }
 
 // 8-bit weights: (n, k) codes, `scales` (n,) in bf16.
@@ -253,7 +164,7 @@ struct Int8 {
       __m512i coarse[ROWS] = {}, fine[ROWS] = {};
       const uint8_t* row = w + i * k;
       for (long j = 0; j < k; j += 64) {
-        __builtin_prefetch(row + j + 4096);
+        __builtin_prefetch(row + j + AHEAD);
         // The instruction wants one side without signs.
         const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(row + j), middle);
         for (int m = 0; m < ROWS; m++) {
@@ -305,8 +216,9 @@ struct Int4 {
       const float* from = x + i * GROUP;
       group.step = step_of(from, GROUP);
       digits_of(from, GROUP, group.step, group.coarse, group.fine);
-      group.sum = 0;
-      for (long j = 0; j < GROUP; j++) group.sum += from[j];
+      __m512 sum = _mm512_setzero_ps();
+      for (long j = 0; j < GROUP; j += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + j));
+      group.sum = _mm512_reduce_add_ps(sum);
     }
   }
   template <class Out>
@@ -320,7 +232,7 @@ struct Int4 {
     for (int i = 0; i < 64; i++) places[i] = i / 16 * 4 + i / 2 % 4 + i / 8 % 2 * 16 + i % 2 * 32;
     const __m512i order = _mm512_load_si512(places), low = _mm512_set1_epi8(15);
     for (long b = range.from / 64; b < range.to / 64; b++) {
-      __m512 sums[MAX_PACKED_ROWS][4];
+      __m512 sums[MAX_INT4_ROWS][4];
       for (long m = 0; m < rows; m++)
         for (int q = 0; q < 4; q++) sums[m][q] = _mm512_setzero_ps();
       for (long g = 0; g < groups; g++) {
@@ -328,8 +240,8 @@ struct Int4 {
         __m512i values[GROUP];
         for (long j = 0; j < GROUP; j += 4) {
           __m512i one = _mm512_loadu_si512(codes + 32 * j), other = _mm512_loadu_si512(codes + 32 * j + 64);
-          __builtin_prefetch(codes + 32 * j + 4096);
-          __builtin_prefetch(codes + 32 * j + 4096 + 64);
+          __builtin_prefetch(codes + 32 * j + AHEAD);
+          __builtin_prefetch(codes + 32 * j + AHEAD + 64);
           one = _mm512_permutexvar_epi8(order, one), other = _mm512_permutexvar_epi8(order, other);
           __m512i first = _mm512_unpacklo_epi16(one, other), second = _mm512_unpackhi_epi16(one, other);
           values[j] = _mm512_and_si512(first, low), values[j + 1] = _mm512_and_si512(second, low);
@@ -337,9 +249,11 @@ struct Int4 {
           values[j + 3] = _mm512_and_si512(_mm512_srli_epi16(second, 4), low);
         }
         __m512 factor[4], least[4];
+        const long later = g + 2 < groups ? (g + 2) * n : (g + 2 - groups) * n + 64;  // perhaps in the next block
+        const uint32_t* soon = scales + later + b * 64;
         for (int q = 0; q < 4; q++) {
           const uint32_t* from = scales + g * n + b * 64 + 16 * q;
-          if (g + 2 < groups) __builtin_prefetch(from + 2 * n);
+          __builtin_prefetch(soon + 16 * q);
           __m512i both = _mm512_loadu_si512(from);
           factor[q] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
           __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
@@ -373,87 +287,105 @@ struct Int4 {
     }
   }
 };
-
-#define PACKED(NAME, PRODUCT, NUMBER)                                                                              \
-  extern "C" void NAME(const void* w, const void* scales, const NUMBER* x, NUMBER* y, long n, long k, long rows,   \
-                       int threads) {                                                                              \
-    product<PRODUCT>(w, scales, x, y, n, k, rows, threads);                                                        \
-  }
-PACKED(float32_int8, Int8, float)
-PACKED(bfloat16_int8, Int8, uint16_t)
-PACKED(float32_int4, Int4, float)
-PACKED(bfloat16_int4, Int4, uint16_t)
 #endif
 """
+)
 
-_uses_kernel: contextvars.ContextVar[bool] = contextvars.ContextVar("uses_kernel", default=False)
+EXPORTS = r"""
+template <class Product, class Number>
+static void product(const void* w, const void* scales, const Number* x, Number* y, long n, long k, long rows,
+                    int threads) {
+  static thread_local std::vector<float> wide;
+  static thread_local Product prepared;
+  wide.resize(rows * k);
+  for (long i = 0; i < rows * k; i++) wide[i] = number(x[i]);
+  prepared.prepare(wide.data(), rows, k);
+  const Product& mine = prepared;  // of the calling thread
+#pragma omp parallel num_threads(threads)
+  mine.multiply(w, scales, y, n, share(n, Product::UNIT));
+}
 
+template <class Number>
+static void plain(const void* w, const Number* x, Number* y, long n, long k, long rows, int threads) {
+  switch (rows) {
+    case 1: return product<Plain<1, Number>>(w, nullptr, x, y, n, k, rows, threads);
+    case 2: return product<Plain<2, Number>>(w, nullptr, x, y, n, k, rows, threads);
+    case 3: return product<Plain<3, Number>>(w, nullptr, x, y, n, k, rows, threads);
+    case 4: return product<Plain<4, Number>>(w, nullptr, x, y, n, k, rows, threads);
+  }
+}
+#define EXPORTED(NAME, NUMBER, ...)                                                                                \
+  extern "C" void NAME(const void* w, const void* scales, const NUMBER* x, NUMBER* y, long n, long k, long rows,   \
+                       int threads) {                                                                              \
+    __VA_ARGS__;                                                                                                   \
+  }
+EXPORTED(float32, float, plain(w, x, y, n, k, rows, threads))
+EXPORTED(bfloat16, uint16_t, plain(w, x, y, n, k, rows, threads))
+#ifdef HAS_PACKED
+EXPORTED(float32_int8, float, product<Int8>(w, scales, x, y, n, k, rows, threads))
+EXPORTED(bfloat16_int8, uint16_t, product<Int8>(w, scales, x, y, n, k, rows, threads))
+EXPORTED(float32_int4, float, product<Int4>(w, scales, x, y, n, k, rows, threads))
+EXPORTED(bfloat16_int4, uint16_t, product<Int4>(w, scales, x, y, n, k, rows, threads))
+#endif
 
-def cpp_compiler() -> str | None:
-    """The machine's C++ compiler, `CXX` first."""
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
-    return next((name for name in names if shutil.which(name)), None)
+typedef uint8_t Bytes __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(64)));
+
+// `both` holds 16 codes of even and, in the upper halves, 16 of odd place; so does the result 32 bf16.
+static inline Bits values_of(Bits both, const Pair& scale, const Pair& least) {
+  Floats even = __builtin_convertvector((Codes)(both & 15), Floats) * scale.even + least.even;
+  Floats odd = __builtin_convertvector((Codes)(both >> 16 & 15), Floats) * scale.odd + least.odd;
+  return ((Bits)even + 0x8000) >> 16 | (((Bits)odd + 0x8000) & 0xffff0000u);
+}
+
+// (k, 64 * blocks) values from the block `first` on
+extern "C" void unpack_int4(const uint8_t* w, const uint32_t* scales, uint16_t* to, long n, long k, long first,
+                        long blocks, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (long g = 0; g < k / GROUP; g++)
+    for (long b = 0; b < blocks; b++) {
+      const uint8_t* codes = w + ((first + b) * k + g * GROUP) * 32;
+      const uint32_t* from = scales + g * n + (first + b) * 64;
+      Pair scale[2], least[2];
+      for (int half = 0; half < 2; half++)
+        for (int i = 0; i < 16; i++) {
+          const uint32_t* pair = from + 32 * half + 2 * i;
+          float numbers[4];
+          uint32_t bits[4] = {pair[0] << 16, pair[0] & 0xffff0000u, pair[1] << 16, pair[1] & 0xffff0000u};
+          memcpy(numbers, bits, sizeof bits);
+          scale[half].even[i] = numbers[0], least[half].even[i] = numbers[1] - 8 * numbers[0];
+          scale[half].odd[i] = numbers[2], least[half].odd[i] = numbers[3] - 8 * numbers[2];
+        }
+      for (long j = 0; j < GROUP; j++) {
+        Bytes bytes;
+        memcpy(&bytes, codes + 32 * j, sizeof bytes);
+        __builtin_prefetch(codes + 32 * j + AHEAD);
+        Bits both = (Bits)__builtin_convertvector(bytes, Halves);
+        Bits made[2] = {values_of(both, scale[0], least[0]), values_of(both >> 4, scale[1], least[1])};
+        memcpy(to + ((g * GROUP + j) * blocks + b) * 64, made, sizeof made);
+      }
+    }
+}
+"""
 
 
 @functools.lru_cache(1)
 def kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, from the disk if it was compiled before; None where there is no compiler for it."""
-    compiler = cpp_compiler()
-    if compiler is None or platform.system() != "Linux":
-        return None
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        machine = sorted({line for line in lines if "name" in line or "flags" in line})
-        made_of = hashlib.sha256("\n".join([SOURCE, compiler, *FLAGS, *machine]).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
-        file = cache / "viscpm_hf" / f"row_products_{made_of}.so"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, file)
-        library = ctypes.CDLL(os.fspath(file))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.warning(f"Products on the CPU go without our own kernel: {' '.join(reason.split())[:300]}")
-        return None
-    for dtype in _DTYPES.values():
-        function = getattr(library, dtype)
-        function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_int]
-        function.restype = None
-    library.unpack_int4.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4, ctypes.c_int]
-    library.unpack_int4.restype = None
-    if has_int4_products(library):
-        for dtype in _DTYPES.values():
-            function = getattr(library, f"{dtype}_int4")
+    """The compiled kernel; None where there is no compiler for it."""
+    library = load_library("row_products", SOURCE + EXPORTS)
+    if library is not None:
+        kinds = ("", "_int8", "_int4") if has_packed_products(library) else ("",)
+        for function in (getattr(library, f"{dtype}{kind}") for dtype in NUMBERS.values() for kind in kinds):
             function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 3, ctypes.c_int]
             function.restype = None
+        library.unpack_int4.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4, ctypes.c_int]
+        library.unpack_int4.restype = None
     return library
 
 
-def has_int4_products(library: ctypes.CDLL | None) -> bool:
+def has_packed_products(library: ctypes.CDLL | None) -> bool:
     """Whether the CPU has the instructions (AVX-512 VNNI and VBMI); weights are unpacked without them too."""
     return library is not None and hasattr(library, "float32_int4")
-
-
-def _compile(compiler: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source, made = Path(folder, "row_products.cpp"), Path(folder, target.name)
-        source.write_text(SOURCE, "utf-8")
-        command = [compiler, *FLAGS, os.fspath(source), "-o", os.fspath(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        made.replace(target)  # another process may be at the same
-
-
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
-@contextlib.contextmanager
-def with_kernel() -> Iterator[None]:
-    """Within it [`RowLinear`]s use the kernel, where there is one."""
-    token = _uses_kernel.set(kernel() is not None)
-    try:
-        yield
-    finally:
-        _uses_kernel.reset(token)
 
 
 class RowLinear(nn.Linear):
@@ -473,20 +405,20 @@ class RowLinear(nn.Linear):
             or self.bias is not None
         ):
             return super().forward(hidden_states)
-        if _uses_kernel.get() and runs_in_kernel(self):
-            return row_product(hidden_states, weight, rows)
+        if is_for_kernel(self) and kernel() is not None:
+            return row_product(hidden_states, weight)
         if rows == 1 and weight.dtype == torch.bfloat16:
             return torch.mv(weight, hidden_states.reshape(-1)).view(*hidden_states.shape[:-1], -1)
         return super().forward(hidden_states)
 
 
-def runs_in_kernel(linear: nn.Linear) -> bool:
+def is_for_kernel(linear: nn.Linear) -> bool:
     """Whether the kernel is made for the layer's weights."""
     weight = linear.weight
     return (
         isinstance(linear, RowLinear)
         and type(weight) is nn.Parameter
-        and weight.dtype in _DTYPES
+        and weight.dtype in NUMBERS
         and weight.shape[1] % STEP == 0
         and weight.is_contiguous()
     )
@@ -500,34 +432,27 @@ def use_row_products(*modules: nn.Module) -> None:
                 layer.__class__ = RowLinear
 
 
-def row_product(hidden_states: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor:
-    """`(..., in)`, of few rows, with `(out, in)` -> `(..., out)`, by the kernel."""
-    num_out, width = weight.shape
-    hidden_states = hidden_states.contiguous()
-    output = hidden_states.new_empty(*hidden_states.shape[:-1], num_out)
-    getattr(kernel(), _DTYPES[weight.dtype])(
-        weight.data_ptr(), hidden_states.data_ptr(), output.data_ptr(), num_out, width, rows, torch.get_num_threads()
-    )
-    return output
+def row_product(
+    rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None = None, kind: str = ""
+) -> torch.Tensor:
+    """By the kernel, `(..., in)`, up to `MAX_ROWS` or `MAX_PACKED_ROWS`, with a weight of so many outputs ->
+    `(..., out)`.
 
-
-def int4_row_product(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
-    """`(rows, in)`, up to `MAX_INT4_ROWS`, with an `Int4Linear`'s weight -> `(rows, out)`; None if the kernel can't.
-
-    Rows are rounded to 15 bits of the largest value in 64, much less than a bf16's rounding.
+    Args:
+        scale: of a packed weight.
+        kind: `_int8` or `_int4` for a packed weight. Rows are then rounded to 15 bits of the largest value in the row
+            or in 64 of it, much less than a bf16's rounding.
     """
-    library = kernel()
-    if not has_int4_products(library):
-        return None
-    rows = rows.contiguous() if rows.dtype in _DTYPES else rows.float().contiguous()
-    output = rows.new_empty(len(rows), len(weight))
-    getattr(library, f"{_DTYPES[rows.dtype]}_int4")(
+    rows = rows.contiguous() if rows.dtype in NUMBERS else rows.float().contiguous()
+    output = rows.new_empty(*rows.shape[:-1], len(weight))
+    getattr(kernel(), NUMBERS[rows.dtype] + kind)(
         weight.data_ptr(),
-        scale.data_ptr(),
+        None if scale is None else scale.data_ptr(),
         rows.data_ptr(),
         output.data_ptr(),
-        *output.shape[1:],
-        *rows.shape[::-1],
+        len(weight),
+        rows.shape[-1],
+        rows.numel() // rows.shape[-1],
         torch.get_num_threads(),
     )
     return output
@@ -549,29 +474,40 @@ def unpack_int4(weight: torch.Tensor, scale: torch.Tensor, first: int, target: t
 
 
 def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
-    """Moves plain weights on the CPU into memory that the system backs by huge pages, one after another; elsewhere
-    than on Linux nothing happens."""
+    """Moves weights on the CPU into memory that the system backs by huge pages, one after another; elsewhere than on
+    Linux, and where they would not fit beside memory that others hold on to, nothing happens."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    weights = [
-        weight
-        for weight in parameters
-        if type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.is_contiguous()
-    ]
-    sizes = [-weight.nbytes % 64 + weight.nbytes for weight in weights]
-    if sum(sizes) < HUGE_PAGE_BYTES:
+    weights = [it for it in parameters if type(it) is nn.Parameter and it.device.type == "cpu" and it.is_contiguous()]
+    shared = sum(weight.nbytes for weight in weights if weight.untyped_storage().nbytes() > weight.nbytes + PAGE)
+    if shared + ROOM > available_bytes():
         return
-    memory = mmap.mmap(-1, sum(sizes) + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    while weights:
+        group, size = [], 0
+        while weights and size < ROOM:
+            weight = weights.pop(0)
+            group.append((weight, size))
+            size += -weight.nbytes % 64 + weight.nbytes
+        if size >= HUGE_PAGE_BYTES:
+            _move(group, size)
+
+
+def _move(group: list[tuple[nn.Parameter, int]], size: int) -> None:
+    """Weights and where they are to lie in one piece of memory of `size` bytes."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a system without them
-        return
-    room = torch.frombuffer(memory, dtype=torch.uint8)
-    begin = -room.data_ptr() % HUGE_PAGE_BYTES
-    for weight, size in zip(weights, sizes, strict=True):
-        place = room[begin : begin + weight.nbytes].view(weight.dtype).view(weight.shape)
-        weight.data = place.copy_(weight.detach())
-        begin += size
+    begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE_BYTES
+    for weight, offset in group:
+        if weight.numel():
+            place = torch.frombuffer(memory, dtype=weight.dtype, offset=begin + offset, count=weight.numel())
+            weight.data = place.view(weight.shape).copy_(weight.detach())
 
 
-__all__ = ["RowLinear", "put_into_huge_pages", "use_row_products", "with_kernel"]
+def available_bytes() -> int:
+    """Of memory, as Linux counts it."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+__all__ = ["RowLinear", "kernel", "put_into_huge_pages", "row_product", "use_row_products"]

@@ -1,0 +1,94 @@
+"""Kernels of our own for CPUs: C++ that the machine's compiler makes in a second, kept on the disk.
+
+Their sources are texts in Python modules, since an exported folder's remote code is Python modules alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# No -ffast-math: loading such a library would flush the denormal numbers of the whole process.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+
+# What several kernels begin with: 16 numbers at a time, and bf16.
+COMMON = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+struct Pair { Floats even, odd; };
+
+// A bf16 is the upper half of a float: 32 of them are 16 of even and 16 of odd place, a shift and a mask away.
+static inline Pair load(const uint16_t* from) {
+  Bits both;
+  memcpy(&both, from, sizeof both);
+  return {(Floats)(both << 16), (Floats)(both & 0xffff0000u)};
+}
+static inline Pair load(const float* from) {
+  Pair pair;
+  memcpy(&pair, from, sizeof pair);
+  return pair;
+}
+static inline void store(float value, float* to) { *to = value; }
+static inline void store(float value, uint16_t* to) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  *to = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+"""
+
+
+def cpp_compiler() -> str | None:
+    """The machine's C++ compiler, `CXX` first."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "cl"]
+    return next((name for name in names if shutil.which(name)), None)
+
+
+def load_library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """Compiles `source`, or finds what was compiled of it before on this kind of machine in `TORCH_EXTENSIONS_DIR`.
+
+    Returns None, with a warning if compiling failed, where there is no compiler for it. Callers keep the result.
+    """
+    compiler = cpp_compiler()
+    if compiler is None or platform.system() != "Linux":
+        return None
+    flags = (*FLAGS, *flags)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        machine = sorted({line for line in lines if "name" in line or "flags" in line})
+        made_of = hashlib.sha256("\n".join([source, compiler, *flags, *machine]).encode()).hexdigest()[:16]
+        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+        file = cache / "viscpm_hf" / f"{name}_{made_of}.so"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _compile([compiler, *flags], source, file)
+        return ctypes.CDLL(os.fspath(file))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        logger.warning(f"The CPU goes without our own kernel `{name}`: {' '.join(reason.split())[:300]}")
+        return None
+
+
+def _compile(command: list[str], source: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        file, made = Path(folder, "kernel.cpp"), Path(folder, target.name)
+        file.write_text(source, "utf-8")
+        command = [*command, os.fspath(file), "-o", os.fspath(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        made.replace(target)  # another process may be at the same
