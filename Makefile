@@ -103,6 +103,7 @@ conformance: $(READY) ## Run transformers' own tests on our classes (TRANSFORMER
 bench: $(READY) ## Measure speed: benchmarks/chat.py, or BENCH=name for another
 	$(PY) benchmarks/$(or $(BENCH),chat).py $(ARGS)
 
+# Without the network, and with an interpreter that has everything: make gpu READY= PY=python3
 gpu: $(READY) ## Measure on an H100 or H200 what needs one, in at most nine minutes; ARGS=--dry-run tries it on the CPU
 	$(PY) benchmarks/gpu.py $(ARGS)
 

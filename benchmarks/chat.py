@@ -128,11 +128,11 @@ def build(
             "num_attention_heads": args.hidden_size // 128,
             "head_dim": 128,
         },
-        vision_config={
-            "hidden_size": args.hidden_size // 2,
-            "intermediate_size": args.hidden_size * 2,
-            "num_hidden_layers": args.layers,
-            "num_attention_heads": max(1, args.hidden_size // 128),
+        vision_config={  # no larger than the released one
+            "hidden_size": (vision_size := min(args.hidden_size // 2, 1024)),
+            "intermediate_size": 4 * vision_size,
+            "num_hidden_layers": min(args.layers, 24),
+            "num_attention_heads": max(1, vision_size // 64),
         },
     )
     model = VisCPMChatForConditionalGeneration(config).eval()

@@ -2,7 +2,7 @@
 
     python benchmarks/paint.py            # on a CPU a small model, on a GPU the released sizes in fp16
     python benchmarks/paint.py --quick    # does it run at all: seconds
-    python benchmarks/paint.py --compile  # UNet compiled and channels-last too
+    python benchmarks/paint.py --compile  # UNet compiled and channels-last too: minutes for each of --batches
     python benchmarks/paint.py --original FILE  # ratios to figures of the original, measured on this machine
 
 Beside our pipeline stands the original's way of going about it, on the same weights: a pass of the text encoder for
@@ -34,7 +34,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 
 import viscpm_hf
 from viscpm_hf import CpmBeeTokenizer, VisCPMPaintPipeline, VisCPMPaintTextEncoder, VisCPMPaintTextEncoderConfig
-from viscpm_hf.loading.paint import UNET_CONFIG, VAE_CONFIG
+from viscpm_hf.loading.paint import UNET_CONFIG, VAE_CONFIG, compile_unet
 from viscpm_hf.pipelines.pipeline_viscpm_paint import REFERENCE_SCHEDULER_CONFIG
 
 
@@ -76,6 +76,8 @@ class Bench:
         self.is_cuda = self.device.type == "cuda"
         self.dtype = torch.float16 if self.is_cuda else torch.float32
         self.steps, self.rounds, self.batches = options.steps, options.rounds, options.batches
+        self.only_four = options.only_four
+        self.backend = "eager" if options.quick else "inductor"  # which only looks whether there is one graph
         encoder, unet, vae = ({}, UNET_CONFIG, VAE_CONFIG) if self.is_cuda else (SMALL_ENCODER, SMALL_UNET, SMALL_VAE)
         if options.quick:
             encoder, unet, vae = {**SMALL_ENCODER, "num_hidden_layers": 2}, QUICK_UNET, SMALL_VAE
@@ -156,6 +158,7 @@ class Bench:
             self.pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False)
 
         both_seconds, alone_seconds = self.best(both, alone)
+        log(f"both prompts {both_seconds:.3f} s, one {alone_seconds:.3f} s")
         return {
             "encode_seconds": both_seconds,
             "encode_prompt_alone_seconds": alone_seconds,
@@ -219,6 +222,7 @@ class Bench:
         gc.collect()
         models = sum(size_of(model) for model in (self.pipe.unet, self.pipe.vae))
         if self.is_cuda:
+            torch._C._cuda_clearCublasWorkspaces()  # of the products before
             held = torch.cuda.memory_allocated()
         else:
             tensors = {
@@ -259,7 +263,7 @@ class Bench:
 
             bare(), ours()
             bare_seconds, our_seconds = self.best(bare, ours)
-            if self.is_cuda:
+            if self.is_cuda or prefix:  # a compiled UNet would take hooks into its graph
                 overhead = 100 * (our_seconds / bare_seconds - 1)
             else:
                 overhead = min(self.time_outside_unet(ours) for _ in range(self.rounds))
@@ -285,28 +289,30 @@ class Bench:
             )
 
         ddpm = self.pipe.scheduler
+        self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(ddpm.config)
+        draw(4, 2)
+        (candidates,) = self.best(lambda: draw(4, 20))
+        self.pipe.scheduler = ddpm
+        figures = {f"{prefix}four_candidates_20_steps_seconds": round(candidates, 4)}
+        log(f"{prefix}four candidates: {candidates:.3f} s")
+        if self.only_four:
+            return figures
         steps = 50 if self.is_cuda else self.steps
         draw(1, 2)
         (image,) = self.best(lambda: draw(1, steps))
         latents = torch.randn(1, *self.pipe._latent_size(*self.pipe.default_size()), device=self.device)
         with torch.no_grad():
             (decoding,) = self.best(lambda: self.pipe.decode_latents(latents.to(self.dtype)))
-        self.pipe.scheduler = DPMSolverMultistepScheduler.from_config(ddpm.config)
-        draw(4, 2)
-        (candidates,) = self.best(lambda: draw(4, 20))
-        self.pipe.scheduler = ddpm
-        return {
+        return figures | {
             f"{prefix}seconds_per_image": round(image, 4),
             f"{prefix}seconds_per_image_steps": steps,
             f"{prefix}vae_decode_seconds": round(decoding, 4),
-            f"{prefix}four_candidates_20_steps_seconds": round(candidates, 4),
             f"{prefix}peak_memory_image_mib": self.memory(lambda: draw(1, 2)),
         }
 
     def compile(self) -> None:
-        self.pipe.unet.to(memory_format=torch.channels_last)
+        compile_unet(self.pipe.unet, backend=self.backend, fullgraph=True)
         self.pipe.vae.to(memory_format=torch.channels_last)
-        self.pipe.unet = torch.compile(self.pipe.unet, mode="max-autotune", fullgraph=True)
 
 
 def size_of(model: torch.nn.Module) -> int:
@@ -346,6 +352,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8], help="images at once")
     parser.add_argument("--original", type=Path, metavar="JSON", help="seconds of the original on this machine")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
+    parser.add_argument("--as-it-comes", action="store_true", help="print the JSON anew after every measurement")
+    parser.add_argument("--only-four", action="store_true", help="of whole images, four candidates of 20 steps alone")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.batches = 1, options.batches[:1]
@@ -358,26 +366,30 @@ def main() -> None:
         for name in ("text_encoder", "unet", "vae")
     }
     log(f"{machine(bench.device)['device']}, {sizes}")
-    figures = {**machine(bench.device), "dtype": str(bench.dtype), **sizes, "steps": options.steps, **bench.prompts()}
-    log(f"both prompts {figures['encode_seconds']:.3f} s, one {figures['encode_prompt_alone_seconds']:.3f} s")
-    figures |= bench.against_the_original(json.loads(options.original.read_text("utf-8")) if options.original else {})
-    figures |= bench.free()
-    figures |= bench.denoising()
-    figures |= bench.whole()
+    reference = json.loads(options.original.read_text("utf-8")) if options.original else {}
+    figures = {**machine(bench.device), "dtype": str(bench.dtype), **sizes, "steps": options.steps}
+    measurements: list[Callable[[], dict[str, Any]]] = [
+        bench.prompts,
+        lambda: bench.against_the_original(reference),
+        bench.free,
+        bench.denoising,
+        bench.whole,
+    ]
     if options.compile:
-        bench.compile()
-        figures |= bench.denoising("compiled_")
-        figures |= bench.whole("compiled_")
+        measurements += [bench.compile, lambda: bench.whole("compiled_"), lambda: bench.denoising("compiled_")]
+    for measure in measurements:
+        figures |= measure() or {}
+        if options.as_it_comes:
+            print(json.dumps(figures), flush=True)
     targets = TARGETS + (GPU_TARGETS if bench.is_cuda and not options.quick else ())
     figures["missed"] = [
         f"{name} is {figures[name]}, target {'<=' if is_maximum else '>='} {limit}"
         for name, limit, is_maximum in targets
         if name in figures and (figures[name] > limit if is_maximum else figures[name] < limit)
     ]
-    line = json.dumps(figures)
     if options.output is not None:
         options.output.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
-    print(line)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

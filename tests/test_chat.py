@@ -500,6 +500,6 @@ def test_whoever_looks_at_a_picture_sees_the_same(golden, tmp_path):
             assert torch.equal(batched.vision_hidden_states, expected.vision_hidden_states)
             assert turn.answer == batched.answer == expected.answer
         prompt = PromptPreparer(chat).turn(PIL.Image.open(path), "颜色")
-        (pixel_values,) = (image.views.pixel_values for image in prompt.images)
-        assert torch.equal(pixel_values, chat.processor.image_processor(shown, return_tensors="pt")["pixel_values"])
+        (encoded,) = chat.processor.encode_images(chat.model, [image.views for image in prompt.images])
+        assert torch.equal(encoded.features, expected.vision_hidden_states)
         assert len(seen) == 9 and all(np.array_equal(image, np.asarray(shown.convert("RGB"))) for image in seen)

@@ -5,6 +5,7 @@ import gc
 import inspect
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import paint_support
@@ -15,8 +16,11 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from paint_support import CASES, PAINT
 from peft import LoraConfig
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from viscpm_hf import CpmBeeTokenizer, OriginalCheckpointError, UnsafeImageError, UnsafePromptError, VisCPMPaint
+from viscpm_hf.loading.paint import compile_unet
+from viscpm_hf.paint import paint
 from viscpm_hf.paint.paint import PRESETS, SCHEDULERS, image_grid, make_scheduler, scheduler_class
 
 
@@ -48,6 +52,26 @@ def parts(tmp_path_factory):
         for part in pair.values():
             part.save_pretrained(folder / name)
     return folder
+
+
+def test_fast_compiles_the_unet(painter, monkeypatch):
+    """With the backend that takes no time; a graph for each number of pictures."""
+    monkeypatch.setattr(paint, "compilation_problem", lambda model, device: None)
+    monkeypatch.setattr(paint, "compile_unet", partial(compile_unet, backend="eager", fullgraph=True))
+    torch.compiler.reset()
+    counters.clear()
+    fast = VisCPMPaint(PAINT / "pytorch_model.bin", fast=True, **ALONE)
+    for count in (1, 2, 1):
+        options = {"num_images_per_prompt": count, "num_inference_steps": 2, "generator": 0}
+        expected, images = (it.generate_all("一只猫", **options).images for it in (painter, fast))
+        for ours, theirs in zip(images, expected, strict=True):
+            assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_fast_excludes_offload():
+    with pytest.raises(ValueError, match="fast compiles the UNet, which excludes offload='model': drop one"):
+        VisCPMPaint(PAINT / "pytorch_model.bin", fast=True, offload="model", **ALONE)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

@@ -26,7 +26,8 @@ from viscpm_hf import (
     VisCPMChatModel,
     VisCPMChatProcessor,
 )
-from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, factor_of, shape_after
+from viscpm_hf.checkpoints.key_matching import KeyMatcher, shape_after
+from viscpm_hf.checkpoints.weight_transforms import factor_of
 from viscpm_hf.families import key_maps
 from viscpm_hf.modeling.token_space_cpm_bee import MASKED_LOGIT
 

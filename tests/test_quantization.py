@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChat, VisCPMChatForConditionalGeneration
+from viscpm_hf.loading.options import LoadOptions
 from viscpm_hf.loading.quantization import QUANTIZATIONS, quantization_config
 from viscpm_hf.modeling.packed_linear import Int8Linear, PackedConfig
 
@@ -254,6 +255,19 @@ def test_what_the_names_mean_on_a_device():
         assert not isinstance(quantization_config(name, DTYPE, device=cuda), PackedConfig)
     for name in ("int8", "nf4", "fp4"):
         assert isinstance(quantization_config(name, DTYPE, device=cpu), BitsAndBytesConfig)
+
+
+def test_int4wo_of_a_gpu_computes_in_bf16():
+    cuda = torch.device("cuda")
+    chosen = LoadOptions(cuda, quantization="int4wo").choose_dtype(torch.float16)
+    assert isinstance(quantization_config("int4wo", chosen, device=cuda), TorchAoConfig)
+    for dtype in ("auto", torch.float16, torch.float32):
+        asked = LoadOptions(cuda, dtype=dtype, quantization="int4wo").choose_dtype(torch.float16)
+        with pytest.raises(
+            ValueError, match=r"'int4wo' computes in bfloat16 on cuda, not in float(16|32): say dtype="
+        ):
+            quantization_config("int4wo", asked, device=cuda)
+    assert LoadOptions(cuda, quantization="int8wo").choose_dtype(torch.float16) == torch.float16
 
 
 def test_int4wo_where_no_kernel_reads_it(original, monkeypatch):

@@ -2,6 +2,7 @@
 are registered then."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -79,13 +80,17 @@ def test_whatever_is_used_first_finds_our_classes_registered():
     )
 
 
-def test_the_garbage_collector_waits_for_the_libraries_alone():
+def test_the_garbage_collector_waits_for_the_libraries_alone(tmp_path):
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny("chat"), folder)
+    config = (folder / "config.json").read_text("utf-8")
+    (folder / "config.json").write_text(config.replace("{", '{"known_to_the_class_alone": 1,', 1), "utf-8")
     in_a_new_process(
         "import gc, sys",
         "rounds = lambda: gc.get_stats()[2]['collections']",
         "before = rounds()",
         "from viscpm_hf.cli import main",
-        f"assert main(['inspect', {tiny('chat')!r}]) == 0 and 'transformers' in sys.modules",
+        f"assert main(['inspect', {os.fspath(folder)!r}]) == 0 and 'transformers' in sys.modules",
         "assert gc.isenabled() and rounds() - before < 4, rounds() - before",
         "import atexit",
         "atexit._run_exitfuncs()",

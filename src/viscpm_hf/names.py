@@ -20,6 +20,13 @@ DTYPE_NAMES = {
 }  # fmt: skip
 
 
+# Bytes of a number of each kind that a file may hold.
+ITEM_SIZES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
 def full_dtype_name(name: str) -> str:
     """`"fp16"`, `"torch.float16"` ... -> `"float16"`; other texts as they are."""
     return DTYPE_NAMES.get(name.removeprefix("torch."), name)

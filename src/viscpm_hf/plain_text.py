@@ -32,3 +32,11 @@ def _text_of(value: Any) -> str:
         return repr(value) if isinstance(value, (list, tuple, dict, set)) else str(value)
     except (RecursionError, ValueError):  # of nested lists; of numbers with thousands of digits
         return f"a {type(value).__name__}"
+
+
+def size_text(size: int) -> str:
+    """For people: `20.6 GB`."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size} bytes"

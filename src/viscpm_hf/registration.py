@@ -17,9 +17,18 @@ from collections.abc import Callable
 from .quiet import quiet, uncollected
 
 
-# Rooms that registering imports, but for what in them is as light as this file.
+# Rooms that registering imports, but for what in them needs neither library.
 ROOMS = tuple(f"{__package__}.{room}" for room in ("modeling", "families", "checkpoints", "pipelines", "loading"))
-LIGHT = (f"{__package__}.loading", f"{__package__}.loading.diffusers")
+LIGHT = frozenset(
+    f"{__package__}.{name}"
+    for name in """
+    loading loading.diffusers families families.diffusion_shapes families.family families.key_maps families.known_sizes
+    families.model_shapes families.systems modeling modeling.configuration_limits modeling.decoding_presets
+    modeling.original_vision_resampler modeling.token_ids_cpm_bee checkpoints checkpoints.adapters checkpoints.archive
+    checkpoints.composite checkpoints.errors checkpoints.headers checkpoints.json_files checkpoints.key_matching
+    checkpoints.location checkpoints.original checkpoints.stored_quantization checkpoints.visualcla_adapter
+    """.split()
+)
 # Of loggers that tell of what can't be had here as soon as they are imported.
 LOUD = ("torchao", "torch.utils._pytree", "huggingface_hub.serialization._torch")
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from viscpm_hf import OriginalCheckpointError
-from viscpm_hf.checkpoints import archive, tensor_files
+from viscpm_hf.checkpoints import archive, headers
 from viscpm_hf.checkpoints.original import load_state_dict
 
 
@@ -194,6 +194,6 @@ def test_two_lists_and_two_records_of_one_name(tmp_path):
 
 def test_a_pointer_of_git_lfs(tmp_path):
     path = tmp_path / "model.bin"
-    path.write_bytes(tensor_files.LFS_POINTER + b"v1\noid sha256:abc\nsize 123\n")
+    path.write_bytes(headers.LFS_POINTER + b"v1\noid sha256:abc\nsize 123\n")
     with pytest.raises(OriginalCheckpointError, match=r"model.bin.*git lfs pull"):
         load_state_dict(path)

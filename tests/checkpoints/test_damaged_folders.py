@@ -12,7 +12,7 @@ from support import GOLDEN
 import viscpm_hf
 from viscpm_hf import VisCPMChat, VisCPMPaint
 from viscpm_hf.batch.results import Results
-from viscpm_hf.checkpoints.tensor_files import LFS_POINTER
+from viscpm_hf.checkpoints.headers import LFS_POINTER
 from viscpm_hf.cli import main
 from viscpm_hf.training.output import last_checkpoint
 

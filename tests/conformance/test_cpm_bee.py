@@ -12,7 +12,7 @@ from transformers.testing_utils import torch_device
 
 from viscpm_hf import CpmBeeConfig, CpmBeeForCausalLM, CpmBeeModel
 from viscpm_hf.modeling.modeling_cpm_bee import CpmBeePreTrainedModel
-from viscpm_hf.modeling.token_space_cpm_bee import padded_vocab_size
+from viscpm_hf.modeling.token_ids_cpm_bee import padded_vocab_size
 
 
 class CpmBeeModelTester:

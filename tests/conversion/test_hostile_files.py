@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from viscpm_hf import ConversionError, OriginalCheckpointError, convert, inspect
 from viscpm_hf.checkpoints import archive
+from viscpm_hf.checkpoints.headers import weight_files
 from viscpm_hf.checkpoints.original import load_state_dict
-from viscpm_hf.checkpoints.tensor_files import weight_files
 from viscpm_hf.cli import main
 
 

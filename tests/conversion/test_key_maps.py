@@ -5,8 +5,9 @@ import torch
 from support import Golden
 
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChatForConditionalGeneration
+from viscpm_hf.checkpoints.key_matching import KeyMatcher, shape_after
 from viscpm_hf.checkpoints.original import chat_config, text_config
-from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, apply_operation, revert_operation, shape_after
+from viscpm_hf.checkpoints.weight_transforms import apply_operation, revert_operation
 from viscpm_hf.families import key_maps
 
 

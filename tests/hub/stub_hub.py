@@ -42,9 +42,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         files = sorted(path for path in repository.rglob("*") if path.is_file())
         names = [path.relative_to(repository).as_posix() for path in files]
         if "tree" in parts or "paths-info" in parts:
+            folder = "/".join([*parts[4:], ""]) if "tree" in parts and parts[4:] else ""
+            if not any(name.startswith(folder) for name in names):
+                self._send(404, b"", **{"X-Error-Code": "EntryNotFound"})
+                return
             content = [
                 {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)}
                 for name, path in zip(names, files, strict=True)
+                if name.startswith(folder)
             ]
         elif parts[2:3] == ["refs"]:
             branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}

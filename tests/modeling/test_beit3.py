@@ -188,6 +188,7 @@ def test_flex_attention_agrees(model, pixel_values):
     torch.testing.assert_close(outputs.last_hidden_state, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not (torch.cuda.is_available() and is_flash_attn_2_available()), reason="needs flash-attn")
 @torch.no_grad()
 def test_flash_attention_agrees(pixel_values):

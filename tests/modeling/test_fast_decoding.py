@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from viscpm_hf import CpmBeeForCausalLM, VisCPMChat
 from viscpm_hf.modeling import fast_decoding_cpm_bee
 from viscpm_hf.modeling.fast_decoding import compilation_problem
-from viscpm_hf.modeling.fast_decoding_cpm_bee import DecodingShape, room_for
+from viscpm_hf.modeling.fast_decoding_cpm_bee import DecodingGraph, DecodingShape, room_for
 
 
 QUESTIONS = ("图片是什么颜色？", "describe the picture 🙂 and ~ and 🙂, in a much longer question 😀", "^")
@@ -152,6 +152,18 @@ def test_an_answer_moves_on_to_larger_classes(golden, own_chat, traced, few_plac
         assert own_chat.ask(str(golden.image(0)), "图片", **options).answer == plain.answer
         places = sorted(shape.places for shape, *_ in own_chat.model.fast_decoder.graphs)
         assert traced() == len(places) > 1
+
+
+def test_compiled_in_parts(golden, own_chat, traced, monkeypatch):
+    """As for GPUs, which capture the step: the graph of one layer serves all of them."""
+    whole = DecodingGraph._compile
+    monkeypatch.setattr(DecodingGraph, "_compile", lambda graph, in_parts: whole(graph, True))
+    assert len(own_chat.model.language_model().layers) > 1
+    options = {"max_new_tokens": 8, "num_beams": 1}
+    plain = own_chat.ask(str(golden.image(0)), QUESTIONS[1], **options).answer
+    for _ in range(2):
+        assert own_chat.ask(str(golden.image(0)), QUESTIONS[1], fast=True, **options).answer == plain
+        assert traced() == 3  # before, within and after the layers
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="compiling for a CPU needs a C++ compiler")

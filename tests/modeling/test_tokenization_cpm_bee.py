@@ -10,7 +10,7 @@ from support import Golden
 from transformers import AutoTokenizer
 
 from viscpm_hf import CpmBeeConfig, CpmBeeTokenizer
-from viscpm_hf.modeling.token_space_cpm_bee import num_extension_slots, padded_vocab_size
+from viscpm_hf.modeling.token_ids_cpm_bee import num_extension_slots, padded_vocab_size
 from viscpm_hf.modeling.tokenization_cpm_bee import IMAGE_TOKEN, SLOT_NAME, SPECIAL_TOKENS, LongestMatch, load_vocab
 
 

@@ -30,8 +30,9 @@ from viscpm_hf import (
     MiniCPMVProcessor,
     OriginalCheckpointError,
 )
+from viscpm_hf.checkpoints.key_matching import KeyMatcher
 from viscpm_hf.checkpoints.readers import converted_tensors
-from viscpm_hf.checkpoints.weight_transforms import KeyMatcher, revert_operation
+from viscpm_hf.checkpoints.weight_transforms import revert_operation
 from viscpm_hf.families import key_maps
 from viscpm_hf.families.family import COMPOSITE_FORM, FAMILIES, Family, _answering
 from viscpm_hf.loading.from_pretrained import register

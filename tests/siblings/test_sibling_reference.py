@@ -2,6 +2,7 @@
 conversations with their token ids, placeholders of pictures left out)."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -40,14 +41,27 @@ def test_prompts_and_answers(processors, name, case):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pieces_of_a_streamed_answer_are_the_answer(processors, name):
-    processor = processors[name]
-    for case in CASES[name]:
-        ids = [token for token in case["answer_ids"] if token not in (1, 2)]
+def test_pieces_of_a_streamed_answer_are_the_answer(processors, name, monkeypatch):
+    """Bytes, blanks and special tokens in any order, and no token is decoded again and again."""
+    processor, draw = processors[name], random.Random(0)
+    tokenizer = processor.tokenizer
+    groups = [list(range(3, 259)), tokenizer.all_special_ids[3:], range(259, len(tokenizer)), [tokenizer.unk_token_id]]
+    groups.append([token for token in groups[2] if tokenizer.convert_ids_to_tokens(token).startswith("▁")])
+    answers = [[token for token in case["answer_ids"] if token not in (1, 2)] for case in CASES[name]]
+    for _ in range(50):
+        kinds = draw.choices([group for group in groups if group], k=20)
+        answers.append([token for kind in kinds for token in draw.choices(kind, k=draw.randint(1, 3))])
+    num_decoded, decode = [], tokenizer.decode
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **kwargs: num_decoded.append(len(ids)) or decode(ids, **kwargs)
+    )
+    for ids in [*answers, sum(answers, [])]:
+        num_decoded.clear()
         text = AnswerText(processor)
         pieces = [text.new_text(ids[: end + 1]) for end in range(len(ids))]
-        pieces.append(text.new_text(ids, is_last=True))
-        assert "".join(pieces) == case["answer"], case["name"]
+        pieces.append(text.new_text([*ids, tokenizer.eos_token_id, *ids]))
+        assert sum(num_decoded) <= 5 * len(ids)
+        assert "".join(pieces) == processor.answer_text(ids) and text.new_text(ids, is_last=True) == ""
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "minicpmv" in name])

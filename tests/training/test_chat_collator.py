@@ -50,7 +50,11 @@ def test_loss_and_gradients_are_the_references(golden, own_chat):
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     model.zero_grad()
-    documents = [record.samples[0].document() for record in golden_records(golden)]
+    escape = own_chat.processor.tokenizer.escape
+    documents = [
+        {"image": "<image>", "context": "", "question": escape(question), "<ans>": escape(answer)}
+        for ((question, answer),) in (record.turns for record in golden_records(golden))
+    ]
     images = [record.images[0] for record in golden_records(golden)]
     inputs = own_chat.processor(images, documents, return_labels=True, padding_side="right", return_tensors="pt")
     model(**inputs).loss.backward()  # what test_parity.py compares with the reference's gradients

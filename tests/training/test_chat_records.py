@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 from chat_training_support import conversation
 
+from viscpm_hf.training.encoding import DocumentEncoding
 from viscpm_hf.training.records import CAPTION_INSTRUCTIONS, BadRowError, ChatRecord, read_record
 
 
@@ -26,29 +27,27 @@ def test_every_answered_turn_is_a_sample():
     row["conversations"].append({"from": "human", "value": "unanswered"})
     record = read_record(row)
     assert [(sample.question, sample.answer) for sample in record.samples] == [("q1 <b>", "a1 < 2"), ("q2", "a2")]
-    first, second = (sample.document() for sample in record.samples)
-    assert first == {"image": "<image>", "context": "", "question": "q1 <<b>", "<ans>": "a1 << 2"}
-    assert second["context"] == "User: q1 <<b>\nAI: a1 << 2\n"
-    assert second["question"] == "q2"
+    assert [sample.turns_before for sample in record.samples] == [(), (("q1 <b>", "a1 < 2"),)]
 
 
-def test_context_is_what_a_conversation_hands_on(golden, chat):
+def test_a_sample_is_the_prompt_of_its_question(golden, chat):
     """So that a second turn is learned in the form in which it will be asked."""
-    image, questions = golden.image(0), ("图片 < 是什么？", "and then?")
+    image, questions = golden.image(0), ("图片 < 是什么？", "and <b> then?")
     first = chat.ask(image, questions[0], max_new_tokens=4)
     record = ChatRecord([(questions[0], first.answer), (questions[1], "x")], [image])
-    assert record.samples[1].context == first.context
+    contexts = ["", first.context]
+    for sample, context in zip(record.samples, contexts, strict=True):
+        prompt = chat.processor.encode_turn(sample.question, context, [(0, 0)]).input_ids
+        assert DocumentEncoding(chat.processor).encode(sample).input_ids[: len(prompt)] == prompt
 
 
 def test_text_without_an_image():
     for row in (conversation(None, ("q", "a")), conversation("", ("q", "a"))):
-        (sample,) = read_record(row).samples
-        assert "image" not in sample.document()
+        assert read_record(row).images == ()
 
 
 def test_several_images():
-    (sample,) = read_record(conversation(["a.png", "b.png"], ("q", "a"))).samples
-    assert sample.document()["image"] == "<image><image>"
+    assert len(read_record(conversation(["a.png", "b.png"], ("q", "a"))).images) == 2
 
 
 def test_pictures_in_memory_and_in_tables():

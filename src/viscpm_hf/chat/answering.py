@@ -14,7 +14,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from ..modeling.answering import Decoding, GenerateDecoding
-from ..modeling.chat_processing import ChatProcessing, EncodedImage, Grid, ImageViews, Prompt
+from ..modeling.chat_processing import AnswerText, ChatProcessing, EncodedImage, Grid, ImageViews, Prompt
 from ..pipelines.safety import UnsafeImageError
 from .turns import MODES, REFUSAL, ChatTurn, check_generation, open_picture, sampling
 
@@ -233,7 +233,7 @@ class AnswerStreamer(BaseStreamer):
 
     def __init__(self, processor: ChatProcessing, on_text: Callable[[str], None], prompt: Prompt | None = None):
         self.on_text = on_text
-        self._text = processor.answer_stream(prompt)
+        self._text = AnswerText(processor, prompt)
         self._ids: list[int] = []
         self._has_prompt = False
 

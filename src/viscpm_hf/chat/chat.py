@@ -11,7 +11,7 @@ import torch
 
 from ..checkpoints.adapters import AdapterFolder
 from ..checkpoints.errors import OriginalCheckpointError
-from ..checkpoints.location import WHOLE, Original, chosen_file, find_original, hub_arguments, original_of
+from ..checkpoints.location import WHOLE, Original, at_commit, chosen_file, find_original, hub_arguments, original_of
 from ..families.family import CHAT, CHATS, FAMILIES, Family, family_of
 from ..loading.from_pretrained import own_config
 from ..loading.options import LoadOptions, find_original_file
@@ -41,8 +41,8 @@ class VisCPMChat:
         vocab_path: `vocab.txt`; if None, the one beside the model.
         device: CUDA, then MPS, then the CPU unless given.
         dtype: the checkpoint's own, unless the device is better off with another: on a CPU fp16 becomes bf16, or fp32
-            where the CPU has no bf16. "auto" is the checkpoint's own in any case. A torch dtype or any name of one
-            (`"float16"`, `"fp16"`, `"torch.float16"`).
+            where the CPU has no bf16, and CUDA's int4wo is always bf16. "auto" is the checkpoint's own in any case. A
+            torch dtype or any name of one (`"float16"`, `"fp16"`, `"torch.float16"`).
         image_safety_policy: what happens to flagged images: `"raise"` an [`UnsafeImageError`], or `"refuse"` with a
             fixed sentence as the answer. Either way nothing is said about the image.
         quantization: `"4bit"`, `"8bit"` (on a CPU packed for its kernels), `"nf4"`, `"fp4"`, `"int8"`, `"int8wo"` or
@@ -123,6 +123,8 @@ class VisCPMChat:
                 "config_path and vision_config_path belong to an original file; "
                 f"{model_path} is a folder or Hub id and has its own config.json."
             )
+        else:
+            hub = at_commit(source, **hub)
         self.family, model, self.processor = self._load(find_original(source, **hub) or source, vocab_path, hub)
         problem = self.processor.vocabulary_problem(model)
         if problem is not None:

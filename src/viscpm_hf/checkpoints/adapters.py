@@ -6,15 +6,19 @@ import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
 
 from ..version import OLDEST, require
 from .errors import OriginalCheckpointError
+from .headers import safetensors_header
 from .json_files import load_json
-from .tensor_files import safetensors_header
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, ProcessorMixin
 
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
+from ..names import ITEM_SIZES
 from ..plain_text import plain
 from .errors import OriginalCheckpointError
-from .tensor_files import MAX_TENSORS
+from .headers import MAX_TENSORS
 
 
 # The pickle of a state dict holds about 100 bytes a tensor; the released files' have 0.2 MB.
@@ -46,9 +45,9 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")
 LOCAL_SIGNATURE = b"PK\x03\x04"
 
 STORAGES = {
-    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "FloatStorage": "float32", "DoubleStorage": "float64",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
 }  # fmt: skip
 
 
@@ -66,12 +65,17 @@ class Storage:
 
     record: str
     """Name of its record in the archive, below the archive's own folder."""
-    dtype: torch.dtype
+    dtype: str
+    """`"float16"` and so on."""
     numel: int
 
     @property
+    def itemsize(self) -> int:
+        return ITEM_SIZES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        return self.numel * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.storage.dtype
 
     @property
     def numel(self) -> int:
@@ -406,7 +414,7 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
     for name, tensor in tensors.items():
         storage = tensor.storage
         record = records.get(storage.record)
-        if tensor.numel * storage.dtype.itemsize > storage.nbytes:
+        if tensor.numel * storage.itemsize > storage.nbytes:
             raise OriginalCheckpointError(
                 f"{path} was refused: {plain(name)} has the shape {tensor.shape}, {tensor.numel:,} values, but the "
                 f"file holds {storage.nbytes:,} bytes of it."
@@ -427,7 +435,7 @@ def check_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[st
                 "file holds of it."
             )
         if tensor.numel:
-            size = storage.dtype.itemsize
+            size = storage.itemsize
             spans.append((record.begin + tensor.offset * size, record.begin + tensor.end * size, name))
     spans.sort()
     for (_, end, name), (begin, _, follower) in zip(spans, spans[1:], strict=False):
@@ -444,21 +452,3 @@ def _are_tied(one: tuple[str, StoredTensor], other: tuple[str, StoredTensor]) ->
     """Whether two tensors are one, a language model's embedding and its head."""
     names = {".".join(name.split(".")[-2:]) for name, _ in (one, other)}
     return names in TIED_NAMES and one[1] == other[1] and one[1].numel == one[1].storage.numel
-
-
-def map_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[str, Record]) -> dict[str, torch.Tensor]:
-    """Maps checked tensors; none is read before it is used, and writing to one doesn't change the file."""
-    mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-    storages: dict[str, torch.UntypedStorage] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        value = torch.empty(0, dtype=tensor.storage.dtype)
-        if tensor.numel:
-            key = tensor.storage.record
-            if key not in storages:
-                storages[key] = mapped[records[key].begin : records[key].begin + records[key].nbytes]
-            value.set_(storages[key], tensor.offset, tensor.shape, tensor.strides)
-        else:
-            value = value.new_empty(tensor.shape)
-        result[name] = value
-    return result

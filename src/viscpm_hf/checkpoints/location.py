@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from transformers.utils.hub import cached_file
 
-from ..families.family import BEIT3, CHAT, CPM_BEE, FAMILIES, PAINT, Family
-from ..modeling.configuration_vision_resampler import MiniCPMVConfig, VisualCLAConfig, refuse_later_minicpmv
+from ..families.diffusion_shapes import UNET_CONFIG
+from ..families.family import BEIT3, CHAT, CPM_BEE, FAMILIES, MINICPMV, PAINT, VISUALCLA, Family
+from ..modeling.original_vision_resampler import refuse_later_minicpmv
 from ..tiny.embedded import EMBEDDED_NAME, check_model_name
 from .adapters import AdapterFolder
 from .errors import OriginalCheckpointError
+from .headers import TensorHeader, check_inside, safetensors_header
 from .json_files import load_json
 from .original import (
+    DIFFUSION_CONFIG_NAME,
     LLM_SIZE_KEYS,
     ORIGINAL_CONFIG_NAMES,
     ORIGINAL_SUFFIXES,
@@ -35,8 +36,12 @@ from .original import (
     VOCAB_NAME,
     load_state_dict,
     read_json,
+    state_dict_header,
 )
-from .tensor_files import check_inside, mapped_tensors
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 ORIGINAL_FILE, ORIGINAL_FOLDER = "original file", "original folder"
@@ -45,7 +50,7 @@ TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER = "transformers folder", "diffusers folder
 MANIFEST_NAME = "conversion.json"
 CONVERTED = (TRANSFORMERS_FOLDER, DIFFUSERS_FOLDER)
 
-PAINT_MODEL_TYPE = "viscpm_paint_text_encoder"
+PAINT_MODEL_TYPE = FAMILIES[PAINT].model_type
 
 # `owner/name`, as the Hub allows them, and a file within, or one of the released alternatives (`families`).
 HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(/(?P<file>[^/]+\.(bin|pt|pth))|:(?P<release>[\w.-]+))?")
@@ -132,7 +137,7 @@ def location_of(folder: Path, name: str | None = None) -> Location:
     kind = config.get("model_type")
     if isinstance(kind, (list, dict)):
         raise OriginalCheckpointError(f"{folder / 'config.json'} names no model type but a {type(kind).__name__}.")
-    own = next((own for own, family in FAMILIES.items() if family.config_class.model_type == kind), None)
+    own = next((own for own, family in FAMILIES.items() if family.model_type == kind), None)
     original = original_from(config, os.fspath(folder))
     if original is None and own not in (None, PAINT, BEIT3):  # of the last two neither stands alone
         return Location(name, folder, TRANSFORMERS_FOLDER, own)
@@ -152,6 +157,18 @@ def json_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def diffusers_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration of a diffusers model; None if the folder has none."""
+    config = json_object(folder / "config.json")
+    return config if "_class_name" in config else None
+
+
+def original_unet_config(location: Location) -> Mapping[str, Any]:
+    """The configuration of an original file's UNet; the released one's if there is none."""
+    given = json_object(location.folder / DIFFUSION_CONFIG_NAME)
+    return given.get("unet") or diffusers_config(location.folder / "unet") or UNET_CONFIG
 
 
 def original_files(folder: Path) -> list[Path]:
@@ -357,7 +374,7 @@ class Original:
     @cached_property
     def layout(self) -> str:
         """`"whole"`; of VisualCLA also `"merged"`, or `"adapter"`: changes to two bases."""
-        if self.kind != VisualCLAConfig.model_type:
+        if self.kind != VISUALCLA:
             return WHOLE
         if self.file(ADAPTER_CONFIG_NAME) is not None:
             return ADAPTER
@@ -408,14 +425,22 @@ class Original:
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors by their original names, mapped: none is read before it is used."""
+        return self._all_of(tensors_of)
+
+    @cached_property
+    def headers(self) -> dict[str, TensorHeader]:
+        """What the files of weights say of [`tensors`], without torch."""
+        return self._all_of(headers_of)
+
+    def _all_of(self, read: Callable[[list[Path]], dict[str, Any]]) -> dict[str, Any]:
         if not self.part_folders:
-            return tensors_of(self.weight_files)
+            return read(self.weight_files)
         text, vision = self.part_folders
         own = [path for path in self.weight_files if path.parent not in self.part_folders]
-        return {**text_tensors(text), **vision_tensors(vision), **tensors_of(own)}
+        return {**text_tensors(text, read), **vision_tensors(vision, read), **read(own)}
 
     @property
-    def shapes(self) -> dict[str, torch.Size] | None:
+    def shapes(self) -> dict[str, tuple[int, ...]] | None:
         """Shapes of the tensors; None if the weights aren't on this machine, or are changes to others'."""
         if self.layout == ADAPTER or (self.layout == MERGED and not os.path.isdir(self.name)):
             return None
@@ -475,7 +500,7 @@ def original_from(
     kind = kind_of(config)
     if kind is None:
         return None
-    if kind == MiniCPMVConfig.model_type:
+    if kind == MINICPMV:
         refuse_later_minicpmv(config)
     if hub is None:
         hub = {} if os.path.isdir(name) else {"local_files_only": True}
@@ -510,7 +535,7 @@ def original_of(
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """Which system an original `config.json` is of; None if it is none of an original's."""
     model_type = config.get("model_type")
-    shared = next((kind for kind, family in FAMILIES.items() if family.config_class.model_type == model_type), None)
+    shared = next((kind for kind, family in FAMILIES.items() if family.model_type == model_type), None)
     if shared is not None:
         is_original = FAMILIES[shared].shares_model_type and "resampler_config" not in config
         return shared if is_original else None
@@ -560,6 +585,8 @@ def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, is_n
     if os.path.isdir(name_or_path):
         path = os.path.join(name_or_path, kwargs.get("subfolder") or "", filename)
         return path if os.path.isfile(path) else None
+    from transformers.utils.hub import cached_file
+
     try:
         return cached_file(
             name_or_path,
@@ -573,6 +600,22 @@ def find_repository_file(name_or_path: str | os.PathLike, filename: str, /, is_n
         if is_needed:
             raise
         return None  # transformers reports it when it looks itself
+
+
+def at_commit(name_or_path: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    """The Hub's arguments with the commit that a repository is at as the revision: all that is loaded with them is of
+    one commit, and what is here is asked for no more. Of a path they are as given."""
+    is_here = os.path.exists(name_or_path)
+    found = None if is_here else find_repository_file(name_or_path, ORIGINAL_CONFIG_NAMES[0], **hub)
+    commit = None if found is None else commit_of(found)
+    return hub if commit is None else {**hub, "revision": commit}
+
+
+def commit_of(path: str | os.PathLike) -> str | None:
+    """The commit of the Hub's repository that a path in its cache is of; None for any other."""
+    from transformers.utils.hub import extract_commit_hash
+
+    return extract_commit_hash(os.path.join(path, "file"), None)  # which looks at what is above the last name
 
 
 def download_repository(repo_id: str | os.PathLike, hub_kwargs: Mapping[str, Any]) -> Path:
@@ -664,9 +707,24 @@ def tensors_of(files: list[Path]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: for damaged files, ones that hold more than tensors, or a name that is in two of them.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    from .tensor_files import mapped_tensors
+
+    return _of_files(files, mapped_tensors, load_state_dict)
+
+
+def headers_of(files: list[Path]) -> dict[str, TensorHeader]:
+    """What these files say of their tensors.
+
+    Raises:
+        ValueError: as [`tensors_of`].
+    """
+    return _of_files(files, safetensors_header, state_dict_header)
+
+
+def _of_files(files: list[Path], read_safetensors: Callable, read_archive: Callable) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
     for file in files:
-        own = mapped_tensors(file) if file.suffix == ".safetensors" else load_state_dict(file)
+        own = read_safetensors(file) if file.suffix == ".safetensors" else read_archive(file)
         twice = next((name for name in own if name in tensors), None)
         if twice is not None:
             raise OriginalCheckpointError(f"{file.parent} has {twice} twice; the second time in {file.name}.")
@@ -678,14 +736,14 @@ def tensors_of(files: list[Path]) -> dict[str, torch.Tensor]:
 TEXT_PREFIX, VISION_PREFIX = "text_model.", "vision_model."
 
 
-def text_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """A language model's folder, by the names of the whole VisualCLA."""
-    return {TEXT_PREFIX + name: tensor for name, tensor in tensors_of(weight_paths(folder)).items()}
+def text_tensors(folder: Path, read: Callable[[list[Path]], dict[str, Any]] = tensors_of) -> dict[str, Any]:
+    """A language model's folder, by the names of the whole VisualCLA; `read` may be [`headers_of`]."""
+    return {TEXT_PREFIX + name: tensor for name, tensor in read(weight_paths(folder)).items()}
 
 
-def vision_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """A vision tower's folder, or a whole CLIP's, by the names of the whole VisualCLA."""
-    tensors = tensors_of(weight_paths(folder))
+def vision_tensors(folder: Path, read: Callable[[list[Path]], dict[str, Any]] = tensors_of) -> dict[str, Any]:
+    """A vision tower's folder, or a whole CLIP's, likewise."""
+    tensors = read(weight_paths(folder))
     if any(name.startswith(VISION_PREFIX) for name in tensors):
         return {VISION_PREFIX + name: tensor for name, tensor in tensors.items() if name.startswith(VISION_PREFIX)}
     return {2 * VISION_PREFIX + name: tensor for name, tensor in tensors.items()}

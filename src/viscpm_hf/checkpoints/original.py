@@ -7,25 +7,25 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any
 
 from ..families import key_maps
 from ..families.family import CHAT, CPM_BEE, PAINT
-from ..modeling.configuration_cpm_bee import CpmBeeConfig
-from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
-from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..plain_text import plain
-from .archive import RefusedError, StoredTensor, UnreadableError, check_tensors, map_tensors, read_archive
+from .archive import Record, RefusedError, StoredTensor, UnreadableError, check_tensors, read_archive
 from .errors import OriginalCheckpointError
+from .headers import LFS_ADVICE, TensorHeader, is_lfs_pointer
 from .json_files import load_json
-from .tensor_files import LFS_ADVICE, is_lfs_pointer
-from .weight_transforms import KeyMatcher, shape_after
+from .key_matching import KeyMatcher, shape_after
 
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    import torch
+
+    from ..modeling.configuration_cpm_bee import CpmBeeConfig
+    from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+    from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+
 
 ORIGINAL_SUFFIXES = (".pt", ".bin", ".pth")
 ORIGINAL_WEIGHTS_NAME = "pytorch_model.bin"
@@ -33,6 +33,8 @@ ORIGINAL_WEIGHTS_NAME = "pytorch_model.bin"
 ORIGINAL_CONFIG_NAMES = ("config.json", "cpm-bee.json", "cpm-bee-10b.json")
 VISION_CONFIG_NAME = "vision.json"
 VOCAB_NAME = "vocab.txt"
+# Configurations of UNet, VAE and scheduler in one file, for checkpoints of other sizes than the released ones.
+DIFFUSION_CONFIG_NAME = "diffusion.json"
 # Paint's VAE as a file beside the weights: one of its parts, no alternative to them.
 VAE_NAMES = ("vae.bin", "vae.pt")
 
@@ -67,7 +69,7 @@ LLM_PREFIX = re.compile(r"(llm\.|cpmbee\.)?")
 LLM_LAYER = re.compile(LLM_PREFIX.pattern + r"encoder\.layers\.\d+\.(self_att\.self_attention|ffn\.ffn)\.")
 
 # What a weight may be stored in; anything else is a quantised checkpoint, or none.
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,23 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         OriginalCheckpointError: if it isn't a flat dict of tensors, is damaged, or asks for code to be run.
         OSError: if it can't be opened.
     """
+    from .tensor_files import map_tensors
+
     path = Path(path)
+    return map_tensors(path, *_described(path))
+
+
+def state_dict_header(path: str | os.PathLike) -> dict[str, TensorHeader]:
+    """Names, dtypes and shapes of an original file, which is looked at as [`load_state_dict`] does.
+
+    Raises:
+        OriginalCheckpointError, OSError: as [`load_state_dict`].
+    """
+    tensors, _ = _described(Path(path))
+    return {name: TensorHeader(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+
+
+def _described(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Record]]:
     try:
         content, records = read_archive(path)
     except RefusedError as error:
@@ -135,7 +153,7 @@ def load_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             f"({', '.join(map(plain, strange[:3]))})."
         )
     check_tensors(path, content, records)
-    return map_tensors(path, content, records)
+    return content, records
 
 
 def checkpoint_kind(names: Mapping[str, Any]) -> str | None:
@@ -159,13 +177,20 @@ def key_map_of(kind: str, names: Mapping[str, Any]) -> key_maps.KeyMap:
     return key_maps.CPM_BEE_WITHIN if any(name.startswith("llm.") for name in names) else key_maps.CPM_BEE
 
 
+def dtype_of(tensor: torch.Tensor | TensorHeader) -> str:
+    """`"float16"` and so on."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def check_state_dict(
-    state_dict: Mapping[str, torch.Tensor], key_map: key_maps.KeyMap, expected: Mapping[str, torch.Size]
+    state_dict: Mapping[str, torch.Tensor | TensorHeader],
+    key_map: key_maps.KeyMap,
+    expected: Mapping[str, tuple[int, ...]],
 ) -> CheckpointProblems:
     """Compares an original state dict with the model's own names and shapes.
 
     Args:
-        state_dict: original names and tensors.
+        state_dict: original names and tensors, or what is known of them.
         key_map: its map.
         expected: our names and shapes, tied copies left out.
     """
@@ -184,8 +209,8 @@ def check_state_dict(
         found.add(target)
         if shape_after(entry.operation, tensor.shape) != expected[target]:
             misshaped.append(f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[target])}")
-        elif tensor.dtype not in WEIGHT_DTYPES:
-            mistyped.append(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}")
+        elif (dtype := dtype_of(tensor)) not in WEIGHT_DTYPES:
+            mistyped.append(f"{name} is of {dtype}")
     return CheckpointProblems([name for name in expected if name not in found], unexpected, misshaped, mistyped)
 
 
@@ -207,7 +232,7 @@ def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
     return content
 
 
-def _rows_and_columns(shapes: Mapping[str, torch.Size], name: str, ndim: int = 2) -> torch.Size | None:
+def _rows_and_columns(shapes: Mapping[str, tuple[int, ...]], name: str, ndim: int = 2) -> tuple[int, ...] | None:
     """Shape of a tensor that sizes are read off; None if it isn't there.
 
     Raises:
@@ -222,7 +247,7 @@ def _rows_and_columns(shapes: Mapping[str, torch.Size], name: str, ndim: int = 2
     return shape
 
 
-def _num_layers(names: Iterable[str], prefix: str) -> int | None:
+def num_layers(names: Iterable[str], prefix: str) -> int | None:
     """Layers of a tower, by the numbers in its names; None if there are none."""
     numbers = [match[1] for name in names if (match := re.match(re.escape(prefix) + r"(\d{1,6})\.", name))]
     return max(map(int, numbers)) + 1 if numbers else None
@@ -259,32 +284,47 @@ def _pick(source: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -
     }
 
 
-def text_config(original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None) -> CpmBeeConfig:
-    """CPM-Bee's configuration from an original one; what it lacks comes from the tensors, then from the 10B model."""
+def text_sizes(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
+    """What the files say of CPM-Bee's sizes: an original configuration, and the tensors what it lacks."""
     sizes = _pick(original, LLM_SPELLINGS)
     if shapes is not None:
         shapes = {LLM_PREFIX.sub("", name, count=1): shape for name, shape in shapes.items()}
         sizes = _text_sizes(shapes, sizes) | sizes
-    return _configured(CpmBeeConfig, **sizes)
+    return sizes
+
+
+def text_config(original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> CpmBeeConfig:
+    """CPM-Bee's configuration from an original one; what it lacks comes from the tensors, then from the 10B model."""
+    from ..modeling.configuration_cpm_bee import CpmBeeConfig
+
+    return _configured(CpmBeeConfig, **text_sizes(original, shapes))
 
 
 def text_encoder_config(
-    original: Mapping[str, Any], shapes: Mapping[str, torch.Size] | None = None
+    original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> VisCPMPaintTextEncoderConfig:
     """The configuration of VisCPM-Paint's text encoder from an original one."""
+    from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
+
+    return _configured(VisCPMPaintTextEncoderConfig, **text_encoder_sizes(original, shapes))
+
+
+def text_encoder_sizes(
+    original: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """What the files say of the sizes of VisCPM-Paint's text encoder, its projection's among them."""
     sizes = _pick(original, {"projection_dim": ("unet_cross_attention_dim",)})
-    llm_shapes = None
-    if shapes is not None:
-        llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
-        projection = _rows_and_columns(shapes, "trans_block.w_out_res.weight")
-        if projection is not None:
-            sizes = {"projection_dim": projection[0]} | sizes
-    llm = text_config(original, llm_shapes).to_diff_dict()
-    llm.pop("model_type")
-    return _configured(VisCPMPaintTextEncoderConfig, **llm, **sizes)
+    projection = _rows_and_columns(shapes or {}, "trans_block.w_out_res.weight")
+    if projection is not None:
+        sizes = {"projection_dim": projection[0]} | sizes
+    return text_sizes(original, _of_language_model(shapes)) | sizes
 
 
-def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> dict[str, int]:
+def _of_language_model(shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, tuple[int, ...]] | None:
+    return shapes and {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
+
+
+def _text_sizes(shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     embedding = _rows_and_columns(shapes, "input_embedding.weight")
     if embedding is not None:
@@ -292,14 +332,13 @@ def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> d
     gate = _rows_and_columns(shapes, _in_any_layer(shapes, "ffn.ffn.w_in.w_0.weight"))
     if gate is not None:
         sizes["intermediate_size"] = gate[0]
-    layers = _num_layers(shapes, "encoder.layers.")
+    layers = num_layers(shapes, "encoder.layers.")
     if layers is not None:
         sizes["num_hidden_layers"] = layers
     bias = _rows_and_columns(shapes, "position_bias.relative_attention_bias")
     if bias is not None:
         buckets, sizes["num_attention_heads"] = bias
-        default = CpmBeeConfig()
-        segment_buckets = known.get("position_bias_num_segment_buckets", default.position_bias_num_segment_buckets)
+        segment_buckets = known.get("position_bias_num_segment_buckets", 256)  # as CpmBeeConfig has it
         sizes["position_bias_num_segment_buckets"] = segment_buckets
         sizes["position_bias_num_buckets"] = buckets - segment_buckets
         query = _rows_and_columns(shapes, _in_any_layer(shapes, "self_att.self_attention.project_q.weight"))
@@ -308,24 +347,35 @@ def _text_sizes(shapes: Mapping[str, torch.Size], known: Mapping[str, Any]) -> d
     return sizes
 
 
-def chat_config(
+def chat_sizes(
     original: Mapping[str, Any],
     vision: Mapping[str, Any] | None = None,
-    shapes: Mapping[str, torch.Size] | None = None,
-) -> VisCPMChatConfig:
-    """VisCPM-Chat's configuration from the original ones (the vision keys may be in either)."""
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the files say of VisCPM-Chat's language model and vision tower (whose keys may be in either)."""
     sizes = _pick({**original, **(vision or {})}, VISION_SPELLINGS)
     if shapes is not None:
         sizes = _vision_sizes(shapes) | sizes
     if isinstance(sizes.get("hidden_size"), int) and "num_attention_heads" not in sizes:
         sizes["num_attention_heads"] = max(1, sizes["hidden_size"] // VISION_HEAD_DIM)
-    llm_shapes = None
-    if shapes is not None:
-        llm_shapes = {name: shape for name, shape in shapes.items() if name.startswith("llm.")}
-    return _configured(VisCPMChatConfig, text_config=text_config(original, llm_shapes).to_dict(), vision_config=sizes)
+    return text_sizes(original, _of_language_model(shapes)), sizes
 
 
-def _vision_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
+def chat_config(
+    original: Mapping[str, Any],
+    vision: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> VisCPMChatConfig:
+    """VisCPM-Chat's configuration from the original ones."""
+    from ..modeling.configuration_cpm_bee import CpmBeeConfig
+    from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
+
+    text, tower = chat_sizes(original, vision, shapes)
+    text_config = _configured(CpmBeeConfig, **text).to_dict()
+    return _configured(VisCPMChatConfig, text_config=text_config, vision_config=tower)
+
+
+def _vision_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     queries = _rows_and_columns(shapes, "query")
     if queries is not None:
@@ -343,7 +393,7 @@ def _vision_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
     feed_forward = _rows_and_columns(shapes, "vpm.beit3.encoder.layers.0.ffn.A.fc1.weight")
     if feed_forward is not None:
         sizes["intermediate_size"] = feed_forward[0]
-    layers = _num_layers(shapes, "vpm.beit3.encoder.layers.")
+    layers = num_layers(shapes, "vpm.beit3.encoder.layers.")
     if layers is not None:
         sizes["num_hidden_layers"] = layers
     return sizes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.modeling_cpm_bee import CpmBeeModel
 from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
+from .composite import added_token_id, check_converted, converted, converted_shapes, vision_sizes
 from .errors import OriginalCheckpointError
+from .key_matching import KeyMatcher
 from .location import Original
 from .original import (
     VISION_CONFIG_NAME,
     VISION_HEAD_DIM,
-    WEIGHT_DTYPES,
     CheckpointProblems,
-    _num_layers,
     chat_config,
     check_state_dict,
     checkpoint_kind,
@@ -37,7 +37,7 @@ from .original import (
     text_config,
     text_encoder_config,
 )
-from .weight_transforms import KeyMatcher, apply_operation, shape_after
+from .weight_transforms import apply_operation
 
 
 class Reader:
@@ -50,7 +50,7 @@ class Reader:
         self,
         original: Original,
         config_class: type | None = None,
-        shapes: Mapping[str, torch.Size] | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> PreTrainedConfig:
         """The configuration by our names.
 
@@ -194,29 +194,11 @@ class CompositeReader(Reader):
 
 def converted_tensors(model_type: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Original tensors -> ours; nearly all are views of them. Names that the map doesn't have are kept."""
-    matcher = KeyMatcher(FAMILIES[model_type].key_maps[0])
-    converted: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if matcher.dropped_reason(name) is not None:
-            continue
-        matches = matcher.match_all(name)
-        for target, entry in matches:
-            fits = shape_after(entry.operation, tensor.shape).numel() * len(matches) == tensor.numel()
-            # What has a strange shape is kept as it is: the comparison with the model names it.
-            converted[target] = apply_operation(entry.operation, tensor) if fits else tensor
-        if not matches:
-            converted[name] = tensor
-    return converted
-
-
-def converted_shapes(model_type: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
-    """Shapes by original names -> by ours."""
-    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return {name: tensor.shape for name, tensor in converted_tensors(model_type, empty).items()}
+    return converted(model_type, tensors, apply_operation)
 
 
 def with_stored_sizes(
-    config: VisionResamplerConfig, shapes: Mapping[str, torch.Size], original: Original
+    config: VisionResamplerConfig, shapes: Mapping[str, tuple[int, ...]], original: Original
 ) -> VisionResamplerConfig:
     """The configuration with what the tensors, by our names, and the tokenizer's files know better.
 
@@ -226,7 +208,7 @@ def with_stored_sizes(
     embedding = shapes.get("language_model.model.embed_tokens.weight")
     if embedding is not None:
         config.text_config.vocab_size = embedding[0]
-    for name, size in _vision_sizes(shapes).items():
+    for name, size in vision_sizes(shapes).items():
         setattr(config.vision_config, name, size)
     placeholder = FAMILIES[config.model_type].placeholder
     if placeholder is not None:
@@ -236,70 +218,13 @@ def with_stored_sizes(
     return config
 
 
-def _vision_sizes(shapes: Mapping[str, torch.Size]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    patches = next((shapes[name] for name in _PATCHES if len(shapes.get(name, ())) == 4), None)
-    positions = next((shapes[name] for name in _POSITIONS if len(shapes.get(name, ())) >= 2), None)
-    if patches is not None:
-        sizes["hidden_size"], sizes["patch_size"] = patches[0], patches[-1]
-        if positions is not None:
-            # A square of patches, or one and a class token.
-            sizes["image_size"] = int(positions[-2] ** 0.5) * patches[-1]
-    for prefix in ("vision_tower.encoder.layers.", "vision_tower.layers."):
-        layers = _num_layers(shapes, prefix)
-        if layers is not None:
-            sizes["num_hidden_layers"] = layers
-            feed_forward = shapes.get(f"{prefix}0.mlp.fc1.weight")
-            if feed_forward is not None:
-                sizes["intermediate_size"] = feed_forward[0]
-    return sizes
-
-
-_PATCHES = (
-    "vision_tower.embeddings.patch_embedding.weight",
-    "vision_tower.embeddings.patch_embeddings.projection.weight",
-)
-_POSITIONS = (
-    "vision_tower.embeddings.position_embedding.weight",
-    "vision_tower.embeddings.position_embeddings",
-)
-
-
-def added_token_id(original: Original, token: str) -> int | None:
-    """The id of a token that was added to a vocabulary, from whichever file of the tokenizer has it."""
-    if token in (ids := original.json("added_tokens.json")):
-        return ids[token]
-    for index, entry in (original.json("tokenizer_config.json").get("added_tokens_decoder") or {}).items():
-        if entry.get("content") == token:
-            return int(index)
-    for entry in original.json("tokenizer.json").get("added_tokens") or ():
-        if entry.get("content") == token:
-            return entry.get("id")
-    return None
-
-
 def problems_of(
     tensors: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel], config: PreTrainedConfig
 ) -> CheckpointProblems:
     """Compares tensors, by our names, with what the model needs."""
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
-    return CheckpointProblems(
-        missing=[name for name in expected if name not in tensors],
-        unexpected=[name for name in tensors if name not in expected],
-        misshaped=[
-            f"{name} is {tuple(tensor.shape)} instead of {tuple(expected[name])}"
-            for name, tensor in tensors.items()
-            if name in expected and tensor.shape != expected[name]
-        ],
-        mistyped=list(_mistyped(tensors, expected)),
-    )
-
-
-def _mistyped(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> Iterable[str]:
-    for name, tensor in tensors.items():
-        if name in expected and tensor.shape == expected[name] and tensor.dtype not in WEIGHT_DTYPES:
-            yield f"{name} is of {str(tensor.dtype).removeprefix('torch.')}"
+    return check_converted(tensors, expected)
 
 
 READERS: dict[str, Reader] = {CPM_BEE_FORM: CpmBeeReader(), COMPOSITE_FORM: CompositeReader()}

@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..names import DTYPE_NAMES, full_dtype_name
 from ..plain_text import plain
+from .archive import Record, StoredTensor
 from .errors import ConversionError
-from .json_files import load_json
+from .headers import SAFETENSORS_DTYPES, TensorHeader, safetensors_header, weight_files
 
 
 # Values of a tensor that are worked on at a time: 1 MB as fp32, which stays in the processor's cache. Pieces of 64 MB
@@ -39,25 +40,7 @@ BLOCK_BYTES = 2**20
 # Bytes that may wait in memory for the disk while more are computed.
 MAX_UNFLUSHED_BYTES = 2**28
 
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-DTYPES_OF_SAFETENSORS = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-# The format's own limit is 100 MB, of which a parser makes a gigabyte; 20,000 tensors take 3 MB.
-MAX_HEADER_BYTES = 16 * 2**20
-MAX_TENSORS = 20_000
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-LFS_ADVICE = " It is Git LFS's pointer to the file: fetch the file itself with git lfs pull."
+DTYPES_IN_SAFETENSORS = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 # Alignment of a tensor's bytes, as torch.save and safetensors have it.
 ARCHIVE_ALIGNMENT = 64
@@ -70,7 +53,7 @@ FIELD_HEADER_BYTES = 4
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor as a file's header knows it."""
+    """A tensor to be written."""
 
     name: str
     dtype: torch.dtype
@@ -211,7 +194,7 @@ class SafetensorsWriter:
         offset = 0
         for tensor in tensors:
             header[tensor.name] = {
-                "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+                "dtype": DTYPES_IN_SAFETENSORS[dtype_name(tensor.dtype)],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, offset + tensor.nbytes],
             }
@@ -365,69 +348,22 @@ def _pickled(tensors: Sequence[TensorSpec], keys: Mapping[str, str]) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def safetensors_header(path: str | os.PathLike) -> dict[str, TensorSpec]:
-    """Names, dtypes and shapes of a safetensors file; its values aren't read.
-
-    Raises:
-        ConversionError: if the file is damaged or its header absurd.
-        OSError: if it can't be opened.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ConversionError(
-                f"{path} is no safetensors file: its header claims {length:,} bytes, but the file has {size:,} and "
-                f"{MAX_HEADER_BYTES:,} is the limit here.{LFS_ADVICE if is_lfs_pointer(path) else ''}"
-            )
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        if len(header) > MAX_TENSORS:
-            raise ValueError(f"it has {len(header):,} tensors, and {MAX_TENSORS:,} is the limit here")
-        specs = {
-            name: TensorSpec(name, DTYPES_OF_SAFETENSORS[entry["dtype"]], tuple(map(_size, entry["shape"])))
-            for name, entry in header.items()
-        }
-        offsets = {name: _span(entry["data_offsets"]) for name, entry in header.items()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ConversionError(f"{path} is no safetensors file: its header makes no sense ({plain(error)}).") from error
-    for name, spec in specs.items():
-        begin, stop = offsets[name]
-        if spec.nbytes != stop - begin:
-            raise ConversionError(
-                f"{path} is damaged: {plain(name)} of shape {plain(spec.shape)} needs {spec.nbytes:,} bytes, and the "
-                f"header gives it {stop - begin:,}."
-            )
-    end = 0
-    for begin, stop in sorted(offsets.values()):
-        if begin != end:
-            raise ConversionError(f"{path} is damaged: its tensors overlap or leave gaps at byte {begin:,}.")
-        end = stop
-    if 8 + length + end != size:
-        raise ConversionError(
-            f"{path} is damaged: it has {size:,} bytes, but its tensors need {8 + length + end:,}; was it cut short?"
-        )
-    return specs
-
-
-def _size(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**62:
-        raise ValueError(f"{plain(value)} is no size")
-    return value
-
-
-def _span(offsets: Any) -> tuple[int, int]:
-    begin, stop = map(_size, offsets)
-    return begin, stop
-
-
-def is_lfs_pointer(path: str | os.PathLike) -> bool:
-    """Whether a file is what Git leaves of a big one if Git LFS isn't installed."""
-    with open(path, "rb") as file:
-        return file.read(len(LFS_POINTER)) == LFS_POINTER
+def map_tensors(path: Path, tensors: dict[str, StoredTensor], records: dict[str, Record]) -> dict[str, torch.Tensor]:
+    """Maps checked tensors; none is read before it is used, and writing to one doesn't change the file."""
+    mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+    storages: dict[str, torch.UntypedStorage] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        value = torch.empty(0, dtype=getattr(torch, tensor.dtype))
+        if tensor.numel:
+            key = tensor.storage.record
+            if key not in storages:
+                storages[key] = mapped[records[key].begin : records[key].begin + records[key].nbytes]
+            value.set_(storages[key], tensor.offset, tensor.shape, tensor.strides)
+        else:
+            value = value.new_empty(tensor.shape)
+        result[name] = value
+    return result
 
 
 class SafetensorsFolder:
@@ -445,7 +381,7 @@ class SafetensorsFolder:
     def __init__(self, folder: str | os.PathLike, name: str):
         self.folder = Path(folder)
         self.files = weight_files(self.folder, name)
-        self.specs: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorHeader] = {}
         self.file_of: dict[str, str] = {}
         for file in self.files:
             for tensor, spec in safetensors_header(self.folder / file).items():
@@ -473,61 +409,3 @@ def mapped_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in specs}
     except SafetensorError as error:
         raise ConversionError(f"{path} is no readable safetensors file ({error}).") from error
-
-
-def weight_files(folder: Path, name: str) -> list[str]:
-    """File names of a folder's weights, one or many.
-
-    Raises:
-        ConversionError: if the index is damaged or names files outside the folder.
-        FileNotFoundError: if there are no weights, or some of them are missing.
-    """
-    index_file = folder / f"{name}.safetensors.index.json"
-    if (folder / f"{name}.safetensors").exists():
-        files = [f"{name}.safetensors"]
-    elif index_file.exists():
-        try:
-            weight_map = load_json(index_file)["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(f"{index_file} is no index of weights: {plain(error)}.") from error
-    else:
-        raise FileNotFoundError(f"{folder} has neither {name}.safetensors nor {index_file.name}.")
-    for file in files:
-        check_inside(folder, file, index_file)
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} lacks {file}, one of the {len(files)} files that its index names.")
-    return files
-
-
-def check_weight_files(folder: Path, name: str) -> None:
-    """Looks at the headers and sizes of a folder's weights, if it has any, before a library reads them, which would
-    tell neither the file nor what to do.
-
-    Raises:
-        ConversionError: if a file is damaged, cut short, or a pointer of Git LFS.
-        FileNotFoundError: if a shard is missing.
-    """
-    if any((folder / f"{name}.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
-        for file in weight_files(folder, name):
-            safetensors_header(folder / file)
-
-
-def check_inside(folder: Path, file: str, index_file: Path, is_there: bool = True) -> None:
-    """Raises [`ConversionError`] if a file name of an index, or the file itself if it is there, leads out of the
-    folder."""
-    is_plain = isinstance(file, str) and file == os.path.basename(file) and file not in ("", ".", "..")
-    if not is_plain or "\\" in file:
-        raise ConversionError(f"{index_file} was refused: it names {plain(file)!r}, which isn't a file beside it.")
-    if not is_there:
-        return
-    target = (folder / file).resolve()
-    if target.parent not in (folder.resolve(), *_cache_blobs(folder)):
-        raise ConversionError(f"{folder / file} was refused: it is a link to {target}, outside its folder.")
-
-
-def _cache_blobs(folder: Path) -> Iterator[Path]:
-    """In the Hub's cache every file is a link into the repository's own `blobs/`: that place, for a folder of it."""
-    for parent in folder.resolve().parents:
-        if parent.name == "snapshots":
-            yield parent.parent / "blobs"

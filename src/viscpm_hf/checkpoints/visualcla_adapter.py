@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from tqdm.auto import tqdm
+from typing import TYPE_CHECKING, Any
 
 from .errors import OriginalCheckpointError
-from .location import ADAPTER_CONFIG_NAME, TEXT_PREFIX, model_folder, text_tensors, vision_tensors
-from .original import load_state_dict, read_json
-from .tensor_files import mapped_tensors
+from .headers import TensorHeader
+from .location import ADAPTER_CONFIG_NAME, TEXT_PREFIX, model_folder, tensors_of, text_tensors, vision_tensors
+from .original import read_json
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,13 +32,15 @@ NUM_ADDED_TOKENS = 4
 
 @dataclass(frozen=True)
 class LoraChange:
-    """One matrix's `a (r, in)` and `b (out, r)`."""
+    """One matrix's `a (r, in)` and `b (out, r)`, or what is known of them."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor | TensorHeader
+    b: torch.Tensor | TensorHeader
     scale: float
 
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+
         return torch.addmm(weight.float(), self.b.float(), self.a.float(), alpha=self.scale).to(weight.dtype)
 
 
@@ -47,7 +50,7 @@ class Adapter:
 
     folder: Path
     changes: dict[str, LoraChange]
-    own: dict[str, torch.Tensor]
+    own: dict[str, torch.Tensor | TensorHeader]
     """What takes a base's place, or has none there."""
 
     def applied(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -57,8 +60,8 @@ class Adapter:
         return self.changes[name].applied(weight) if name in self.changes else weight
 
 
-def read_adapter(folder: str | os.PathLike) -> Adapter:
-    """Reads an adapter; its tensors are mapped.
+def read_adapter(folder: str | os.PathLike, read: Callable[[list[Path]], dict[str, Any]] = tensors_of) -> Adapter:
+    """Reads an adapter; its tensors are mapped, or with `headers_of` none is read.
 
     Raises:
         OriginalCheckpointError: if it is of another kind, damaged, or lacks a half of a pair.
@@ -72,10 +75,10 @@ def read_adapter(folder: str | os.PathLike) -> Adapter:
     weights = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"{folder} has neither {' nor '.join(ADAPTER_FILES)}.")
-    tensors = mapped_tensors(weights) if weights.suffix == ".safetensors" else load_state_dict(weights)
+    tensors = read([weights])
     scale = _scale(config, config_file)
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    own: dict[str, torch.Tensor] = {}
+    sides: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
     for name, tensor in tensors.items():
         name = name.removeprefix(NAME_PREFIX)
         match = LORA_NAME.fullmatch(name)
@@ -146,7 +149,7 @@ def check_bases(
         )
 
 
-def check_adapter(shapes: Mapping[str, torch.Size], adapter: Adapter, text_model: Path) -> None:
+def check_adapter(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter, text_model: Path) -> None:
     """Compares an adapter with the shapes of what it changes, by original names.
 
     Raises:
@@ -159,15 +162,15 @@ def check_adapter(shapes: Mapping[str, torch.Size], adapter: Adapter, text_model
             f"{adapter.folder} changes {len(unknown)} matrices that the bases don't have ({', '.join(unknown[:3])})."
         )
     for name, change in adapter.changes.items():
-        wants = torch.Size((change.b.shape[0], change.a.shape[1]))
+        wants = (change.b.shape[0], change.a.shape[1])
         if shapes[name] != wants:
             raise OriginalCheckpointError(
-                f"{adapter.folder} changes {name} of {tuple(wants)}, but the base's is {tuple(shapes[name])}: it is "
+                f"{adapter.folder} changes {name} of {wants}, but the base's is {tuple(shapes[name])}: it is "
                 "of another model or size."
             )
 
 
-def check_vocabulary(shapes: Mapping[str, torch.Size], adapter: Adapter, text_model: Path) -> None:
+def check_vocabulary(shapes: Mapping[str, tuple[int, ...]], adapter: Adapter, text_model: Path) -> None:
     """Raises [`OriginalCheckpointError`] if the language model isn't the one that the adapter was made for."""
     name = VOCABULARY_NAMES[0]
     if name not in adapter.own or name not in shapes:
@@ -189,6 +192,8 @@ def adapted_tensors(
     Raises:
         OriginalCheckpointError: if an adapter changes what the bases don't have, or of another shape.
     """
+    from tqdm.auto import tqdm
+
     tensors = {**text_tensors(text_model), **vision_tensors(vision_model)}
     for folder in adapters:
         adapter = read_adapter(folder)

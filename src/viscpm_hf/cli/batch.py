@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     count = check_rows(arguments.input)
     check_places(arguments)
-    kind = model_kind(arguments)
+    kind, commit = model_kind(arguments)
     if arguments.check_image is None:
         arguments.check_image = kind == "paint"
     check_options(arguments, kind)
@@ -97,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.overwrite:
             results.discard()
         results.check_settings(settings_of(arguments, kind))
+    arguments.revision = commit or arguments.revision  # what was looked at is what is loaded
     share.wait_for_others()
     begin = time.perf_counter()
     try:
@@ -222,27 +223,31 @@ def check_places(arguments: argparse.Namespace) -> None:
         raise NotADirectoryError(f"{arguments.images_out} is a file, not a folder for images.")
 
 
-def model_kind(arguments: argparse.Namespace) -> str:
-    """`"chat"` or `"paint"`: what the model is; of one that is both, or not yet here, what the rows ask for."""
+def model_kind(arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """`"chat"` or `"paint"`: what the model is; of one that is both, or not yet here, what the rows ask for. Of a Hub
+    repository also the commit that it is at."""
     from ..batch.rows import read_rows
     from ..checkpoints.adapters import AdapterFolder
+    from ..checkpoints.location import commit_of, locate
     from ..conversion.inspect import inspect
     from ..families.family import CHATS
     from ..tiny.embedded import EMBEDDED_NAME
 
-    kind, hub = None, hub_options(arguments)
+    kind, commit, hub = None, None, hub_options(arguments)
     if AdapterFolder.find(arguments.model) is not None:
-        return "chat"
+        return "chat", None
     if arguments.model != EMBEDDED_NAME:
         configs = {"llm_config": arguments.config, "vision_config": arguments.vision_config}
-        kind = inspect(arguments.model, **configs, **hub).kind
+        path = locate(arguments.model, with_weights=False, **hub).path
+        commit = None if os.path.exists(arguments.model) else commit_of(path)
+        kind = inspect(path, **configs).kind
         kind = "chat" if kind in CHATS else kind
     if kind is None:
         row = next((row for row in read_rows(arguments.input) if row.error is None), None)
         kind = "paint" if row is not None and "prompt" in row.values else "chat"
     if kind not in ("chat", "paint"):
         raise ValueError(f"{arguments.model} is neither VisCPM-Chat nor VisCPM-Paint, but {kind}.")
-    return kind
+    return kind, commit
 
 
 def check_options(arguments: argparse.Namespace, kind: str) -> None:

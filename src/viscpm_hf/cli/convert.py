@@ -108,7 +108,7 @@ OPTIONS = (
 
 def describe(result: ConversionResult) -> str:
     """For people."""
-    from ..loading.placement import size_text
+    from ..plain_text import size_text
 
     if result.already_converted:
         return "\n".join([*result.notes, "Nothing was to do, and nothing was written. / 无需转换，未写入任何文件。"])

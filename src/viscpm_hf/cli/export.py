@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..chat.sibling_chat import SiblingChat
     from ..conversion.executorch import export_executorch
     from ..families.systems import title_of
-    from ..loading.placement import size_text
     from ..modeling.configuration_vision_resampler import MiniCPMVConfig
+    from ..plain_text import size_text
     from ..tiny.embedded import resolve_model
 
     source = resolve_model(arguments.model, "chat")

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 def describe(inspection: Inspection) -> str:
     """For people."""
     from ..conversion.inspect import KINDS
-    from ..loading.placement import size_text
+    from ..plain_text import size_text
 
     system = inspection.system or KINDS.get(inspection.kind, "unknown")
     lines = [f"{inspection.source}: {system}, {inspection.layout}"]

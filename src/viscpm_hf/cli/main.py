@@ -111,14 +111,14 @@ def _configure_logging(verbose: bool) -> None:
     if not sys.stderr.isatty():  # read by these libraries when they are imported
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
-    from transformers.utils import logging as transformers_logging
-
     from .network import do_not_wait_for_the_hub
 
     do_not_wait_for_the_hub()
-    if verbose:
-        transformers_logging.set_verbosity_info()
-    else:
-        transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    level = "info" if verbose else "error"
+    os.environ["TRANSFORMERS_VERBOSITY"] = level  # likewise: not every command imports it
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity(transformers_logging.log_levels[level])
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()

@@ -65,8 +65,8 @@ def gigabytes(text: str) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..loading.placement import size_text
     from ..memory import Machine, memory_plan
+    from ..plain_text import size_text
 
     names = {**CHAT_WORK, **PAINT_WORK, "batch": "batch"}
     given = {name: getattr(arguments, option) for option, name in names.items()}
@@ -122,7 +122,7 @@ def table(plan: MemoryPlan) -> str:
 
 
 def cells(row: MemoryRow) -> list[str]:
-    from ..loading.placement import size_text
+    from ..plain_text import size_text
 
     sizes = (row.weights, row.kv_cache, row.activations, row.peak_gpu, row.peak_ram)
     if row.seconds_per_image is not None:

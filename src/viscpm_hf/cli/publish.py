@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(publication: Publication) -> str:
     """For people."""
-    from ..loading.placement import size_text
+    from ..plain_text import size_text
 
     total = f"{count(len(publication.files), 'file')}, {size_text(publication.num_bytes)}"
     if publication.is_dry_run:

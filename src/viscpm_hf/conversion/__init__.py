@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from types import ModuleType
 
 
 # What reads checkpoints has rooms of its own; here are the paths that it was known by.
@@ -16,5 +17,16 @@ _ELSEWHERE = {
     "weight_transforms": "checkpoints.weight_transforms",
 }
 
-for _name, _home in _ELSEWHERE.items():
-    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = import_module(f"..{_home}", __name__)
+
+class _Moved(ModuleType):
+    """Stands for a module, which is imported when something of it is wanted: some of them need torch."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # of which whoever looks through all modules asks
+            raise AttributeError(name)
+        package, _, own = self.__name__.rpartition(".")
+        return getattr(import_module(f"..{_ELSEWHERE[own]}", package), name)
+
+
+for _name in _ELSEWHERE:
+    globals()[_name] = sys.modules[f"{__name__}.{_name}"] = _Moved(f"{__name__}.{_name}")

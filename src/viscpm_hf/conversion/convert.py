@@ -27,10 +27,10 @@ from transformers.utils import logging
 from ..checkpoints.errors import ConversionError
 from ..checkpoints.location import MANIFEST_NAME, Location, json_object, locate
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, PAINT
+from ..checkpoints.stored_quantization import stored_quantization
 from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
 from ..families.family import FAMILIES
-from ..loading.quantization import stored_quantization
 from ..version import __version__
 from .export import export_original_folder, export_paint_folder, export_transformers_folder
 from .paint import verify_loading_paint

@@ -5,25 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder
-from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.headers import TensorHeader, safetensors_header, weight_files
 from ..checkpoints.json_files import load_json
 from ..checkpoints.location import (
     ADAPTER,
     DIFFUSERS_FOLDER,
     ORIGINAL_FILE,
     ORIGINAL_FOLDER,
-    PAINT_MODEL_TYPE,
     Location,
     find_original,
-    llm_config_file,
+    headers_of,
     locate,
     original_files,
-    vision_config_file,
     vocab_file,
 )
 from ..checkpoints.original import (
@@ -31,26 +29,15 @@ from ..checkpoints.original import (
     ORIGINAL_SUFFIXES,
     PAINT,
     VAE_NAMES,
-    check_state_dict,
     checkpoint_kind,
-    key_map_of,
-    load_state_dict,
+    state_dict_header,
 )
-from ..checkpoints.readers import converted_tensors, problems_of, reader_of
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, safetensors_header, weight_files
+from ..checkpoints.stored_quantization import stored_quantization
 from ..checkpoints.visualcla_adapter import ADAPTER_FILES, read_adapter
 from ..families.family import FAMILIES
-from ..loading.quantization import stored_quantization
 from ..plain_text import plain
-from .inspection import (
-    KINDS,
-    Inspection,
-    convert_command,
-    inspection,
-    sizes_of,
-)
-from .plan import spec_of
-from .planning import merge_command
+from .comparison import compare_folder, compare_named, compare_original, config_of, shapes_before
+from .inspection import KINDS, Inspection, convert_command, inspection, merge_command, sizes_of
 
 
 DIFFUSION_PARTS = ("UNet", "VAE")
@@ -97,31 +84,16 @@ def inspect(
 
 
 def _inspect_original(location: Location, weights: Path, llm_config, vision_config) -> Inspection:
-    state_dict = load_state_dict(weights)
-    kind = checkpoint_kind(state_dict)
+    headers = state_dict_header(weights)
+    kind = checkpoint_kind(headers)
     if kind is None:
         raise OriginalCheckpointError(
-            f"{weights} is no VisCPM or CPM-Bee checkpoint: its {len(state_dict)} tensors have other names "
-            f"({', '.join(list(state_dict)[:3])})."
+            f"{weights} is no VisCPM or CPM-Bee checkpoint: its {len(headers)} tensors have other names "
+            f"({', '.join(list(headers)[:3])})."
         )
-    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state_dict.items()]
-    parts = [(FAMILIES[kind].part_of(spec.name), spec) for spec in specs]
-    config, problems = original_config(location, kind, state_dict, llm_config, vision_config)
-    missing, surplus = [], []
-    if config is not None and kind != PAINT:
-        from .verify import empty_model
-
-        model = empty_model(config)
-        tied = set(model.all_tied_weights_keys)
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
-        found = check_state_dict(state_dict, key_map_of(kind, state_dict), expected)
-        missing, surplus = list(found.missing), list(found.unexpected)
-        problems += found.misshaped + found.mistyped
-    if config is not None and kind == PAINT:
-        from .paint import check_original_paint
-
-        missing, surplus, shapes = check_original_paint(location, config, state_dict)
-        problems += shapes
+    parts = [(FAMILIES[kind].part_of(name), header) for name, header in headers.items()]
+    found = compare_original(location, kind, headers, llm_config, vision_config)
+    missing = list(found.missing)
     try:
         vocab_file(location, None)
     except FileNotFoundError:
@@ -134,65 +106,39 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
         kind,
         {weights.name: weights.stat().st_size},
         parts,
-        config,
+        found.config,
         missing=missing,
-        surplus=surplus,
-        problems=problems,
+        surplus=found.surplus,
+        problems=found.problems,
         next_command=convert_command(name, missing),
     )
 
 
-def original_config(location: Location, kind: str, state_dict, llm_config, vision_config) -> tuple[Any, list[str]]:
-    """The configuration, or what is wrong with it."""
-    from ..checkpoints.original import chat_config, read_json, text_config, text_encoder_config
-
-    shapes = {name: tensor.shape for name, tensor in state_dict.items()}
-    try:
-        llm_file, vision_file = llm_config_file(location, llm_config), vision_config_file(location, vision_config)
-        llm = read_json(llm_file, "The configuration") if llm_file is not None else {}
-        if kind == CHAT:
-            vision = read_json(vision_file, "The vision configuration") if vision_file is not None else {}
-            return chat_config(llm, vision, shapes), []
-        return (text_encoder_config if kind == PAINT else text_config)(llm, shapes), []
-    except (ValueError, TypeError) as error:
-        return None, [" ".join(str(error).split())]
-
-
 def _inspect_named(location: Location) -> Inspection:
     """An original folder whose configuration says of which system it is, or of a Hub repository that alone."""
-    original, family = location.original, location.original.family
+    original = location.original
     missing = _missing_tokenizer(location)
     files: dict[str, int] = {}
-    specs: dict[str, TensorSpec] = {}
+    headers: dict[str, TensorHeader] = {}
     problems: list[str] = []
     try:
         files = {path.relative_to(location.path).as_posix(): path.stat().st_size for path in original.weight_files}
-        specs = {name: spec_of(name, tensor) for name, tensor in original.tensors.items()}
+        headers = original.headers
     except FileNotFoundError as error:
         missing.append(str(error))
     except (ConversionError, OriginalCheckpointError) as error:
         problems.append(str(error))
-    config, surplus = None, []
-    try:
-        config = reader_of(original.kind).config(original, shapes=original.shapes if specs else None)
-    except ValueError as error:
-        problems.append(" ".join(str(error).split()))
-    if config is not None and specs:
-        converted = converted_tensors(original.kind, original.tensors)
-        found = problems_of(converted, family.model_class, config)
-        missing += found.missing
-        surplus = list(found.unexpected)
-        problems += [*found.misshaped, *found.mistyped]
+    found = compare_named(original, headers)
     return inspection(
         location,
         original.kind,
         files,
-        [(family.part_of(name), spec) for name, spec in specs.items()],
-        config,
+        [(original.family.part_of(name), header) for name, header in headers.items()],
+        found.config,
         is_sharded=len(files) > 1 + len(original.part_folders),
-        missing=missing,
-        surplus=surplus,
-        problems=problems,
+        missing=missing + found.missing,
+        surplus=found.surplus,
+        problems=problems + found.problems,
         next_command=convert_command(location.name.rstrip("/"), []),
     )
 
@@ -208,13 +154,15 @@ def _inspect_adapter(location: Location) -> Inspection:
     original = location.original
     missing = [*BASES, *_missing_tokenizer(location)]
     files = {name: (location.path / name).stat().st_size for name in ADAPTER_FILES if (location.path / name).is_file()}
-    specs: dict[str, TensorSpec] = {}
+    headers: dict[str, TensorHeader] = {}
     problems = []
     try:
-        adapter = read_adapter(location.path)
-        specs = {name: spec_of(name, tensor) for name, tensor in adapter.own.items()}
+        adapter = read_adapter(location.path, headers_of)
+        headers = {name: replace(header, name=name) for name, header in adapter.own.items()}
         for name, change in adapter.changes.items():
-            specs |= {f"{name}.{side}": spec_of(name, half) for side, half in (("A", change.a), ("B", change.b))}
+            headers |= {
+                f"{name}.{side}": replace(half, name=name) for side, half in (("A", change.a), ("B", change.b))
+            }
     except FileNotFoundError as error:
         missing.append(str(error))
     except OriginalCheckpointError as error:
@@ -223,8 +171,8 @@ def _inspect_adapter(location: Location) -> Inspection:
         location,
         original.kind,
         files,
-        [(original.family.part_of(name), spec) for name, spec in specs.items()],
-        reader_of(original.kind).config(original),
+        [(original.family.part_of(name), header) for name, header in headers.items()],
+        config_of(original),
         missing=missing,
         problems=problems,
         next_command=merge_command(location.name),
@@ -244,7 +192,7 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
     kinds = {}
     for file in files:
         try:
-            kinds[file.name] = checkpoint_kind(load_state_dict(file)) or "no VisCPM or CPM-Bee checkpoint"
+            kinds[file.name] = checkpoint_kind(state_dict_header(file)) or "no VisCPM or CPM-Bee checkpoint"
         except OriginalCheckpointError as error:
             kinds[file.name] = f"unusable: {error}"
     problems = [f"{name}: {kind}" for name, kind in kinds.items() if kind not in KINDS]
@@ -267,7 +215,7 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
 def _inspect_without_weights(location: Location) -> Inspection:
     """A folder, or a Hub repository, of which only the configuration is at hand."""
     original = location.original
-    config = None if original is None else reader_of(original.kind).config(original)
+    config = None if original is None else config_of(original)
     kind = CHAT if original is not None and original.kind == CHAT else None
     return Inspection(
         source=location.name,
@@ -300,7 +248,7 @@ def _inspect_peft_adapter(adapter: AdapterFolder, name: str) -> Inspection:
     config = load_json(adapter.path / ADAPTER_CONFIG)
     dtypes: Counter[str] = Counter()
     for spec in specs:
-        dtypes[dtype_name(spec.dtype)] += spec.numel
+        dtypes[spec.dtype] += spec.numel
     count = sum(dtypes.values())
     return Inspection(
         source=name,
@@ -327,7 +275,7 @@ def _inspect_converted(location: Location) -> Inspection:
     folders = {"": "model"}
     if is_paint:
         folders = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-    files, parts, missing, problems = {}, [], [], []
+    files, stored, missing, problems = {}, [], [], []
     is_sharded = False
     for folder, name in folders.items():
         try:
@@ -336,30 +284,20 @@ def _inspect_converted(location: Location) -> Inspection:
             for file in names:
                 path = location.path / folder / file
                 files[os.path.join(folder, file)] = path.stat().st_size
-                parts += [(_converted_part(folder, spec.name), spec) for spec in safetensors_header(path).values()]
+                stored += [(folder, header) for header in safetensors_header(path).values()]
         except FileNotFoundError as error:
             missing.append(str(error))
         except ConversionError as error:
             problems.append(str(error))
-    config = read_config(location.path / ("text_encoder" if is_paint else ""))
-    surplus: list[str] = []
+    is_whole = not (missing or problems)
     quantization = stored_quantization(location.path)
-    if quantization is not None and not (missing or problems):
-        parts, missing = _as_before(parts, config)
-    elif not (missing or problems):
-        try:
-            if is_paint:
-                from .paint import check_paint_folder
-
-                check_paint_folder(location.path)
-            else:
-                from .verify import check_transformers_folder
-
-                check_transformers_folder(location.path)
-        except (ConversionError, OSError) as error:
-            problems.append(str(error))
+    headers = {folder: {it.name: it for place, it in stored if place == folder} for folder in folders}
+    found = compare_folder(location.path, location.kind, headers if is_whole and quantization is None else None)
+    parts = [(_converted_part(folder, header.name), header) for folder, header in stored]
+    if quantization is not None and is_whole:
+        parts, missing = _as_before(parts, location)
     name = shlex.quote(location.name)
-    chats = FAMILIES[location.kind].processor_class is not None
+    chats = FAMILIES[location.kind].answers
     if is_paint:
         command = f"viscpm-hf paint {name} PROMPT -o PNG"
     else:
@@ -369,32 +307,25 @@ def _inspect_converted(location: Location) -> Inspection:
         location.kind,
         files,
         parts,
-        config,
+        found.config,
         is_sharded=is_sharded,
         missing=missing,
-        surplus=surplus,
-        problems=problems,
+        problems=problems + found.problems,
         quantization=quantization,
         next_command=command,
     )
 
 
-def _as_before(parts: list[tuple[str, TensorSpec]], config: Any) -> tuple[list[tuple[str, TensorSpec]], list[str]]:
+def _as_before(
+    parts: list[tuple[str, TensorHeader]], location: Location
+) -> tuple[list[tuple[str, TensorHeader]], list[str]]:
     """A quantised model's weights with the shapes that they had before, and the names of those that are missing."""
-    from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
-    from .verify import empty_model
-
-    if config.model_type == PAINT_MODEL_TYPE:
-        model = without_weights(lambda: VisCPMPaintTextEncoder(config))
-    else:
-        model = empty_model(config)
-    tied = set(model.all_tied_weights_keys)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
-    found = {spec.name for part, spec in parts if part not in DIFFUSION_PARTS}
+    found = {header.name for part, header in parts if part not in DIFFUSION_PARTS}
+    shapes = shapes_before(location.path, location.kind, found)
     plain = [
-        (part, TensorSpec(spec.name, spec.dtype, spec.shape if part in DIFFUSION_PARTS else shapes[spec.name]))
-        for part, spec in parts
-        if part in DIFFUSION_PARTS or spec.name in shapes
+        (part, header if part in DIFFUSION_PARTS else replace(header, shape=shapes[header.name]))
+        for part, header in parts
+        if part in DIFFUSION_PARTS or header.name in shapes
     ]
     return plain, [name for name in shapes if name not in found]
 
@@ -409,6 +340,3 @@ def _converted_part(folder: str, name: str) -> str:
     if name.startswith("resampler."):
         return "resampler"
     return "projector" if "multi_modal_projector." in name else "language model"
-
-
-# ------------------------------------------------------------------------------------------------------------- sizes

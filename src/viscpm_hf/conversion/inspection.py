@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.headers import TensorHeader
 from ..checkpoints.location import (
     Location,
 )
@@ -18,9 +19,8 @@ from ..checkpoints.original import (
     CPM_BEE,
     PAINT,
 )
-from ..checkpoints.tensor_files import TensorSpec, dtype_name
+from ..families.family import COMPOSITE_FORM, FAMILIES
 from ..families.systems import system_of
-from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..tiny.embedded import FOLDER
 from ..tiny.embedded import LICENCE as EMBEDDED_LICENCE
 from .model_card import LICENCE
@@ -97,14 +97,21 @@ def convert_command(source: str, missing: list[str]) -> str:
     return shlex.join(words)
 
 
+def merge_command(adapter: str) -> str:
+    return (
+        "viscpm-hf merge visualcla --text-model CHINESE-ALPACA-PLUS-7B --vision-model CLIP-VIT-LARGE-PATCH14 "
+        f"--lora-model {adapter} OUT"
+    )
+
+
 def inspection(location: Location, kind: str | None, files: dict[str, int], parts, config, **known) -> Inspection:
     parameters: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     for part, spec in parts:
         parameters[part] += spec.numel
-        dtypes[dtype_name(spec.dtype)] += spec.numel
+        dtypes[spec.dtype] += spec.numel
     system, licence = KINDS.get(kind, ""), LICENCE if kind in KINDS else ""
-    if isinstance(config, VisionResamplerConfig):
+    if config is not None and FAMILIES[kind].form == COMPOSITE_FORM:
         facts = system_of(config)
         system, licence = facts.name, facts.licence
     elif location.path.parent == FOLDER:
@@ -127,9 +134,10 @@ def inspection(location: Location, kind: str | None, files: dict[str, int], part
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
+    """Of a configuration, or of its values alone (`known_sizes`)."""
     if config is None:
         return {}
-    text = config.get_text_config(decoder=True)
+    text = getattr(config, "text_config", config)
     sizes = {
         "hidden_size": text.hidden_size,
         "layers": text.num_hidden_layers,
@@ -142,14 +150,14 @@ def sizes_of(config: Any) -> dict[str, Any]:
             "vision_layers": vision.num_hidden_layers,
             "resolution": vision.image_size,
             "patch_size": vision.patch_size,
-            "queries": config.num_query_tokens,
+            "queries": (getattr(config, "resampler_config", None) or vision).num_query_tokens,
         }
     if getattr(config, "projection_dim", None) is not None:
         sizes["prompt_embedding"] = config.projection_dim
     return sizes
 
 
-def _memory(parts: list[tuple[str, TensorSpec]]) -> dict[str, int]:
+def _memory(parts: list[tuple[str, TensorHeader]]) -> dict[str, int]:
     """Memory of the weights alone; images, prompts and answers come on top."""
     linear = other = 0
     for part, spec in parts:

@@ -15,19 +15,28 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
-from ..checkpoints.location import MANIFEST_NAME, Location, file_beside, json_object
-from ..checkpoints.original import PAINT, VOCAB_NAME, check_state_dict, load_state_dict, read_json, text_encoder_config
+from ..checkpoints.location import (
+    MANIFEST_NAME,
+    Location,
+    diffusers_config,
+    file_beside,
+    json_object,
+    original_unet_config,
+)
+from ..checkpoints.original import (
+    DIFFUSION_CONFIG_NAME,
+    PAINT,
+    VOCAB_NAME,
+    check_state_dict,
+    load_state_dict,
+    read_json,
+    text_encoder_config,
+)
 from ..checkpoints.readers import reader_of
 from ..checkpoints.tensor_files import SafetensorsFolder, dtype_name, mapped_tensors
 from ..families import key_maps
-from ..loading.paint import (
-    DIFFUSION_CONFIG_NAME,
-    UNET_CONFIG,
-    VAE_ADVICE,
-    VAE_CONFIG,
-    VAE_NAME,
-    reference_scheduler,
-)
+from ..families.diffusion_shapes import UNET_CONFIG, VAE_CONFIG
+from ..loading.paint import VAE_ADVICE, VAE_NAME, reference_scheduler
 from ..modeling.configuration_limits import check_layers
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
@@ -99,8 +108,8 @@ def open_original_paint(
     vae_file, vae_tensors = open_vae(vae_place)
     checker = location.folder / PROMPT_CHECKER
     diffusion = DiffusionConfigs(
-        unet=given.get("unet") or _config_of(location.folder / UNET) or UNET_CONFIG,
-        vae=given.get("vae") or _config_of(vae_file.parent) or VAE_CONFIG,
+        unet=given.get("unet") or diffusers_config(location.folder / UNET) or UNET_CONFIG,
+        vae=given.get("vae") or diffusers_config(vae_file.parent) or VAE_CONFIG,
         scheduler=given.get("scheduler"),
         prompt_checker=checker if checker.is_dir() else None,
     )
@@ -146,8 +155,7 @@ def check_original_paint(
     location: Location, config: VisCPMPaintTextEncoderConfig, state_dict: Mapping[str, torch.Tensor]
 ) -> tuple[list[str], list[str], list[str]]:
     """Missing, unknown and misshaped tensors of an original file, for `inspect`."""
-    given = json_object(location.folder / DIFFUSION_CONFIG_NAME)
-    unet = empty_part(UNet2DConditionModel, given.get("unet") or _config_of(location.folder / UNET) or UNET_CONFIG)
+    unet = empty_part(UNet2DConditionModel, original_unet_config(location))
     encoder = without_weights(lambda: VisCPMPaintTextEncoder(config))
     of_unet = {name: tensor for name, tensor in state_dict.items() if name.startswith("unet.")}
     others = {name: tensor for name, tensor in state_dict.items() if name not in of_unet}
@@ -160,11 +168,6 @@ def check_original_paint(
         [name for problems in found for name in problems.unexpected],
         [text for problems in found for text in problems.misshaped],
     )
-
-
-def _config_of(folder: Path) -> dict[str, Any] | None:
-    config = json_object(folder / "config.json")
-    return config if "_class_name" in config else None
 
 
 # ------------------------------------------------------------------------------------------------------ the new folder
@@ -247,7 +250,7 @@ def empty_parts(folder: Path) -> dict[str, torch.nn.Module]:
     """The models of a converted folder's configurations, without weights."""
     encoder_config = read_config(folder / TEXT_ENCODER)
     encoder = without_weights(lambda: VisCPMPaintTextEncoder(encoder_config))
-    configs = {part: _config_of(folder / part) for part in (UNET, VAE)}
+    configs = {part: diffusers_config(folder / part) for part in (UNET, VAE)}
     for part, config in configs.items():
         if config is None:
             raise ConversionError(f"{folder / part} has no configuration of a diffusers model.")

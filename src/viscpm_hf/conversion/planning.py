@@ -13,6 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoints.configurations import read_config
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.key_matching import KeyMatcher, shape_after, shape_before
 from ..checkpoints.location import (
     ADAPTER,
     TEXT_PREFIX,
@@ -38,10 +39,10 @@ from ..checkpoints.original import (
 from ..checkpoints.readers import reader_of
 from ..checkpoints.tensor_files import SafetensorsFolder, TensorSpec
 from ..checkpoints.transfer import TensorTransfer
-from ..checkpoints.weight_transforms import KeyMatcher, shape_after, shape_before
 from ..families.family import FAMILIES
 from ..families.key_maps import KEEP, THIRDS, TOKEN_ROWS
-from ..modeling.token_space_cpm_bee import padded_vocab_size
+from ..modeling.token_ids_cpm_bee import padded_vocab_size
+from .inspection import merge_command
 from .plan import (
     EXTRAS_NAME,
     TRANSFORMERS_WEIGHTS,
@@ -139,13 +140,6 @@ def _open_named(location: Location, given: Mapping[str, Any]) -> Checkpoint:
         for path in sorted(folder.glob("*.json")):
             checkpoint.original_configs[path.relative_to(location.path).as_posix()] = json_object(path)
     return checkpoint
-
-
-def merge_command(adapter: str) -> str:
-    return (
-        "viscpm-hf merge visualcla --text-model CHINESE-ALPACA-PLUS-7B --vision-model CLIP-VIT-LARGE-PATCH14 "
-        f"--lora-model {adapter} OUT"
-    )
 
 
 def checkpoint_of(

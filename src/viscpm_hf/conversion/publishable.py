@@ -11,8 +11,8 @@ from pathlib import Path
 
 from .. import modeling
 from ..checkpoints.errors import ConversionError
+from ..checkpoints.headers import safetensors_header, weight_files
 from ..checkpoints.location import MANIFEST_NAME, json_object
-from ..checkpoints.tensor_files import safetensors_header, weight_files
 from ..plain_text import plain
 from .plan import DIFFUSERS_WEIGHTS, EXTRAS_NAME, TRANSFORMERS_WEIGHTS
 

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from ..checkpoints.errors import ConversionError
+from ..checkpoints.headers import safetensors_header
 from ..checkpoints.location import MANIFEST_NAME, locate
 from ..checkpoints.original import PAINT
-from ..checkpoints.tensor_files import dtype_name, safetensors_header, sha256_of
-from ..loading.quantization import check_quantization, quantization_config, stored_quantization
+from ..checkpoints.stored_quantization import stored_quantization
+from ..checkpoints.tensor_files import sha256_of
+from ..loading.quantization import check_quantization, computing_dtype, quantization_config
 from ..version import __version__
 from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
 from .export import save_processor
@@ -79,6 +81,7 @@ def convert_quantized(
         checkpoint = open_converted(location)
     else:
         checkpoint = open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
+    in_layers = wanted or computing_dtype(quantization, device, _stored_dtype(checkpoint))
     workspace = Workspace(output, [location.path], resume=False, overwrite=overwrite)
     source_files = SourceFiles.of(checkpoint)
     with workspace.open({"version": __version__, "quantization": quantization}):
@@ -87,9 +90,11 @@ def convert_quantized(
             checksum = thread.submit(sha256_of, checkpoint.weight_files[0])
             if checkpoint.kind == PAINT:
                 beside = {"config_path": llm_config, "diffusion_config_path": diffusion_config, "vae": vae}
-                model = _load_paint(checkpoint, configure, wanted, device, folder, vocab_path=vocab, **beside)
+                model = _load_paint(
+                    checkpoint, configure, wanted, in_layers, device, folder, vocab_path=vocab, **beside
+                )
             else:
-                model = _load(checkpoint, configure, wanted, device)
+                model = _load(checkpoint, configure, in_layers, device)
                 checkpoint.set_generation(model)
                 save_processor(folder, checkpoint)
             model.save_pretrained(folder, max_shard_size=shard_bytes)
@@ -116,10 +121,7 @@ def convert_quantized(
     )
 
 
-def _load(
-    checkpoint: Checkpoint, configure: Callable[..., Any], dtype: torch.dtype | None, device: torch.device
-) -> Any:
-    dtype = dtype or _stored_dtype(checkpoint)
+def _load(checkpoint: Checkpoint, configure: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> Any:
     model_class = type(empty_model(checkpoint.config))
     options = {"quantization_config": configure(dtype), "dtype": dtype, "device_map": {"": device}}
     if checkpoint.location.is_converted:
@@ -132,6 +134,7 @@ def _load_paint(
     checkpoint: Checkpoint,
     configure: Callable[..., Any],
     dtype: torch.dtype | None,
+    of_encoder: torch.dtype,
     device: torch.device,
     folder: Path,
     **beside: Any,
@@ -142,7 +145,6 @@ def _load_paint(
     from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
     from .paint import TEXT_ENCODER, save_prompt_checker
 
-    of_encoder = dtype or _stored_dtype(checkpoint)
     options = {"quantization_config": configure(of_encoder), "device_map": {"": device}}
     path = checkpoint.location.path
     if not checkpoint.location.is_converted:
@@ -186,7 +188,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, quantization: str, sha256: s
             {
                 "target": spec.name,
                 "file": path.relative_to(folder).as_posix(),
-                "dtype": dtype_name(spec.dtype),
+                "dtype": spec.dtype,
                 "shape": list(spec.shape),
             }
             for path in paths

@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 
 from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError
-from ..checkpoints.original import CPM_BEE, load_state_dict
-from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors, safetensors_header, weight_files
+from ..checkpoints.headers import safetensors_header, weight_files
+from ..checkpoints.original import CPM_BEE, CheckpointProblems, check_state_dict, key_map_of, load_state_dict
+from ..checkpoints.stored_quantization import stored_quantization
+from ..checkpoints.tensor_files import TensorSpec, dtype_name, mapped_tensors
 from ..checkpoints.transfer import TensorTransfer, converted_pieces, rearranged, written_pieces
 from ..families.family import FAMILIES
-from ..loading.quantization import stored_quantization
 from ..plain_text import plain
 
 
@@ -176,6 +177,11 @@ def empty_model(config) -> torch.nn.Module:
     return without_weights(build)
 
 
+def original_problems(kind: str, tensors: Mapping[str, Any], config: Any) -> CheckpointProblems:
+    """Compares an original file's tensors, or their headers, with the model of its configuration."""
+    return check_state_dict(tensors, key_map_of(kind, tensors), stored_shapes(empty_model(config)))
+
+
 def check_transformers_folder(folder: Path) -> torch.nn.Module:
     """Compares a folder's weights with the model of its configuration, which is returned without weights.
 
@@ -192,15 +198,14 @@ def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> No
 
     Of a quantised layer several tensors are stored, under names and in shapes that are its quantiser's.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", ()))
-    expected = {name: shape for name, shape in _shapes(model).items() if name not in tied}
+    expected = stored_shapes(model)
     stored, quantized = {}, set()
     for file in weight_files(folder, weights_name):
         stored |= safetensors_header(folder / file)
     if stored_quantization(folder) is not None:
         layers = {name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))}
         for name, spec in stored.items():
-            if name not in expected or not spec.dtype.is_floating_point:
+            if name not in expected or not spec.is_floating_point:
                 quantized |= layers & _modules_around(name)
 
     def of_other_layers(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +233,12 @@ def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> No
         )
 
 
+def stored_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's weights as a file has them: what is tied is stored once."""
+    tied = set(getattr(model, "all_tied_weights_keys", ()))
+    return {name: shape for name, shape in _shapes(model).items() if name not in tied}
+
+
 def _modules_around(tensor: str) -> set[str]:
     """Names of the modules that a tensor may belong to."""
     parts = tensor.split(".")
@@ -247,10 +258,11 @@ def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool
     stored = {
         spec.dtype for file in weight_files(folder, "model") for spec in safetensors_header(folder / file).values()
     }
-    source = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    source = {dtype_name(tensor.dtype) for tensor in checkpoint.tensors.values()}
     if len(stored) != 1 or source != stored:
         return None
-    (dtype,) = stored
+    (name,) = stored
+    dtype = getattr(torch, name)
     outputs = []
     state_dict = checkpoint.state_dict()
     for arguments in (
@@ -263,8 +275,7 @@ def _run_both(checkpoint: Checkpoint, folder: Path, num_parameters: int) -> bool
     if not torch.equal(_bits(outputs[0]), _bits(outputs[1])):
         difference = (outputs[0].float() - outputs[1].float()).abs().max().item()
         raise ConversionError(
-            f"Loaded directly and converted ({dtype_name(dtype)}), the model's outputs differ by up to "
-            f"{difference:.2e}."
+            f"Loaded directly and converted ({name}), the model's outputs differ by up to {difference:.2e}."
         )
     return True
 

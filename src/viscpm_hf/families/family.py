@@ -1,54 +1,63 @@
 """Every system is a row: its classes, its key maps, and the names that its original repositories go by.
 
 A new system is one more row here, a key map, and its files in `modeling/` (CONTRIBUTING.md). Nothing else asks which
-system a checkpoint is of.
+system a checkpoint is of. A row names classes by their places, and they are imported when they are asked for: what a
+checkpoint is can be told without torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    TokenizersBackend,
-)
-
-from ..modeling.configuration_beit3 import Beit3Config
-from ..modeling.configuration_cpm_bee import CpmBeeConfig
-from ..modeling.configuration_viscpm_chat import VisCPMChatConfig
-from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
-from ..modeling.configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, VisualCLAConfig
-from ..modeling.image_processing_minicpmv import MiniCPMVImageProcessor
-from ..modeling.image_processing_viscpm import VisCPMImageProcessor
-from ..modeling.modeling_beit3 import Beit3Model
-from ..modeling.modeling_cpm_bee import CpmBeeForCausalLM, CpmBeeModel
-from ..modeling.modeling_viscpm_chat import VisCPMChatForConditionalGeneration, VisCPMChatModel
-from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
-from ..modeling.modeling_vision_resampler import (
-    MiniCPMVForConditionalGeneration,
-    OmniLMMForConditionalGeneration,
-    VisualCLAForConditionalGeneration,
-)
-from ..modeling.processing_minicpmv import MiniCPMVProcessor
-from ..modeling.processing_omnilmm import OmniLMMProcessor
-from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
-from ..modeling.processing_visualcla import VisualCLAProcessor
-from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
-from ..modeling.tokenization_legacy_sentencepiece import LegacySentencePieceTokenizer
 from . import key_maps
 from .key_maps import KeyMap
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 # How an original is read (`checkpoints.readers`).
 CPM_BEE_FORM, COMPOSITE_FORM = "cpm_bee", "composite"
 CHAT, CPM_BEE, PAINT, BEIT3 = "chat", "cpm_bee", "paint", "beit3"
+OMNILMM, MINICPMV, VISUALCLA = "omnilmm", "minicpmv", "visualcla"
 LANGUAGE_MODEL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _class_at(place: str) -> type:
+    """`"file.Class"` of `modeling`, or `"transformers.Class"`."""
+    module, _, name = place.rpartition(".")
+    home = module if module == "transformers" else f"{__package__.rpartition('.')[0]}.modeling.{module}"
+    return getattr(import_module(home), name)
+
+
+class _Classes:
+    """A field of classes, one or a mapping of them: given by their places or as they are, read as they are."""
+
+    def __init__(self, default: Any = None):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __set__(self, row: Any, value: Any):
+        row.__dict__[self.name] = value
+
+    def __get__(self, row: Any, owner: type | None = None):
+        if row is None:
+            return self.default
+        value = row.__dict__[self.name]
+        if isinstance(value, Mapping):
+            value = {_resolved(auto): _resolved(model) for auto, model in value.items()}
+        row.__dict__[self.name] = value = _resolved(value)
+        return value
+
+
+def _resolved(value: Any) -> Any:
+    return _class_at(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,14 @@ class Family:
     kind: str
     title: str
     """Its name, for people."""
-    config_class: type[PreTrainedConfig]
-    models: Mapping[type, type[PreTrainedModel]]
+    config_class: type[PreTrainedConfig] = _Classes()
+    models: Mapping[type, type[PreTrainedModel]] = _Classes()
     """Auto class -> model class, of our own folders."""
     key_maps: tuple[KeyMap, ...] = ()
     """What loads original files; the first one is also the way back."""
-    processor_class: type | None = None
-    tokenizer_class: type | None = None
-    image_processor_class: type | None = None
+    processor_class: type | None = _Classes()
+    tokenizer_class: type | None = _Classes()
+    image_processor_class: type | None = _Classes()
     original_types: tuple[str, ...] = ()
     """`model_type` in an original `config.json`, where it isn't ours."""
     tokenizer_names: tuple[str, ...] = ()
@@ -93,19 +102,33 @@ class Family:
     """What never gets a gradient, likewise; `{last}` is the tower's last layer."""
     lora_targets: tuple[str, ...] = (rf"language_model\..*\.({'|'.join(LANGUAGE_MODEL_LINEAR)})",)
     """Every linear layer of the language model: names, or one regular expression."""
-    vocabulary_class: type | None = None
+    vocabulary_class: type | None = _Classes()
     """A tokenizer that is made of a `vocab.txt` alone; None if its files are several."""
     has_images_in_turns: bool = False
     """Whether its users asked about several images in one conversation, each with a question of its own."""
+    model_type: str = ""
+    """In the `config.json` of our own folders; `kind` if it is the same."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "model_type", self.model_type or self.kind)
 
     @property
     def model_class(self) -> type[PreTrainedModel]:
         """What an original repository's own `AutoModel` gives: the model that answers, not the one without a head."""
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
         return self.models.get(AutoModelForImageTextToText) or self.models.get(AutoModelForCausalLM, self.base_class)
 
     @property
     def base_class(self) -> type[PreTrainedModel]:
+        from transformers import AutoModel
+
         return self.models[AutoModel]
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers questions about images."""
+        return self.__dict__["processor_class"] is not None
 
     @property
     def shares_model_type(self) -> bool:
@@ -117,9 +140,12 @@ class Family:
         return next((part for prefix, part in self.parts if name.startswith(prefix)), "language model")
 
 
-def _answering(model_class: type[PreTrainedModel], base_class: type[PreTrainedModel] | None = None) -> dict:
-    autos = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
-    return {AutoModel: base_class or model_class, **dict.fromkeys(autos, model_class)}
+def _answering(model_class: str | type, base_class: str | type | None = None) -> dict[str, str | type]:
+    autos = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM")
+    return {
+        "transformers.AutoModel": base_class or model_class,
+        **{f"transformers.{auto}": model_class for auto in autos},
+    }
 
 
 FAMILIES: dict[str, Family] = {
@@ -128,12 +154,15 @@ FAMILIES: dict[str, Family] = {
         Family(
             CHAT,
             "VisCPM-Chat",
-            VisCPMChatConfig,
-            _answering(VisCPMChatForConditionalGeneration, VisCPMChatModel),
+            "configuration_viscpm_chat.VisCPMChatConfig",
+            _answering(
+                "modeling_viscpm_chat.VisCPMChatForConditionalGeneration", "modeling_viscpm_chat.VisCPMChatModel"
+            ),
             (key_maps.CHAT,),
-            VisCPMChatProcessor,
-            CpmBeeTokenizer,
-            VisCPMImageProcessor,
+            "processing_viscpm_chat.VisCPMChatProcessor",
+            "tokenization_cpm_bee.CpmBeeTokenizer",
+            "image_processing_viscpm.VisCPMImageProcessor",
+            model_type="viscpm_chat",
             original_types=("viscpmchatbee",),
             tokenizer_names=("VisCpmChatBeeTokenizer",),
             image_processor_name="VisCpmChatBeeImageProcessor",
@@ -147,15 +176,19 @@ FAMILIES: dict[str, Family] = {
             language_model="model.language_model",
             half="float16",
             streams_layers=True,
-            vocabulary_class=CpmBeeTokenizer,
+            vocabulary_class="tokenization_cpm_bee.CpmBeeTokenizer",
         ),
         Family(
             CPM_BEE,
             "CPM-Bee",
-            CpmBeeConfig,
-            {AutoModel: CpmBeeModel, AutoModelForCausalLM: CpmBeeForCausalLM},
+            "configuration_cpm_bee.CpmBeeConfig",
+            {
+                "transformers.AutoModel": "modeling_cpm_bee.CpmBeeModel",
+                "transformers.AutoModelForCausalLM": "modeling_cpm_bee.CpmBeeForCausalLM",
+            },
             (key_maps.CPM_BEE, key_maps.CPM_BEE_WITHIN, key_maps.CPM_BEE_SAVED),
-            tokenizer_class=CpmBeeTokenizer,
+            tokenizer_class="tokenization_cpm_bee.CpmBeeTokenizer",
+            model_type="viscpm_cpm_bee",
             original_types=("cpmbee",),
             language_model="model",
             half="float16",
@@ -163,10 +196,11 @@ FAMILIES: dict[str, Family] = {
         Family(
             PAINT,
             "VisCPM-Paint",
-            VisCPMPaintTextEncoderConfig,
-            {AutoModel: VisCPMPaintTextEncoder},
+            "configuration_viscpm_paint.VisCPMPaintTextEncoderConfig",
+            {"transformers.AutoModel": "modeling_viscpm_paint.VisCPMPaintTextEncoder"},
             (key_maps.PAINT_TEXT_ENCODER,),
-            tokenizer_class=CpmBeeTokenizer,
+            tokenizer_class="tokenization_cpm_bee.CpmBeeTokenizer",
+            model_type="viscpm_paint_text_encoder",
             original_types=("viscpmbee",),
             tokenizer_names=("VisCpmBeeTokenizer",),
             releases={"zhplus": None, "balance": "balance"},
@@ -175,41 +209,47 @@ FAMILIES: dict[str, Family] = {
             half="float16",
             streams_layers=True,
         ),
-        Family(BEIT3, "BEiT-3", Beit3Config, {AutoModel: Beit3Model}),
         Family(
-            OmniLMMConfig.model_type,
+            BEIT3,
+            "BEiT-3",
+            "configuration_beit3.Beit3Config",
+            {"transformers.AutoModel": "modeling_beit3.Beit3Model"},
+            model_type="viscpm_beit3",
+        ),
+        Family(
+            OMNILMM,
             "OmniLMM-12B",
-            OmniLMMConfig,
-            _answering(OmniLMMForConditionalGeneration),
+            "configuration_vision_resampler.OmniLMMConfig",
+            _answering("modeling_vision_resampler.OmniLMMForConditionalGeneration"),
             (key_maps.OMNILMM,),
-            OmniLMMProcessor,
-            TokenizersBackend,
-            VisCPMImageProcessor,
+            "processing_omnilmm.OmniLMMProcessor",
+            "transformers.TokenizersBackend",
+            "image_processing_viscpm.VisCPMImageProcessor",
             parts=(("model.vision_tower.", "vision tower"), ("model.resampler.", "resampler")),
             form=COMPOSITE_FORM,
             placeholder=("<im_patch>", 9),
         ),
         Family(
-            MiniCPMVConfig.model_type,
+            MINICPMV,
             "MiniCPM-V",
-            MiniCPMVConfig,
-            _answering(MiniCPMVForConditionalGeneration),
+            "configuration_vision_resampler.MiniCPMVConfig",
+            _answering("modeling_vision_resampler.MiniCPMVForConditionalGeneration"),
             (key_maps.MINICPMV,),
-            MiniCPMVProcessor,
-            LegacySentencePieceTokenizer,
-            MiniCPMVImageProcessor,
+            "processing_minicpmv.MiniCPMVProcessor",
+            "tokenization_legacy_sentencepiece.LegacySentencePieceTokenizer",
+            "image_processing_minicpmv.MiniCPMVImageProcessor",
             parts=(("vpm.", "vision tower"), ("resampler.", "resampler")),
             form=COMPOSITE_FORM,
         ),
         Family(
-            VisualCLAConfig.model_type,
+            VISUALCLA,
             "VisualCLA-7B",
-            VisualCLAConfig,
-            _answering(VisualCLAForConditionalGeneration),
+            "configuration_vision_resampler.VisualCLAConfig",
+            _answering("modeling_vision_resampler.VisualCLAForConditionalGeneration"),
             (key_maps.VISUALCLA,),
-            VisualCLAProcessor,
-            LegacySentencePieceTokenizer,
-            VisCPMImageProcessor,
+            "processing_visualcla.VisualCLAProcessor",
+            "tokenization_legacy_sentencepiece.LegacySentencePieceTokenizer",
+            "image_processing_viscpm.VisCPMImageProcessor",
             parts=(
                 ("vision_model.", "vision tower"),
                 ("visual_resampler.", "resampler"),
@@ -222,7 +262,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 # What answers questions about images.
-CHATS = tuple(kind for kind, family in FAMILIES.items() if family.processor_class is not None)
+CHATS = tuple(kind for kind, family in FAMILIES.items() if family.answers)
 
 
 def family_of(config: PreTrainedConfig) -> Family:

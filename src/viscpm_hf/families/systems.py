@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig
-
-from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 from ..modeling.decoding_presets import system_name
-from .family import family_of
+from .family import COMPOSITE_FORM, family_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from ..modeling.configuration_vision_resampler import VisionResamplerConfig
 
 
 @dataclass(frozen=True)
@@ -72,4 +76,5 @@ def system_of(config: VisionResamplerConfig) -> System:
 
 def title_of(config: PreTrainedConfig) -> str:
     """A system's name, its release included where a family has several."""
-    return system_of(config).name if isinstance(config, VisionResamplerConfig) else family_of(config).title
+    family = family_of(config)
+    return system_of(config).name if family.form == COMPOSITE_FORM else family.title

@@ -34,7 +34,10 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto, tokenization_auto
 
+from ..checkpoints.composite import converted_shapes
 from ..checkpoints.errors import OriginalCheckpointError
+from ..checkpoints.headers import check_weight_files
+from ..checkpoints.key_matching import name_pattern
 from ..checkpoints.location import (
     ADAPTER,
     HUB_ARGUMENTS,
@@ -47,10 +50,9 @@ from ..checkpoints.location import (
 )
 from ..checkpoints.original import ORIGINAL_WEIGHTS_NAME, load_state_dict
 from ..checkpoints.processors import load_image_processor, load_processor, load_tokenizer, without_source
-from ..checkpoints.readers import converted_shapes, reader_of, with_stored_sizes
-from ..checkpoints.tensor_files import check_weight_files
+from ..checkpoints.readers import reader_of, with_stored_sizes
 from ..checkpoints.visualcla_adapter import adapted_tensors, check_bases, without_revision
-from ..checkpoints.weight_transforms import name_pattern, register_key_map
+from ..checkpoints.weight_transforms import register_key_map
 from ..families.family import FAMILIES, PAINT, Family
 from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin

@@ -21,7 +21,8 @@ from torch import nn
 from transformers.utils import logging
 
 from ..modeling.modeling_cpm_bee import CpmBeeModel
-from .placement import parse_size, size_text
+from ..plain_text import size_text
+from .placement import parse_size
 
 
 logger = logging.get_logger(__name__)

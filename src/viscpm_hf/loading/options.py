@@ -22,7 +22,13 @@ from ..checkpoints.original import (
 from ..checkpoints.tensor_files import named_dtype
 from .layer_streaming import BUDGET_VARIABLE, layer_budget, stream_layers
 from .placement import check_placement, main_device
-from .quantization import QUANTIZATIONS, check_quantization, check_same_quantization, quantization_config
+from .quantization import (
+    QUANTIZATIONS,
+    check_quantization,
+    check_same_quantization,
+    computing_dtype,
+    quantization_config,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,9 @@ class LoadOptions:
 
     def choose_dtype(self, stored: torch.dtype) -> torch.dtype:
         """The dtype for a checkpoint that is stored in `stored`."""
-        return stored if self.dtype == "auto" else self.dtype or default_dtype(self.device, stored)
+        if self.dtype is not None:
+            return stored if self.dtype == "auto" else self.dtype
+        return computing_dtype(self.quantization, self.device, default_dtype(self.device, stored))
 
     def from_pretrained_arguments(
         self, dtype: torch.dtype | str, stored_quantization: Mapping[str, Any] | None = None

@@ -26,10 +26,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers.utils import logging
 
+from ..checkpoints.key_matching import KeyMatcher
 from ..checkpoints.location import find_repository_file, kind_of, variant_name
 from ..checkpoints.original import (
     CHAT,
     CPM_BEE,
+    DIFFUSION_CONFIG_NAME,
     ORIGINAL_CONFIG_NAMES,
     ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
@@ -41,8 +43,9 @@ from ..checkpoints.original import (
     read_json,
     text_encoder_config,
 )
-from ..checkpoints.weight_transforms import KeyMatcher, apply_operation
+from ..checkpoints.weight_transforms import apply_operation
 from ..families import key_maps
+from ..families.diffusion_shapes import UNET_CONFIG, VAE_CONFIG
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.pipeline_viscpm_paint import REFERENCE_SCHEDULER_CONFIG
@@ -52,38 +55,11 @@ from .from_pretrained import load_original_text_encoder
 logger = logging.get_logger(__name__)
 
 VOCAB_NAME = "vocab.txt"
-# Configurations of UNet, VAE and scheduler in one file, for checkpoints of other sizes than the released ones.
-DIFFUSION_CONFIG_NAME = "diffusion.json"
 VAE_NAME = "vae.bin"
 VAE_ADVICE = (
     "VisCPM-Paint's VAE is that of Stable Diffusion 2.1 and not in the checkpoint. It lies in `vae/` of "
     "openbmb/VisCPM-Paint: download that folder beside the checkpoint, or give its path as vae=..."
 )
-
-# Stable Diffusion 2.1-base, as in the released checkpoints.
-UNET_CONFIG = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20],
-    "use_linear_projection": True,
-}
-VAE_CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": 0.18215,
-}
 
 # What is not ours to load from a Hub repository: the same weights once more in an older format.
 CONVERTED_IGNORED = ["*.bin", "*.pt", "*.ckpt", "*.msgpack", "*.onnx"]
@@ -379,6 +355,17 @@ def _load_diffusers_folder(model_class: type[ModelMixin], folder: Path, dtype: t
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} with a {model_class.__name__}.")
     return model_class.from_pretrained(folder, torch_dtype=dtype).eval()
+
+
+def compile_unet(unet: UNet2DConditionModel, **options) -> None:
+    """Compiles a UNet in place, its weights channels-last. Each number and size of pictures is compiled anew, at its
+    first step.
+
+    Args:
+        options: further ones of `torch.compile`.
+    """
+    unet.to(memory_format=torch.channels_last)
+    unet.compile(dynamic=False, **options)
 
 
 def _config_of(folder: Path) -> dict[str, Any] | None:

@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import _get_device_map, compute_module_sizes, offload_weight
 
+from ..checkpoints.key_matching import KeyMatcher
 from ..checkpoints.original import checkpoint_kind, key_map_of
-from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, rows_as_stored
+from ..checkpoints.weight_transforms import apply_operation, rows_as_stored
+from ..plain_text import size_text
 
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -44,14 +46,6 @@ def parse_size(size: int | str, what: str = "A size") -> int:
     if match is None or match[2] not in UNITS:
         raise ValueError(f"{what} is a number of bytes, or as 1g, 500m, 2GB, 2GiB; got {size!r}.")
     return int(float(match[1]) * UNITS[match[2]])
-
-
-def size_text(size: int) -> str:
-    """For people: `20.6 GB`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} bytes"
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

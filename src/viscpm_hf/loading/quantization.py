@@ -21,25 +21,23 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..checkpoints.location import json_object
+from ..checkpoints.key_matching import KeyMatcher
 from ..checkpoints.original import CPM_BEE, checkpoint_kind, key_map_of
-from ..checkpoints.weight_transforms import KeyMatcher, apply_operation, factor_of
+from ..checkpoints.stored_quantization import describe_quantization
+from ..checkpoints.weight_transforms import apply_operation, factor_of
 from ..families.key_maps import Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.packed_linear import (
-    BLOCK,
-    GROUP,
     HAS_4_BIT_KERNEL,
-    QUANT_METHOD,
     Int8Embedding,
     PackedConfig,
     PackedLinear,
     modules_to_pack,
     pack_modules,
-    quantize_into,
 )
 from ..modeling.row_products import use_row_products
+from ..modeling.weight_packing import BLOCK, GROUP, quantize_into
 from ..names import QUANTIZATIONS
 from .file_order import empty_like, quantize_in_file_order
 
@@ -93,6 +91,11 @@ def packed_bits(name: str, device: torch.device) -> int | None:
     return None if bits == 4 and not HAS_4_BIT_KERNEL else bits
 
 
+def computing_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """What the layers of a checkpoint stored in `stored` compute in: torchao's int4 knows bf16 alone."""
+    return torch.bfloat16 if name == "int4wo" and packed_bits(name, device) is None else stored
+
+
 def check_unet_quantization(name: str | None, device: torch.device) -> None:
     """Raises `ValueError` if the UNet can't be quantised that way."""
     if QUANTIZATIONS.get(name) == "bitsandbytes" and device.type == "cpu":
@@ -120,7 +123,7 @@ def quantization_config(
         device: where the model is to run; CUDA if there is one, else the CPU.
 
     Raises:
-        ValueError: if embedding and head can't be quantised that way.
+        ValueError: if embedding and head can't be quantised that way, or the format doesn't know the dtype.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,6 +135,11 @@ def quantization_config(
         raise ValueError(
             f"Embedding and head keep their precision with quantization={name!r} on {device.type}: only 8bit and 4bit "
             "on a CPU quantise them."
+        )
+    if isinstance(dtype, torch.dtype) and computing_dtype(name, device, dtype) != dtype:
+        raise ValueError(
+            f"quantization={name!r} computes in bfloat16 on {device.type}, not in "
+            f"{str(dtype).removeprefix('torch.')}: say dtype='bfloat16', or use nf4."
         )
     logger.info(f"quantization={name!r} on {device.type}: the format of {QUANTIZATIONS[name]}")
     if QUANTIZATIONS[name] == "torchao":
@@ -189,32 +197,6 @@ def check_same_quantization(
     raise ValueError(
         f"The checkpoint is quantised to {have} already, so it can't be loaded in {want}: leave quantization out, "
         "or start from the checkpoint in full precision."
-    )
-
-
-def describe_quantization(config: Any) -> str | None:
-    """A configuration's `quantization_config` for people; None for None."""
-    if config is None:
-        return None
-    config = config if isinstance(config, Mapping) else config.to_dict()
-    method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
-    if method == "bitsandbytes" and config.get("load_in_4bit"):
-        return f"4 bits ({config['bnb_4bit_quant_type']}, bitsandbytes)"
-    if method == "bitsandbytes":
-        return "8 bits (bitsandbytes)"
-    if method == QUANT_METHOD:
-        return f"{config['bits']} bits (packed{', embedding too' if config['quantize_embedding'] else ''})"
-    if method == "torchao":
-        kind = config["quant_type"]["default"].get("_type", "")
-        return f"{'4 bits' if 'Int4' in kind else '8 bits' if 'Int8' in kind else kind} (torchao)"
-    return str(method)
-
-
-def stored_quantization(folder: Path) -> str | None:
-    """What the model of a converted folder, for Paint its text encoder, is quantised to."""
-    configs = (json_object(folder / part / "config.json") for part in ("", "text_encoder"))
-    return next(
-        (describe_quantization(it["quantization_config"]) for it in configs if "quantization_config" in it), None
     )
 
 
@@ -469,7 +451,7 @@ def pack_on_cpu(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False) and getattr(module.weight, "quant_state", None):
-            if not _is_packed(module):
+            if module.weight.device.type == "cpu" and not _is_packed(module):
                 packing = _Packing(module.weight.quant_state)
                 module.register_forward_pre_hook(packing.pack)
                 module.register_state_dict_pre_hook(packing.unpack)

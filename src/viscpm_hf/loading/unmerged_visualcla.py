@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints.weight_transforms import name_pattern, target_pattern
+from ..checkpoints.key_matching import name_pattern, target_pattern
 from ..families.key_maps import VISUALCLA
 from ..modeling.modeling_vision_resampler import VisualCLAForConditionalGeneration
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from ..loading.placement import parse_size, size_text
+from ..loading.placement import parse_size
+from ..plain_text import size_text
 
 
 # Memory bandwidth in GB/s and dense half-precision TFLOPS, from the makers' data sheets, by a part of the name that

@@ -15,7 +15,7 @@ import torch
 from ..checkpoints.location import hub_arguments_for
 from ..checkpoints.original import CPM_BEE, PAINT
 from ..loading.layer_streaming import BUDGET_VARIABLE, NUM_SLOTS, StreamingPlan, plan_streaming
-from ..loading.placement import size_text
+from ..plain_text import size_text
 from .machine import BUS_BANDWIDTH, DISK_BANDWIDTH, Machine
 from .sizes import ModelSizes, model_sizes
 from .work import Work, WorkBytes, flops_of_painting, work_bytes

@@ -30,13 +30,13 @@ from ..checkpoints.location import (
     repository_of,
     tensors_of,
 )
-from ..checkpoints.original import CHAT, CPM_BEE, PAINT, checkpoint_kind
-from ..conversion.inspect import original_config
+from ..checkpoints.original import CHAT, CPM_BEE, DIFFUSION_CONFIG_NAME, PAINT, checkpoint_kind
+from ..conversion.comparison import original_config
 from ..conversion.paint import empty_part, empty_parts
 from ..conversion.verify import empty_model
+from ..families.diffusion_shapes import UNET_CONFIG, VAE_CONFIG
 from ..families.family import FAMILIES, Family, family_of
 from ..families.systems import title_of
-from ..loading.paint import DIFFUSION_CONFIG_NAME, UNET_CONFIG, VAE_CONFIG
 from ..loading.quantization import kept_modules
 from ..modeling.answering import AnsweringMixin
 from ..modeling.configuration_cpm_bee import CpmBeeConfig

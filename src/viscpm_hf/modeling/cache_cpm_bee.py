@@ -83,7 +83,7 @@ class GrowingLayer(DynamicLayer):
 def with_room(
     buffer: torch.Tensor | None, states: torch.Tensor, like: torch.Tensor, past: int, length: int
 ) -> torch.Tensor:
-    """A buffer that begins with the `past` places of `states` and has room for `length`: the given one if it will do."""
+    """A buffer with the `past` places of `states` and room for `length` in all: the given one if it will do."""
     # Re-ordering, repeating or moving the cache replaces `states` by a tensor of its own; cropping doesn't.
     if (
         buffer is None

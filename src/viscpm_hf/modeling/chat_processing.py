@@ -7,7 +7,6 @@ number of tokens. A *grid* is the rows and columns of an image's tiles, (0, 0) f
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.nn.functional import pad
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import is_pil_image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .continued_messages import with_continued_brackets, written
@@ -35,10 +35,10 @@ MOST_VIEWS = 32
 
 @dataclass(frozen=True, eq=False)
 class ImageViews:
-    """An image as the vision tower takes it."""
+    """An image in the sizes in which the vision tower takes it."""
 
     pixel_values: torch.Tensor
-    """`(views, 3, height, width)`, fp32"""
+    """`(views, 3, height, width)`: levels, uint8; what the image processor makes of them, fp32, if that was given."""
     image_sizes: torch.Tensor | None = None
     """`(views, 2)`: height and width of each view without padding, where views differ."""
     grid: Grid = (0, 0)
@@ -170,13 +170,13 @@ class ChatProcessing(ProcessorMixin):
         """
         raise NotImplementedError
 
-    def answer_stream(self, prompt: Prompt | None = None) -> AnswerText:
-        """What tells the text of an answer to this prompt as its tokens come."""
-        return AnswerText(self, prompt)
+    def settles(self, token: int, last: int | None = None) -> bool:
+        """Whether nothing behind this token of an answer changes its text or that of the tokens before it.
 
-    def num_settled(self, ids: Sequence[int]) -> int:
-        """How many of an answer's first tokens have a text that nothing after them changes."""
-        return len(ids)
+        Args:
+            last: the last one before it that did so.
+        """
+        return True
 
     def token_bytes(self, token: int, prompt: Prompt | None = None) -> bytes:
         """What a token adds to an answer, in UTF-8, or its name if that is nothing."""
@@ -194,7 +194,10 @@ class ChatProcessing(ProcessorMixin):
         Raises:
             ValueError: for what is no image, or one outside the limits.
         """
-        inputs: BatchFeature = self.image_processor(image, return_tensors="pt")
+        picture = self.image_processor.fetch_images(image)
+        # A quarter of the memory while it waits; see `_pixel_values`.
+        options = {"do_rescale": False, "do_normalize": False} if is_pil_image(picture) else {}
+        inputs: BatchFeature = self.image_processor(picture, **options, return_tensors="pt")
         (grid,) = inputs["grids"].tolist() if "grids" in inputs else [(0, 0)]
         return ImageViews(inputs["pixel_values"], inputs.get("image_sizes"), tuple(grid))
 
@@ -216,13 +219,27 @@ class ChatProcessing(ProcessorMixin):
 
     def _encode_images(self, model: Any, images: Sequence[ImageViews]) -> list[EncodedImage]:
         height, width = (max(image.pixel_values.shape[axis] for image in images) for axis in (-2, -1))
-        views = [image.pixel_values for image in images]
+        views = [self._pixel_values(image, model.device) for image in images]
         padded = [pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])) for own in views]
         sizes = [image.image_sizes for image in images if image.image_sizes is not None]
         options = {"image_sizes": torch.cat(sizes).to(model.device)} if sizes else {}
-        features = model.get_image_features(torch.cat(padded).to(model.device), **options).pooler_output
+        features = model.get_image_features(torch.cat(padded), **options).pooler_output
         split = features.split([len(own) for own in views])
         return [EncodedImage(own, image.grid) for own, image in zip(split, images, strict=True)]
+
+    def _pixel_values(self, image: ImageViews, device: torch.device) -> torch.Tensor:
+        """Views as the tower takes them, fp32."""
+        levels = image.pixel_values.to(device)
+        if levels.dtype != torch.uint8:
+            return levels
+        table = torch.from_numpy(self.image_processor.values_of_levels(levels.shape[1])).to(device)
+        values = table.new_empty(levels.shape)
+        for place, channel in enumerate(table):
+            values[:, place] = channel.index_select(0, levels[:, place].int().flatten()).view_as(levels[:, place])
+        if image.image_sizes is not None:
+            for view, (height, width) in zip(values, image.image_sizes.tolist(), strict=True):
+                view[:, height:], view[:, :, width:] = 0, 0
+        return values
 
     def hand_on(self, images: Sequence[EncodedImage]) -> Any:
         """Encoded images as a chat gives them back for the next turn; None if there are none."""
@@ -249,36 +266,35 @@ class ChatProcessing(ProcessorMixin):
 
 
 class AnswerText:
-    """The text of an answer as its tokens come."""
+    """The text of an answer as its tokens come. Every token is decoded a few times, however long the answer gets:
+    with what follows it, and as the beginning of that."""
 
     def __init__(self, processor: ChatProcessing, prompt: Prompt | None = None):
         self.processor = processor
         self.prompt = prompt
-        self._told = ""
+        self._num_seen = self._num_told = 0
+        self._is_over = False
 
     def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
         """What is to be told beyond what was; `ids` are all tokens so far, an end token included."""
-        if not is_last:
-            ids = ids[: self.processor.num_settled(ids)]
-        text = self.processor.answer_text(ids, self.prompt)
-        if not text.startswith(self._told):
+        if self._is_over:
             return ""
-        told, self._told = self._told, text
-        return text[len(told) :]
-
-
-class TokenTexts(AnswerText):
-    """Likewise where every token has a text of its own, whatever is before and after it."""
-
-    def __init__(self, processor: ChatProcessing, prompt: Prompt | None = None):
-        super().__init__(processor, prompt)
-        self._begin = 0
-
-    def new_text(self, ids: Sequence[int], is_last: bool = False) -> str:
-        new, self._begin = ids[self._begin :], len(ids)
-        if self.processor.tokenizer.eos_token_id in new:
-            self._begin = sys.maxsize  # the answer has ended
-        return self.processor.answer_text(new, self.prompt)
+        told = end = self._num_told
+        new = ids[self._num_seen :]
+        self._is_over = is_last or self.processor.tokenizer.eos_token_id in new
+        if self._is_over:
+            end = len(ids)
+        else:
+            for place, token in enumerate(new, self._num_seen + 1):
+                if self.processor.settles(token, ids[end - 1] if end else None):
+                    end = place
+        self._num_seen, self._num_told = len(ids), end
+        if end == told:
+            return ""
+        # The token before them says whether a space between is theirs.
+        last = ids[max(told - 1, 0) : told]
+        text = self.processor.answer_text([*last, *ids[told:end]], self.prompt)
+        return text[len(self.processor.answer_text(last, self.prompt)) :]
 
 
 def check_turn(question: Any, context: Any) -> None:
@@ -301,4 +317,4 @@ def check_messages(messages: Sequence[Mapping[str, Any]], num_images: int) -> No
         raise ValueError(f"The messages have {found} images, but {num_images} were given.")
 
 
-__all__ = ["AnswerText", "ChatProcessing", "EncodedImage", "ImageViews", "TokenTexts", "check_messages", "check_turn"]
+__all__ = ["AnswerText", "ChatProcessing", "EncodedImage", "ImageViews", "check_messages", "check_turn"]

@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from .configuration_limits import check_layers
-from .token_space_cpm_bee import image_token_id, num_extension_slots, padded_vocab_size
+from .token_ids_cpm_bee import image_token_id, num_extension_slots, padded_vocab_size
 
 
 # Keys of the original configuration files without a counterpart here.
@@ -18,7 +18,7 @@ class CpmBeeConfig(PreTrainedConfig):
     `num_heads`, `num_layers`, `dim_ff`, `dim_head`, `eps`, `init_std`) are understood too.
 
     Args:
-        vocab_size (`int`): all token ids (see `token_space_cpm_bee`). Without `num_words`, as in an original file, it
+        vocab_size (`int`): all token ids (see `token_ids_cpm_bee`). Without `num_words`, as in an original file, it
             is the number of words, and is padded.
         num_words (`int`): tokens in `vocab.txt`; what follows is slots for extension tokens, the placeholder of
             images, and tokens that were added.

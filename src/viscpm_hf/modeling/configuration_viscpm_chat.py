@@ -17,7 +17,7 @@ class VisCPMChatConfig(PreTrainedConfig):
         text_config (`CpmBeeConfig | dict`): the language model.
         vision_config (`Beit3Config | dict`): the vision tower.
         image_token_id (`int`):
-            id of an image placeholder, after the slots for extension tokens (see `token_space_cpm_bee`); nothing that
+            id of an image placeholder, after the slots for extension tokens (see `token_ids_cpm_bee`); nothing that
             a user types can be mistaken for it.
         projector_hidden_act (`str`): activation of the projector.
 

@@ -1,7 +1,7 @@
 """Configurations of VisCPM's siblings: a vision tower, a resampler and a language model.
 
 The towers and language models are transformers' own. What differs between the siblings is here; the classes of the
-single systems also read the `config.json` of the original checkpoints, which know neither parts nor their sizes.
+single systems also read the `config.json` of the original checkpoints (`original_vision_resampler`).
 """
 
 from typing import Any, Literal
@@ -11,33 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_limits import check_layers
-
-
-# What a checkpoint's name of its timm tower stands for. The last layer is left out by every one of these systems.
-_TIMM_TOWERS = {
-    "eva02_enormous_patch14_clip_224": {
-        "model_type": "vit", "hidden_size": 1792, "num_hidden_layers": 63, "num_attention_heads": 16,
-        "intermediate_size": 15360, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "image_size": 224, "patch_size": 14,
-    },
-    "vit_so400m_patch14_siglip_384": {
-        "model_type": "siglip_vision_model", "hidden_size": 1152, "num_hidden_layers": 26, "num_attention_heads": 16,
-        "intermediate_size": 4304, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "image_size": 384, "patch_size": 14,
-        "vision_use_head": False,
-    },
-}  # fmt: skip
-_EVA, _SIGLIP = _TIMM_TOWERS
-_CLIP = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "intermediate_size": 4096, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "image_size": 224, "patch_size": 14,
-}  # fmt: skip
-# Keys of the language model in an original flat configuration; the names are transformers' own.
-_TEXT_KEYS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
-    "rope_theta", "rope_scaling", "attention_bias", "attention_dropout", "sliding_window", "pad_token_id",
-    "bos_token_id", "eos_token_id", "tie_word_embeddings",
-)  # fmt: skip
-_PERCEIVER_HEAD_DIM = 128
+from .original_vision_resampler import CLIP, EVA, IN_OUR_WORDS, SIGLIP, TIMM_TOWERS, VISUALCLA_VOCAB_SIZE
 
 
 def _specification(text: dict[str, Any], vision: dict[str, Any], resampler: dict[str, Any]) -> dict[str, Any]:
@@ -50,27 +24,6 @@ def _specification(text: dict[str, Any], vision: dict[str, Any], resampler: dict
         "vision_config": specification(AutoConfig, vision),
         "resampler_config": specification(ResamplerConfig, resampler),
     }
-
-
-def _timm_tower(name: Any, drops_last_layer: bool = True) -> dict[str, Any]:
-    # Also `timm/NAME`, or a path that ends with it.
-    known = _TIMM_TOWERS.get(str(name).replace("\\", "/").rstrip("/").rpartition("/")[2].partition(".")[0])
-    if known is None:
-        raise ValueError(f"The configuration names the vision tower {name!r}; known are {' and '.join(_TIMM_TOWERS)}.")
-    return known | {"num_hidden_layers": known["num_hidden_layers"] + (not drops_last_layer)}
-
-
-def _required(original: dict[str, Any], *names: str) -> list[Any]:
-    missing = [name for name in names if original.get(name) is None]
-    if missing:
-        raise ValueError(
-            f"The original configuration (model_type {original.get('model_type')!r}) lacks {', '.join(missing)}."
-        )
-    return [original[name] for name in names]
-
-
-def _text_keys(original: dict[str, Any]) -> dict[str, Any]:
-    return {key: original[key] for key in _TEXT_KEYS if original.get(key) is not None}
 
 
 @strict
@@ -111,7 +64,7 @@ _MINICPM = {"model_type": "granite", "vocab_size": 122753, "hidden_size": 2304, 
             "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "pad_token_id": 0,
             "residual_multiplier": 1.4 / 40**0.5, "attention_multiplier": 0.125, "logits_scaling": 9.0}  # fmt: skip
 _ZEPHYR = {"model_type": "mistral", "vocab_size": 32009, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5}
-_CHINESE_ALPACA = {"model_type": "llama", "vocab_size": 49958, "pad_token_id": 49956}
+_CHINESE_ALPACA = {"model_type": "llama", "vocab_size": VISUALCLA_VOCAB_SIZE, "pad_token_id": 49956}
 
 
 @strict
@@ -134,7 +87,7 @@ class VisionResamplerConfig(PreTrainedConfig):
 
     model_type = "vision_resampler"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
-    sub_configs_defaults = _specification(_MINICPM, _TIMM_TOWERS[_SIGLIP], {"key_positions": "computed"})
+    sub_configs_defaults = _specification(_MINICPM, TIMM_TOWERS[SIGLIP], {"key_positions": "computed"})
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -171,12 +124,9 @@ class VisionResamplerConfig(PreTrainedConfig):
         Raises:
             ValueError: for what can't be run here, or lacks what is needed.
         """
-        return original
-
-
-def _common(original: dict[str, Any]) -> dict[str, Any]:
-    dtype = original.get("dtype") or original.get("torch_dtype")
-    return {"model_type": original.get("model_type"), "dtype": dtype}
+        # A class of another system may be made of one of these.
+        types = (getattr(base, "model_type", None) for base in cls.__mro__)
+        return next((IN_OUR_WORDS[kind](original) for kind in types if kind in IN_OUR_WORDS), original)
 
 
 @strict
@@ -189,32 +139,12 @@ class OmniLMMConfig(VisionResamplerConfig):
     model_type = "omnilmm"
     sub_configs_defaults = _specification(
         _ZEPHYR,
-        _TIMM_TOWERS[_EVA],
+        TIMM_TOWERS[EVA],
         {"hidden_size": 4096, "num_attention_heads": 32, "key_positions": "interpolated"},
     )
 
     image_token_id: int = 32000
     num_prefix_tokens: int = 1
-
-    @classmethod
-    def from_original_dict(cls, original: dict[str, Any]) -> dict[str, Any]:
-        hidden_size, vocab_size, num_query = _required(original, "hidden_size", "vocab_size", "num_query")
-        if original.get("mm_use_im_start_end") is False:
-            raise ValueError(
-                "The configuration says mm_use_im_start_end false: OmniLMM is supported with <im_start> and <im_end> "
-                "around its images only, as it was released."
-            )
-        return _common(original) | {
-            "text_config": {"model_type": "mistral"} | _text_keys(original),
-            "vision_config": _timm_tower(original.get("mm_vision_tower") or _EVA),
-            "resampler_config": {
-                "num_query_tokens": num_query,
-                "hidden_size": hidden_size,
-                "num_attention_heads": hidden_size // _PERCEIVER_HEAD_DIM,
-                "key_positions": "interpolated",
-            },
-            "image_token_id": vocab_size - 9,
-        }
 
 
 @strict
@@ -233,42 +163,6 @@ class MiniCPMVConfig(VisionResamplerConfig):
         """Of one image: 2.0 cuts it into up to nine tiles and keeps an overview."""
         return 10 if self.resampler_config.key_positions == "computed" else 1
 
-    @classmethod
-    def from_original_dict(cls, original: dict[str, Any]) -> dict[str, Any]:
-        refuse_later_minicpmv(original)
-        hidden_size, num_layers, num_heads, num_query = _required(
-            original, "hidden_size", "num_hidden_layers", "num_attention_heads", "query_num"
-        )
-        text = {"model_type": "granite", "pad_token_id": 0} | _text_keys(original)
-        text["residual_multiplier"] = original.get("scale_depth", 1.4) / num_layers**0.5
-        text["attention_multiplier"] = (hidden_size // num_heads) ** -0.5
-        text["logits_scaling"] = hidden_size / original.get("dim_model_base", 256)
-        drops_last_layer = original.get("drop_vision_last_layer", True)
-        return _common(original) | {
-            "text_config": text,
-            "vision_config": _timm_tower(original.get("vision_encoder") or _SIGLIP, drops_last_layer),
-            "resampler_config": {
-                "num_query_tokens": num_query,
-                "hidden_size": hidden_size,
-                "num_attention_heads": hidden_size // _PERCEIVER_HEAD_DIM,
-                # Only 2.0 knows of slices.
-                "key_positions": "computed" if "slice_mode" in original else "interpolated",
-            },
-            "text_embedding_scale": original.get("scale_emb", 12),
-        }
-
-
-def refuse_later_minicpmv(original: dict[str, Any]) -> None:
-    """Raises a ValueError for MiniCPM-V 2.5 and later, which share the model type but no architecture."""
-    if "vision_config" not in original and "version" not in original:
-        return
-    version = original.get("version") or {4096: "2.5", 3584: "2.6"}.get(original.get("hidden_size"), "2.5 or later")
-    raise ValueError(
-        f"This is MiniCPM-V {version}, which shares the model type 'minicpmv' with 1.0 and 2.0 but is another "
-        "architecture: viscpm_hf loads openbmb/MiniCPM-V and openbmb/MiniCPM-V-2. For this one use its own code "
-        "(trust_remote_code=True without viscpm_hf, with the transformers version that its page names)."
-    )
-
 
 @strict
 class VisualCLAConfig(VisionResamplerConfig):
@@ -280,7 +174,7 @@ class VisualCLAConfig(VisionResamplerConfig):
     model_type = "visualcla"
     sub_configs_defaults = _specification(
         _CHINESE_ALPACA,
-        _CLIP,
+        CLIP,
         {"resampler_type": "concatenating", "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 6,
          "intermediate_size": 4096, "layer_norm_eps": 1e-12},
     )  # fmt: skip
@@ -288,32 +182,6 @@ class VisualCLAConfig(VisionResamplerConfig):
     image_token_id: int = 49957
     interpolate_pos_encoding: bool = False
     vision_post_norm: bool = True
-
-    @classmethod
-    def from_original_dict(cls, original: dict[str, Any]) -> dict[str, Any]:
-        text, vision, resampler = _required(original, "text_config", "vision_config", "visual_resampler_config")
-        vocab_size = original.get("vocab_size") or text.get("vocab_size") or _CHINESE_ALPACA["vocab_size"]
-        num_query = resampler.get("num_query_tokens", 64)
-        if original.get("use_visual_resampler") is False or num_query < 1:
-            raise ValueError(
-                "The configuration is of a VisualCLA without resampler (use_visual_resampler false, or "
-                f"num_query_tokens {num_query}), which was never released and isn't supported."
-            )
-        return _common(original) | {
-            "text_config": {"model_type": "llama"} | _text_keys(text) | {"vocab_size": vocab_size},
-            "vision_config": _CLIP | {key: vision[key] for key in _CLIP if key in vision and key != "model_type"},
-            "resampler_config": {
-                "resampler_type": "concatenating",
-                "hidden_size": 1024,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 16,
-                "intermediate_size": 4096,
-                "layer_norm_eps": original.get("layer_norm_eps", 1e-12),
-                "initializer_range": original.get("initializer_range", 0.02),
-            }
-            | resampler,
-            "image_token_id": vocab_size - 1,
-        }
 
 
 __all__ = ["MiniCPMVConfig", "OmniLMMConfig", "ResamplerConfig", "VisionResamplerConfig", "VisualCLAConfig"]

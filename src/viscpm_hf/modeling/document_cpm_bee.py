@@ -10,7 +10,7 @@ Vocabulary of the CPM-Bee files (CPM-Bee and VisCPM, arXiv:2308.12038):
 - A string without a token of its own (a run of characters that no token covers, or a special such as `<ans_1>`) is an
   *extension token*. The model sees it as a base token plus a number that rotates the base embedding: `<ans>` for
   `<ans_1>`, `<unk>` for unknown runs, numbered from 0 in order of first use within the document. Number 0 *is* the
-  base token. The others take the document's *slots* (`token_space_cpm_bee`): the k-th of them has the id
+  base token. The others take the document's *slots* (`token_ids_cpm_bee`): the k-th of them has the id
   `num_words + k` in both the input and the logits of its own row.
 - The *extension table* of a batch says what that is in every row: entry k, `(base id, number, id, text)`, is what the
   k-th slot holds; entries of number 0 come last. The text is code points, each plus one, filled up with zeros. So
@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .token_space_cpm_bee import num_extension_slots
+from .token_ids_cpm_bee import num_extension_slots
 
 
 ROOT_TEXT = "<root>"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -37,8 +42,20 @@ def compilation_problem(model, device: torch.device) -> str | None:
 
         if not has_triton():
             return "Triton is missing"
+        # Of a C compiler Triton makes, with Python's headers, what starts its kernels.
+        if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang", "cc", "cl"))):
+            return "there is no C compiler (gcc, clang), which Triton needs"
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            return "Python's headers (python3-dev) are missing, which Triton needs"
     else:
         return f"it isn't used on {device.type}"
+    return None
+
+
+def capture_problem(module: nn.Module) -> str | None:
+    """Why a module's step can't be captured in a CUDA graph; None if it can."""
+    if any(type(layer).__name__ == "Linear8bitLt" for layer in module.modules()):
+        return "bitsandbytes' int8 looks for outliers, and waits for the GPU, at every product"
     return None
 
 
@@ -63,4 +80,4 @@ def check_fast_decoding(*modules: nn.Module) -> None:
             )
 
 
-__all__ = ["check_fast_decoding", "compilation_problem", "has_kernel"]
+__all__ = ["capture_problem", "check_fast_decoding", "compilation_problem", "has_kernel"]

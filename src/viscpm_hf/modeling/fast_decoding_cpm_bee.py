@@ -12,6 +12,7 @@ values are copied. An answer that outgrows the places of its class moves on to t
 
 from __future__ import annotations
 
+import subprocess
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -25,8 +26,9 @@ from transformers.utils import logging
 
 from .cache_cpm_bee import CpmBeeCache, places_of
 from .compatibility import CACHE
-from .fast_decoding import compilation_problem, has_kernel
-from .row_products import put_into_huge_pages
+from .fast_decoding import capture_problem, compilation_problem, has_kernel
+from .huge_pages import put_into_huge_pages
+from .layer_steps_cpm_bee import step_layers
 from .token_space_cpm_bee import write_slots
 
 
@@ -86,24 +88,24 @@ def in_place(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class PlacedKeys:
-    """The part of a `Cache` that attention needs: keys and values of all layers, new ones written to given places."""
+    """The part of a `Cache` that attention needs: keys and values of one layer, new ones written to given places."""
 
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    keys: torch.Tensor
+    values: torch.Tensor
     places: torch.Tensor
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, self.places] = key_states
-        values[:, :, self.places] = value_states
-        return keys, values
+        self.keys[:, :, self.places] = key_states
+        self.values[:, :, self.places] = value_states
+        return self.keys, self.values
 
-    def open_places(self, batch: int, count: int) -> tuple[int, list[int]]:
-        """See [`CpmBeeCache.open_places`]."""
-        places = [number for it in zip(self.keys, self.values, strict=True) for number in places_of(*it)]
-        return int(self.places[0]), places
+
+def run_layer(
+    layer: nn.Module, hidden_states: torch.Tensor, bias: torch.Tensor, cache: PlacedKeys | None
+) -> torch.Tensor:
+    return layer(hidden_states, bias, cache=cache)
 
 
 class DecodingGraph:
@@ -142,6 +144,7 @@ class DecodingGraph:
         self._offsets = torch.arange(queries, device=device)
         self._itself = torch.eye(queries, dtype=torch.bool, device=device)
         self._run = self._step
+        self._parts = self._enter, run_layer, self._leave
         self._replay: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
 
@@ -149,6 +152,21 @@ class DecodingGraph:
         self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
     ) -> torch.Tensor:
         """Logits `(rows, queries, vocab_size)`; see [`FastDecoding.step`]."""
+        enter, run_layer, leave = self._parts
+        hidden_states, bias, places = enter(tokens, parents, positions, segments)
+        stepped = step_layers(self.language_model, hidden_states, bias, self)
+        if stepped is not None:
+            return self._project(stepped)
+        keys, values = iter(self.keys), iter(self.values)
+        for layer in self.language_model.layers:
+            cache = None if layer.self_attn is None else PlacedKeys(next(keys), next(values), places)
+            hidden_states = run_layer(layer, hidden_states, bias, cache)
+        return leave(hidden_states)
+
+    def _enter(
+        self, tokens: torch.Tensor, parents: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Takes the next places: what the layers are given, and the places."""
         places = self.end + self._offsets
         visible = self.visible.gather(1, parents[..., None].expand_as(self.visible))
         visible[:, :, places] = self._itself
@@ -168,10 +186,17 @@ class DecodingGraph:
         distance = self.positions[:, None, :] - positions[:, :, None] + self.shape.places
         entry = torch.where(relation == 0, distance, 2 * self.shape.places - 1 + relation)
         bias = nn.functional.embedding(entry, self.bias_table.t()).permute(0, 3, 1, 2)
-        bias = self.language_model.merge_bias(bias, visible, hidden_states.dtype)
+        return hidden_states, self.language_model.merge_bias(bias, visible, hidden_states.dtype), places
 
-        cache = PlacedKeys(self.keys, self.values, places)
-        hidden_states = self.language_model.run_layers(hidden_states, bias, cache=cache)
+    def _leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._project(self.language_model.norm(hidden_states))
+
+    def open_places(self, batch: int, count: int) -> tuple[int, list[int]]:
+        """See [`CpmBeeCache.open_places`]; they have been taken."""
+        places = [number for it in zip(self.keys, self.values, strict=True) for number in places_of(*it)]
+        return int(self.end) - count, places
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return write_slots(self.lm_head(hidden_states), hidden_states, self.config, self.extensions, self.owned)
 
     def warm_up(self, compile: bool) -> None:
@@ -179,23 +204,32 @@ class DecodingGraph:
         progress = logging.tqdm(total=1, desc=f"Preparing fast decoding ({self.shape})", disable=None, leave=False)
         with progress:
             if compile:
-                self._compile()
-            if self.device.type == "cuda":
+                self._compile(in_parts=self.device.type == "cuda")
+            if self.device.type == "cuda" and capture_problem(self.language_model) is None:
                 self._capture()
             progress.update()
 
-    def _compile(self) -> None:
+    def _compile(self, in_parts: bool) -> None:
+        """Compiles the whole step, or one layer for all: a fraction of the time, at a call for each, which a captured
+        graph doesn't have."""
         # With this option inductor writes the matrix-vector products of one query itself, and dequantises within them.
         options = {"coordinate_descent_tuning": True} if self.device.type == "cuda" else None
-        compiled = torch.compile(self._step, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+
+        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+            return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
+
+        parts = self._parts
+        if in_parts:
+            self._parts = tuple(map(compiled, parts))
+        else:
+            self._run = compiled(self._step)
         try:
             with torch._dynamo.config.patch(recompile_limit=4 * MAX_GRAPHS):  # every class is a graph of one function
-                compiled(*self.inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+                self._run(*self.inputs)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # dynamo's are of the first kind
             reason = " ".join(str(error).strip().split("\n\n")[0].split())
             logger.warning(f"Fast decoding goes on without compilation, which failed: {reason}")
-        else:
-            self._run = compiled
+            self._run, self._parts = self._step, parts
 
     def _capture(self) -> None:
         with torch.cuda.device(self.device):
@@ -206,7 +240,8 @@ class DecodingGraph:
                     self._run(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
             self._replay = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._replay):
+            # What other threads of a server do on the GPU meanwhile doesn't concern this graph.
+            with torch.cuda.graph(self._replay, capture_error_mode="thread_local"):
                 self._logits = self._run(*self.inputs)
 
     def load(self, num_prompt: int) -> None:

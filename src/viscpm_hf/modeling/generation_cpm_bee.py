@@ -24,7 +24,8 @@ from .fast_decoding import check_fast_decoding, has_kernel
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
-from .row_products import put_into_huge_pages, use_row_products
+from .huge_pages import put_into_huge_pages
+from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
 

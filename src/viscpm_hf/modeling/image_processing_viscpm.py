@@ -193,6 +193,15 @@ class VisCPMImageProcessor(PilBackend):
         # A division in float32: with 1/255 that is the original's arithmetic, to the last bit.
         return np.divide(image, np.float32(1 / scale), dtype=np.float32, order="C", casting="unsafe")
 
+    def values_of_levels(self, num_channels: int) -> np.ndarray:
+        """What each level becomes: `(channels, 256)`, to the last bit as in `pixel_values`."""
+        values = np.tile(np.arange(256, dtype=np.uint8), (num_channels, 1, 1))
+        if self.do_rescale:
+            values = self.rescale(values, self.rescale_factor)
+        if self.do_normalize:
+            values = self.normalize(values, self.image_mean, self.image_std)
+        return values[:, 0]
+
     def _preprocess(self, images: list[Any], do_resize: bool, **kwargs):
         if not do_resize:
             images = [image_to_array(image) if is_pil_image(image) else image for image in images]

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import GELUActivation
 
 from .cpp_kernels import load_library
 from .fused_projections_cpm_bee import FusibleModule
-from .packed_linear import Int4Linear, Int8Linear, PackedLinear
+from .packed_linear import GROUP, Int4Linear, Int8Linear, PackedLinear
 from .row_products import MAX_PACKED_ROWS, MAX_ROWS, NUMBERS, SOURCE, STEP, RowLinear, is_for_kernel
 
 
@@ -248,7 +249,9 @@ class LayerSteps:
         self.kernel, self.max_rows = _kernel_for(model)
         modules = [module for layer in (*model.layers, model.norm) for module in layer.modules()]
         # What would tell of a change, as flat as can be: it is looked at in each step.
-        self._children = [(module._modules, name, child) for module in modules for name, child in module.named_children()]
+        self._children = [
+            (module._modules, name, child) for module in modules for name, child in module.named_children()
+        ]
         self._weights = [
             (module._parameters, name, weight, weight.data_ptr())
             for module in modules
@@ -268,15 +271,16 @@ class LayerSteps:
         self._factors = (ctypes.c_float * len(factors))(*factors)
 
     def is_still_right(self) -> bool:
-        return (
-            all(children.get(name) is child for children, name, child in self._children)
-            and all(
-                parameters.get(name) is weight and weight.data_ptr() == place
-                for parameters, name, weight, place in self._weights
-            )
-            and not any("forward" in attributes for attributes in self._attributes)
-            and not any(hooks and not _are_capturing(hooks) for hooks in self._hooks)
+        """Whether modules and weights are those that there were."""
+        return all(children.get(name) is child for children, name, child in self._children) and all(
+            parameters.get(name) is weight and weight.data_ptr() == place
+            for parameters, name, weight, place in self._weights
         )
+
+    def is_ordinary(self) -> bool:
+        """Whether nobody wants to see or change what happens between the modules."""
+        hooked = any(hooks and not _are_capturing(hooks) for hooks in self._hooks)
+        return not hooked and not any("forward" in attributes for attributes in self._attributes)
 
     def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """See [`step_layers`]."""
@@ -315,23 +319,36 @@ def _are_capturing(hooks: dict[int, Any]) -> bool:
 def _kernel_for(model: nn.Module) -> tuple[Any, int]:
     """The kernel's function for the model's weights, and how many rows it takes; None and 0 if there is none."""
     config, dtype = model.config, model.norm.weight.dtype
-    linears = [module for module in model.layers.modules() if isinstance(module, (nn.Linear, PackedLinear))]
+    linears = [linear for layer in model.layers for linear in _linears(layer)]
+    mlps = [layer.mlp for layer in model.layers if layer.mlp is not None]
     kind = _KINDS.get(type(linears[0])) if linears else None
     if (
         kind is None
         or dtype not in NUMBERS
-        or config.hidden_act != "gelu"
         or config.head_dim % STEP
         or config.head_dim > MAX_HEAD_DIM
+        or any(type(mlp.act_fn) is not GELUActivation for mlp in mlps)
         or any(weight.device.type != "cpu" for weight in model.layers.parameters())
         or any(type(linear) is not type(linears[0]) or linear.bias is not None for linear in linears)
+        or (kind and any(linear.in_features % GROUP for linear in linears))
         or (not kind and not all(is_for_kernel(linear) and linear.weight.dtype == dtype for linear in linears))
-        or any(layer.weight.dtype != dtype for layer in model.layers.modules() if hasattr(layer, "variance_epsilon"))
+        or any(norm.weight.dtype != dtype for norm in model.layers.modules() if hasattr(norm, "variance_epsilon"))
     ):
         return None, 0
     library = step_kernel()
     bits = {"_int8": 8, "_int4": 4}.get(kind)
     return getattr(library, f"{NUMBERS[dtype]}{kind}_steps", None), MAX_PACKED_ROWS.get(bits, MAX_ROWS)
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    """All matrices of a layer, those of projections fused or not."""
+    found = []
+    for module, last in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+        if module is not None:
+            fused, parts = module._fusible_projections
+            names = (fused,) if fused in module._modules else parts
+            found += [module._modules[name] for name in (*names, last)]
+    return found
 
 
 def _numbers_of(layer: nn.Module) -> list[int]:
@@ -386,8 +403,8 @@ def step_layers(
     ):
         return None
     steps = layer_steps(model)
-    is_taken = steps.kernel is not None and hidden_states.dtype == model.norm.weight.dtype
-    if not is_taken or not 0 < hidden_states.shape[0] * hidden_states.shape[1] <= steps.max_rows:
+    rows = hidden_states.shape[0] * hidden_states.shape[1]
+    if not 0 < rows <= steps.max_rows or hidden_states.dtype != model.norm.weight.dtype or not steps.is_ordinary():
         return None
     return steps(hidden_states, position_bias, cache)
 

@@ -38,7 +38,8 @@ from .generation_cpm_bee import CpmBeeGenerationMixin
 from .layer_steps_cpm_bee import step_layers
 from .packed_linear import register_packed
 from .structure_cpm_bee import Structure, answers_alone
-from .token_space_cpm_bee import padded_vocab_size, slot_rows, write_slots
+from .token_ids_cpm_bee import padded_vocab_size
+from .token_space_cpm_bee import slot_rows, write_slots
 
 
 logger = logging.get_logger(__name__)

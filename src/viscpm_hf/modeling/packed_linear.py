@@ -2,7 +2,7 @@
 
 | rows of a product | 8 bits | 4 bits |
 | --- | --- | --- |
-| few: steps, beams | `aten::_weight_int8pack_mm` | our kernel (VNNI); else `aten::_weight_int4pack_mm_for_cpu` |
+| few: steps, beams | our kernel (VNNI), torch's `_weight_int8pack_mm` | ours, torch's `_weight_int4pack_mm_for_cpu` |
 | many: prompts, batches | int8 product (VNNI, AMX), rows in two digits of 8 bits | unpacked to bf16 piece by piece |
 
 Torch's kernels multiply rows in bf16 and add in fp32; ours (`row_products`) takes two digits of 8 bits here too.
@@ -24,16 +24,14 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .row_products import MAX_PACKED_ROWS, has_packed_products, kernel, row_product, unpack_int4
+from .weight_packing import BLOCK, GROUP, TINY, quantize_weight
 
 
 QUANT_METHOD = "viscpm_packed"
-# Of a 4-bit weight: columns that share scale and zero point; rows that lie side by side, as AVX-512 reads them.
-GROUP, BLOCK = 64, 64
 # Values that are unpacked at a time.
 PIECE = 2**21
 # Outputs that are unpacked at a time for a product: few enough for the caches, enough for the library.
 OUTPUTS = 512
-TINY = 1e-30
 
 
 def _reads_our_bytes() -> bool:
@@ -49,8 +47,8 @@ def _reads_our_bytes() -> bool:
 
 # Whether the CPU multiplies whole matrices of int8 without overflow on the way, and reads 4-bit weights.
 HAS_INT8_PRODUCTS, HAS_4_BIT_KERNEL = torch.cpu._is_vnni_supported(), _reads_our_bytes()
-# Up to so many rows the kernels are faster.
-FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: MAX_PACKED_ROWS[4] if HAS_4_BIT_KERNEL else 0}
+# Up to so many rows torch's kernels are faster.
+FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: 48 if HAS_4_BIT_KERNEL else 0}
 
 
 class PackedLinear(nn.Module):
@@ -70,6 +68,8 @@ class PackedLinear(nn.Module):
         rows = hidden_states.reshape(-1, self.in_features)
         if rows.device.type != "cpu" or (rows.requires_grad and torch.is_grad_enabled()):
             output = self.unpacked_product(rows)
+        elif len(rows) <= MAX_PACKED_ROWS[self.bits] and self._has_kernel():
+            output = row_product(rows, self.weight, self.scale, f"_int{self.bits}")
         elif len(rows) <= FEW_ROWS[self.bits]:
             output = self.product_of_few(rows)
         else:
@@ -77,7 +77,13 @@ class PackedLinear(nn.Module):
         output = output.to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
+    def _has_kernel(self) -> bool:
+        # A compiled graph can't call ours.
+        is_for_it = self.in_features % GROUP == 0 and len(self.weight) > 0 and not torch.compiler.is_compiling()
+        return is_for_it and has_packed_products(kernel())
+
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        """By torch's kernel."""
         raise NotImplementedError
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
@@ -108,8 +114,6 @@ class Int8Linear(PackedLinear):
         self.weight, self.scale = (nn.Parameter(it, requires_grad=False) for it in (weight, scale))
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and has_packed_products(kernel()):
-            return row_product(rows, self.weight, self.scale, "_int8")
         return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16).contiguous(), self.weight, self.scale)
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
@@ -173,9 +177,6 @@ class Int4Linear(PackedLinear):
         self.weight, self.scale = (nn.Parameter(it, requires_grad=False) for it in (weight, scale))
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
-        # A compiled graph can't call ours.
-        if not torch.compiler.is_compiling() and has_packed_products(kernel()):
-            return row_product(rows, self.weight, self.scale, "_int4")
         rows = rows.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
 
@@ -339,58 +340,6 @@ def _with_scales(tied: dict[str, str]) -> dict[str, str]:
         return name.removesuffix("weight") + "scale"
 
     return tied | {scale(target): scale(source) for target, source in tied.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------- numbers
-
-
-def quantize_weight(weight: torch.Tensor, bits: int, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(outputs, inputs)` -> `weight`, `scale` of an [`Int8Linear`] or [`Int4Linear`], times `factor`.
-
-    In pieces of `BLOCK` rows, so that no other copy of the weight is made.
-    """
-    outputs, inputs = weight.shape
-    if bits == 8:
-        packed = torch.empty(outputs, inputs, dtype=torch.int8, device=weight.device)
-        scale = torch.empty(outputs, dtype=torch.bfloat16, device=weight.device)
-    else:
-        packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
-        scale = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=weight.device)
-    quantize_into(weight, packed, scale, factor)
-    return packed, scale
-
-
-def quantize_into(weight: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, factor: float = 1.0) -> None:
-    """See [`quantize_weight`]; its results are given."""
-    quantize_rows = _rows_in_8_bits if packed.dtype == torch.int8 else _rows_in_4_bits
-    wide, scratch = torch.empty(2, BLOCK, weight.shape[1], device=weight.device)
-    for start in range(0, len(weight), BLOCK):
-        rows = slice(start, start + BLOCK)
-        count = len(weight[rows])
-        values = wide[:count].copy_(weight[rows])
-        if factor != 1:
-            values.mul_(factor)
-        quantize_rows(values, scratch[:count], packed[rows], scale[rows] if scale.ndim == 1 else scale[:, rows])
-
-
-def _rows_in_8_bits(values: torch.Tensor, scratch: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> None:
-    # Codes belong to the rounded scale, so that its rounding costs nothing; it is too large by more than that.
-    scale.copy_(torch.abs(values, out=scratch).amax(1).div_(126.5))
-    packed.copy_(values.mul_(scale.float().clamp(min=TINY).reciprocal()[:, None]).round_())
-
-
-def _rows_in_4_bits(values: torch.Tensor, scratch: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> None:
-    groups = values.view(BLOCK, -1, GROUP)
-    least = groups.amin(-1).T
-    scale[..., 0] = (groups.amax(-1).T - least) / 15
-    steps = scale[..., 0].float()
-    scale[..., 1] = least + 8 * steps
-    inverse = steps.clamp(min=TINY).reciprocal()
-    middle = 8.5 - scale[..., 1].float() * inverse  # half a step, since whole numbers are made by truncation
-    groups.mul_(inverse.T[..., None]).add_(middle.T[..., None])
-    codes = scratch.view(torch.int8).view(-1)[: values.numel()].view_as(values).copy_(values.clamp_(0, 15))
-    low, high = codes.view(torch.uint8).split(BLOCK // 2)
-    packed.view(-1, BLOCK // 2).copy_(high.mul_(16).add_(low).T)
 
 
 def register_packed() -> None:

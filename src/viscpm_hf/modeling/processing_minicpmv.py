@@ -94,12 +94,10 @@ class MiniCPMVProcessor(VisionResamplerProcessor):
                 is_inside = token == self.image_start_id
         return ids
 
-    def num_settled(self, ids: Sequence[int]) -> int:
+    def settles(self, token: int, last: int | None = None) -> bool:
         """A text behind a special token gets a space before it if another one follows."""
-        count = super().num_settled(ids)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        special -= {self.tokenizer.bos_token_id, self.tokenizer.unk_token_id}
-        return next((place + 1 for place in reversed(range(count)) if ids[place] in special), count)
+        return super().settles(token, last) and (last not in special or token in special)
 
     def _answer_text(self, ids: list[int]) -> str:
         """Boxes and references (`<box>`, `<ref>`) are part of an answer."""

@@ -21,7 +21,7 @@ from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 
-from .chat_processing import ChatProcessing, EncodedImage, Grid, TokenTexts, check_messages, check_turn
+from .chat_processing import ChatProcessing, EncodedImage, Grid, check_messages, check_turn
 from .continued_messages import CONTINUED_BRACKET
 from .document_cpm_bee import ANSWER_KEY, IMAGE_KEY, ROOT_TEXT, EncodedDocument, own_strings
 from .image_processing_viscpm import VisCPMImageProcessor, images_in_order
@@ -404,9 +404,6 @@ class VisCPMChatProcessor(ChatProcessing):
         ids = ids[: ids.index(end)] if end in ids else ids
         strings = None if prompt is None else prompt.strings(self.tokenizer.num_words)
         return self.tokenizer.decode(ids, extension_table=strings)
-
-    def answer_stream(self, prompt: EncodedDocument | None = None) -> TokenTexts:
-        return TokenTexts(self, prompt)
 
     def token_bytes(self, token: int, prompt: EncodedDocument | None = None) -> bytes:
         strings = None if prompt is None else prompt.strings(self.tokenizer.num_words)

@@ -314,15 +314,10 @@ class VisionResamplerProcessor(ChatProcessing):
         text = self._answer_text(ids)
         return text.strip() if self.strips_answers else text
 
-    def num_settled(self, ids: Sequence[int]) -> int:
-        """One more byte may change what those at the end stand for; so may one behind tokens without a text."""
-        count = len(ids)
-        while count and (self._is_byte(ids[count - 1]) or not self.answer_text(ids[count - 1 : count])):
-            count -= 1
-        return count
-
-    def _is_byte(self, token: int) -> bool:
-        return _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token)) is not None
+    def settles(self, token: int, last: int | None = None) -> bool:
+        """One more byte may change what those before it stand for; so may one behind tokens without a text."""
+        is_byte = _BYTE.fullmatch(self.tokenizer.convert_ids_to_tokens(token)) is not None
+        return not is_byte and self.answer_text([token]) != ""
 
     def _answer_text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,19 +1,15 @@
 """Products of few rows on a CPU, at the speed at which the memory delivers the weights.
 
 Decoding multiplies one row, or the few of a beam search, with every weight. Libraries are made for many rows: in
-bf16 they reach half of the memory's bandwidth with one. Here are three cures: `mv`, which needs nothing; a kernel of
-our own, compiled in a second by the machine's C++ compiler and kept on the disk; and weights in huge pages, since with
-pages of 4 KB a third of the time goes into finding them. The same kernel multiplies and unpacks the 4-bit weights of
-`packed_linear`.
+bf16 they reach half of the memory's bandwidth with one. Here are two cures: `mv`, which needs nothing, and a kernel of
+our own, compiled in a second or two by the machine's C++ compiler and kept on the disk. The same kernel multiplies and
+unpacks the weights of `packed_linear`. A third cure is `huge_pages`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import mmap
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -22,13 +18,10 @@ from .cpp_kernels import COMMON, load_library
 
 
 # Above, libraries are as fast; the same of packed weights.
-MAX_ROWS, MAX_PACKED_ROWS = 4, {8: 16, 4: 48}
+MAX_ROWS, MAX_PACKED_ROWS = 4, {8: 12, 4: 48}
 # What the kernel takes in one go along the width.
 STEP = 32
 NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-PAGE, HUGE_PAGE_BYTES = 2**12, 2**21
-# Bytes of weights that lie in one piece of memory, at least.
-ROOM = 2**26
 
 SOURCE = (
     COMMON
@@ -473,41 +466,4 @@ def unpack_int4(weight: torch.Tensor, scale: torch.Tensor, first: int, target: t
     )
 
 
-def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
-    """Moves weights on the CPU into memory that the system backs by huge pages, one after another; elsewhere than on
-    Linux, and where they would not fit beside memory that others hold on to, nothing happens."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    weights = [it for it in parameters if type(it) is nn.Parameter and it.device.type == "cpu" and it.is_contiguous()]
-    shared = sum(weight.nbytes for weight in weights if weight.untyped_storage().nbytes() > weight.nbytes + PAGE)
-    if shared + ROOM > available_bytes():
-        return
-    while weights:
-        group, size = [], 0
-        while weights and size < ROOM:
-            weight = weights.pop(0)
-            group.append((weight, size))
-            size += -weight.nbytes % 64 + weight.nbytes
-        if size >= HUGE_PAGE_BYTES:
-            _move(group, size)
-
-
-def _move(group: list[tuple[nn.Parameter, int]], size: int) -> None:
-    """Weights and where they are to lie in one piece of memory of `size` bytes."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE_BYTES
-    for weight, offset in group:
-        if weight.numel():
-            place = torch.frombuffer(memory, dtype=weight.dtype, offset=begin + offset, count=weight.numel())
-            weight.data = place.view(weight.shape).copy_(weight.detach())
-
-
-def available_bytes() -> int:
-    """Of memory, as Linux counts it."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-
-
-__all__ = ["RowLinear", "kernel", "put_into_huge_pages", "row_product", "use_row_products"]
+__all__ = ["RowLinear", "kernel", "row_product", "use_row_products"]

@@ -1,16 +1,4 @@
-"""The ids of CPM-Bee's tokens, all below `config.vocab_size`.
-
-| ids | what |
-| --- | --- |
-| `0 .. num_words - 1` | the words of `vocab.txt` |
-| the `num_extension_slots(num_words)` next | slots: in each row of a batch they stand for its own extension tokens |
-| one more | the placeholder of images |
-| from there on | tokens that were added to the tokenizer |
-
-The original numbers extension tokens beyond its vocabulary, so that the width of its logits changes with the prompt.
-Tools take logits and ids of one width for granted. So the vocabulary is padded, by a rule that needs nothing but the
-number of words: original files, and folders written before, are padded when they are read.
-"""
+"""What stands behind the words among CPM-Bee's tokens (`token_ids_cpm_bee`): rows, logits, and whose they are."""
 
 from __future__ import annotations
 
@@ -19,9 +7,8 @@ from typing import Any
 
 import torch
 
+from .token_ids_cpm_bee import num_extension_slots
 
-VOCAB_MULTIPLE = 64
-LEAST_EXTENSION_SLOTS = 400
 
 # Logit of slots without a token in a row, and of the placeholder: of no weight in a softmax at any useful temperature,
 # yet a number that losses, smoothed labels and differences of log-probabilities can be computed with.
@@ -30,21 +17,6 @@ MASKED_LOGIT = -1000.0
 # First values of the rows of slots and placeholder, `(1 + row % 32, 1 + row // 32) / 64` before the width is folded
 # in; all others are 0. The rows are never used as embeddings, but tell which token was looked up.
 _MARK_BASE, _MARK_SCALE = 32, 1 / 64
-
-
-def padded_vocab_size(num_words: int) -> int:
-    """Ids in all, as long as no tokens are added: 87,040 for the released vocabulary of 86,583 words."""
-    return -(-(num_words + 1 + LEAST_EXTENSION_SLOTS) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def num_extension_slots(num_words: int) -> int:
-    """Different extension tokens that one row can have: 456 for the released vocabulary."""
-    return padded_vocab_size(num_words) - num_words - 1
-
-
-def image_token_id(num_words: int) -> int:
-    """The placeholder of images."""
-    return padded_vocab_size(num_words) - 1
 
 
 def slot_rows(num_words: int, hidden_size: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from .document_cpm_bee import (
     segment_relations,
 )
 from .sequences_cpm_bee import TokenSequences
-from .token_space_cpm_bee import image_token_id, num_extension_slots
+from .token_ids_cpm_bee import image_token_id, num_extension_slots
 
 
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt"}
@@ -164,7 +164,7 @@ class CpmBeeTokenizer(PreTrainedTokenizer):
     `<<` (`escape` does it); strings without a token become `<unk>`. Nothing is lost in `encode_text` and
     `encode_document`, which return the extension tokens too.
 
-    Its ids are those of `token_space_cpm_bee`: the words of `vocab.txt`, slots for extension tokens, the placeholder
+    Its ids are those of `token_ids_cpm_bee`: the words of `vocab.txt`, slots for extension tokens, the placeholder
     of images, and tokens that were added; `len(tokenizer)` counts all of them.
 
     Args:

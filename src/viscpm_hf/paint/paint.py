@@ -25,12 +25,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..checkpoints.headers import check_weight_files
 from ..checkpoints.location import chosen_file, hub_arguments
 from ..checkpoints.original import load_state_dict, read_json
-from ..checkpoints.tensor_files import check_weight_files
 from ..loading.layer_streaming import BUDGET_VARIABLE
 from ..loading.options import LoadOptions, stored_dtype
 from ..loading.paint import (
+    compile_unet,
     find_folder,
     find_original_file,
     is_original_folder,
@@ -40,6 +41,7 @@ from ..loading.paint import (
     reference_scheduler,
 )
 from ..loading.quantization import check_unet_quantization, unet_quantization_config
+from ..modeling.fast_decoding import compilation_problem
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline, is_whole
 from ..pipelines.prompt_safety import PROMPT_CHECKER_FOLDER, PROMPT_CHECKER_REPOSITORY, UnsafePromptError
@@ -149,7 +151,7 @@ class VisCPMPaint:
         device_map: `"auto"`, `"balanced"` or `{module: device}` for the text encoder.
         max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
         offload_folder: for weights that `device_map` leaves on the disk.
-        fast: compile the UNet.
+        fast: compile the UNet, which takes minutes at the first step of each number and size of pictures.
         revision: of the model's Hub repository.
         token, cache_dir: of the Hub, for ranker and checkers too.
 
@@ -211,6 +213,8 @@ class VisCPMPaint:
         dtype = self.options.dtype
         if quantize_unet:
             check_unet_quantization(quantization, self.device)
+        if offload != "none" and fast:
+            raise ValueError(f"fast compiles the UNet, which excludes offload={offload!r}: drop one.")
         if offload != "none" and self.device.type == "cpu":
             raise ValueError(f"offload={offload!r} needs a GPU: on a CPU there is nothing to offload from.")
         if offload != "none" and (device_map is not None or self.options.layer_budget is not None):
@@ -288,6 +292,12 @@ class VisCPMPaint:
                 if isinstance(component, torch.nn.Module) and component is not pipeline.text_encoder:
                     component.to(self.device)
             self.options.place(pipeline.text_encoder)
+        if fast:
+            problem = compilation_problem(pipeline.unet, self.device)
+            if problem is None:
+                compile_unet(pipeline.unet)
+            else:
+                logger.warning(f"The UNet stays uncompiled: {problem}.")
 
     # ------------------------------------------------------------------------------------------------------ generating
 

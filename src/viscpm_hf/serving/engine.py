@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..chat.chat import VisCPMChat
 from ..modeling.answering import Decoding
+from ..modeling.chat_processing import AnswerText
 from .constraints import Constraints
 from .continuous_batch import ContinuousBatch, Row
 from .image_cache import ImageCache
@@ -316,7 +317,7 @@ class ChatEngine:
         if settings.seed is not None and index:  # answers of one request shall differ, and yet be repeatable
             settings = dataclasses.replace(settings, seed=(settings.seed + index) % 2**63)
         prompt = ticket.prompt.prompt
-        return _Choice(ticket, index, Row(prompt, Sampler(settings), self.chat.processor.answer_stream(prompt)))
+        return _Choice(ticket, index, Row(prompt, Sampler(settings), AnswerText(self.chat.processor, prompt)))
 
     # --------------------------------------------------------------------------------------------- the engine's thread
 

@@ -6,11 +6,12 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 
-def image_key(size: Sequence[int], pixels: bytes) -> str:
+def image_key(size: Sequence[Any], pixels: bytes) -> str:
     """The same for pictures that look the same to the model.
 
     Args:

@@ -55,7 +55,10 @@ class PromptPreparer:
         if checker is not None and checker(image):
             raise UnsafeImageError("The safety checker flagged the image, so nothing is answered about it.")
         views = processor.views_of(image)
-        return PreparedImage(views, image_key(views.pixel_values.shape, views.pixel_values.numpy().tobytes()))
+        sizes = None if views.image_sizes is None else views.image_sizes.tolist()  # black, or beside the image
+        return PreparedImage(
+            views, image_key((*views.pixel_values.shape, sizes), views.pixel_values.numpy().tobytes())
+        )
 
 
 class ImageEncoder:

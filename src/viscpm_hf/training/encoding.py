@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 
 from ..modeling.chat_processing import ChatProcessing
-from ..modeling.document_cpm_bee import IGNORE_INDEX, TABLE_HEAD, EncodedDocument
-from ..modeling.processing_viscpm_chat import VisCPMChatProcessor
+from ..modeling.document_cpm_bee import ANSWER_KEY, IGNORE_INDEX, EncodedDocument
+from ..modeling.processing_viscpm_chat import ChatPrompt, VisCPMChatProcessor
 from ..modeling.processing_vision_resampler import VisionResamplerProcessor
 from .records import ChatSample
 
@@ -22,15 +21,27 @@ Size = tuple[int, int]
 """Height and width of a picture."""
 
 
-class DocumentEncoding:
-    """Samples as CPM-Bee's documents, in which a picture has the same length whatever its size."""
+class Encoding:
+    """Samples as a processor's model takes them. An encoded one is of the length of its tokens."""
 
-    def __init__(self, processor: VisCPMChatProcessor):
+    def __init__(self, processor: Any):
         self.processor = processor
 
-    def encode(self, sample: ChatSample, sizes: Sequence[Size] = ()) -> EncodedDocument:
-        """`len()` of it is its number of tokens."""
-        return self.processor.encode_prompt(self.processor.parse_prompt(sample.document()), close_answers=True)
+    def encode(self, sample: ChatSample, sizes: Sequence[Size] = ()) -> Any:
+        """A sample with pictures of these sizes, its question as a chat asks it."""
+        context = ""
+        for question, answer in sample.turns_before:
+            context = self.processor.next_context(context, question, answer)
+        return self._encoded(sample, context, sizes)
+
+
+class DocumentEncoding(Encoding):
+    """Samples as CPM-Bee's documents, in which a picture has the same length whatever its size."""
+
+    def _encoded(self, sample: ChatSample, context: str, sizes: Sequence[Size]) -> EncodedDocument:
+        escape = self.processor.tokenizer.escape
+        document = {"context": context, "question": escape(sample.question), ANSWER_KEY: escape(sample.answer)}
+        return self.processor.encode_prompt(ChatPrompt(document, len(sample.images)), close_answers=True)
 
     def picture_sizes(self, sample: ChatSample) -> list[Size]:
         """What [`encode`] needs to know of a sample's pictures."""
@@ -38,15 +49,12 @@ class DocumentEncoding:
 
     def filler(self, size: Size) -> EncodedDocument:
         """A question about a picture, from which nothing is learned."""
-        document = {"image": "<image>", "context": "", "question": "", "<ans>": ""}
-        return self.processor.encode_prompt(self.processor.parse_prompt(document))
+        return self.processor.encode_prompt(ChatPrompt({"context": "", "question": "", ANSWER_KEY: ""}, 1))
 
     def batch(self, rows: list[EncodedDocument], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
         """Rows padded on the left, `labels` of all their tokens."""
-        batch = self.processor.tokenizer.collate(rows, with_labels=True, padding_side="left")
-        batch = {name: torch.from_numpy(np.array(values, dtype=np.int64)) for name, values in batch.items()}
-        if not batch["extension_table"].numel():
-            batch["extension_table"] = torch.zeros(len(rows), 0, TABLE_HEAD, dtype=torch.long)
+        options = {"padding_side": "left", "return_tensors": "pt"}
+        batch = dict(self.processor.tokenizer.collate(rows, with_labels=True, **options))
         if pictures:
             batch["pixel_values"] = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch
@@ -64,16 +72,10 @@ class EncodedConversation:
         return len(self.ids)
 
 
-class ConversationEncoding:
+class ConversationEncoding(Encoding):
     """Samples as conversations of the siblings' chat templates; the pictures belong to the first question."""
 
-    def __init__(self, processor: VisionResamplerProcessor):
-        self.processor = processor
-
-    def encode(self, sample: ChatSample, sizes: Sequence[Size] = ()) -> EncodedConversation:
-        context = ""
-        for question, answer in sample.turns_before:
-            context = self.processor.next_context(context, question, answer)
+    def _encoded(self, sample: ChatSample, context: str, sizes: Sequence[Size]) -> EncodedConversation:
         messages = self.processor.messages_of_turn(sample.question, context, len(sample.images))
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         images = [self.processor.image_text(self.processor.grid_of(size)) for size in sizes]
@@ -99,7 +101,6 @@ class ConversationEncoding:
         return EncodedConversation(encoded.ids, len(encoded), encoded.num_images)
 
     def batch(self, rows: list[EncodedConversation], pictures: list[PIL.Image.Image]) -> dict[str, Any]:
-        """As [`DocumentEncoding.batch`]."""
         batch: dict[str, Any] = dict(
             self.processor.tokenizer.pad(
                 {"input_ids": [row.ids for row in rows], "attention_mask": [[1] * len(row) for row in rows]},
@@ -122,7 +123,6 @@ class ConversationEncoding:
         return batch
 
 
-Encoding = DocumentEncoding | ConversationEncoding
 _ENCODINGS = {VisCPMChatProcessor: DocumentEncoding, VisionResamplerProcessor: ConversationEncoding}
 
 

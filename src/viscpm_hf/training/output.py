@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..checkpoints.headers import safetensors_header
 from ..checkpoints.json_files import load_json
-from ..checkpoints.tensor_files import safetensors_header
 
 
 logger = logging.get_logger(__name__)

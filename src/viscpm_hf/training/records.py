@@ -23,9 +23,7 @@ from typing import Any
 import PIL.Image
 
 from ..chat.data_rows import ASSISTANT, HUMAN, check_marks, messages_of, named_images, read_message, without_marks
-from ..modeling.document_cpm_bee import ANSWER_KEY, IMAGE_KEY
 from ..modeling.processing_viscpm_chat import IMAGE_TOKEN
-from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 
 
 ImageSource = PIL.Image.Image | Path | bytes
@@ -62,23 +60,11 @@ class ChatSample:
 
     question: str
     answer: str
-    context: str = ""
-    """The turns before, in document syntax, as `VisCPMChat` hands them on."""
     images: tuple[ImageSource, ...] = ()
     source: str = ""
     """File and line, for messages."""
     turns_before: tuple[tuple[str, str], ...] = ()
-    """The turns before as question and answer, for models that take no documents."""
-
-    def document(self) -> dict[str, str]:
-        """The sample as a CPM-Bee document."""
-        escape = CpmBeeTokenizer.escape
-        document = {IMAGE_KEY: IMAGE_TOKEN * len(self.images)} if self.images else {}
-        return document | {
-            "context": self.context,
-            "question": escape(self.question),
-            ANSWER_KEY: escape(self.answer),
-        }
+    """Questions with their answers."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +78,15 @@ class ChatRecord:
     """One for every answered turn."""
 
     def __post_init__(self):
-        escape, context, samples = CpmBeeTokenizer.escape, "", []
+        samples: list[ChatSample] = []
         before: tuple[tuple[str, str], ...] = ()
         for number, (question, answer) in enumerate(self.turns):
             if answer is None or not answer.strip():
                 if number + 1 < len(self.turns):
                     raise BadRowError(f"{self._where}turn {number + 1} has no answer, but others follow it.")
                 break
-            samples.append(ChatSample(question, answer, context, tuple(self.images), self.source, before))
+            samples.append(ChatSample(question, answer, tuple(self.images), self.source, before))
             before += ((question, answer),)
-            context += f"User: {escape(question)}\nAI: {escape(answer)}\n"
         if not samples:
             raise BadRowError(f"{self._where}no turn has an answer, so there is nothing to learn.")
         object.__setattr__(self, "samples", samples)
