@@ -44,16 +44,19 @@ def test_a_mistyped_word_is_answered_with_the_one_that_was_meant(capsys, words, 
     assert f"Did you mean {meant}?" in said
 
 
-@pytest.mark.parametrize("command", ["chat", "paint", "inspect", "memory", "convert", "serve"])
+@pytest.mark.parametrize(
+    "command",
+    ["chat", "paint", "batch", "inspect", "memory", "convert", "serve", "train chat", "train paint"],
+)
 def test_common_help_is_a_screen_and_rare_options_are_named(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     short = capsys.readouterr().out
     assert len(short.splitlines()) <= 50
     if "--help-all" in short:
         with pytest.raises(SystemExit):
-            main([command, "--help-all"])
+            main([*command.split(), "--help-all"])
         assert len(capsys.readouterr().out.splitlines()) > len(short.splitlines())
     assert command != "serve" or "--cors-origin ORIGIN" in short  # what an option takes is told, whatever is left out
 

@@ -58,6 +58,15 @@ def interrupt(output: Path, *, files=1) -> None:
         raise KeyboardInterrupt
 
 
+def test_what_cannot_be_resumed_begins_anew(tmp_path):
+    interrupt(tmp_path / "out")
+    with pytest.raises(ConversionError, match="of something else") as error:
+        write(tmp_path / "out", resume=None, fingerprint={"sources": []})
+    assert "--resume" not in str(error.value)
+    write(tmp_path / "out", resume=None)
+    assert whole(tmp_path / "out") and not (tmp_path / "out.partial").exists()
+
+
 # ------------------------------------------------------------------------------------------------- what isn't ours
 
 

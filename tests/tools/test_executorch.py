@@ -1,6 +1,7 @@
 """`viscpm-hf export`: the programs answer as the model does, run by ExecuTorch's Python runtime."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -99,3 +100,12 @@ def test_what_cannot_be_exported_is_said(folder, tmp_path, capsys):
         assert main(["export", str(model), str(out), *option]) == 1
         assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_library_that_is_missing_is_said_before_weights_are_read(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    without = tmp_path / "without"
+    shutil.copytree(folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert main(["export", str(without), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "needs executorch" in said and "[executorch]" in said

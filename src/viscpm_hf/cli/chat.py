@@ -51,7 +51,11 @@ def positive(kind: type) -> Any:
 def add_decoding_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """The options that [`generation_options`] reads, `--mode` and `--seed` aside."""
     parser.add_argument("--num-beams", type=positive(int), help="beams (reference: 3, generate: 1) / 束宽")
-    parser.add_argument("--max-new-tokens", type=positive(int), help="length of an answer (512) / 回答的最大长度")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive(int),
+        help="tokens of an answer (512), reference: up to two more / 回答的最大长度，reference 模式最多再多两个",
+    )
     parser.add_argument("--temperature", type=positive(float), help="reference: 0.7; generate: samples / 温度")
     parser.add_argument("--top-p", type=positive(float), help="nucleus sampling, generate only / 核采样")
     parser.add_argument("--repetition-penalty", type=positive(float), help="reference: 1.1 / 重复惩罚")

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import AutoConfig
 
     from ..chat.sibling_chat import SiblingChat
-    from ..conversion.executorch import export_executorch
+    from ..conversion.executorch import check_export, export_executorch
     from ..families.systems import title_of
     from ..modeling.configuration_vision_resampler import MiniCPMVConfig
     from ..plain_text import size_text
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = AutoConfig.from_pretrained(source, **hub)
     if not isinstance(config, MiniCPMVConfig):
         raise ValueError(f"export takes MiniCPM-V 1.0 and 2.0, and {arguments.model} is {title_of(config)}.")
+    check_export(config, arguments.quantization, arguments.view, arguments.context)
     chat = SiblingChat(source, device="cpu", dtype="float32", **hub)
     export = export_executorch(
         chat.model,

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 
-# What `--help` leaves to `--help-all`, by the option's name.
+# What `--help` of every command leaves to `--help-all`, by the option's name.
 RARE = frozenset(
     """
     --device-map --max-memory --offload-folder --config --vocab --revision --token --cache-dir --vision-config
@@ -47,12 +47,13 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         examples: commands that `--help` ends with.
+        rare: further options that `--help` leaves to `--help-all`, here alone.
     """
 
-    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any):
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), rare: str = "", **kwargs: Any):
         kwargs.setdefault("formatter_class", Formatter)
         super().__init__(*args, **kwargs)
-        self.examples = examples
+        self.examples, self.rare = examples, RARE.union(rare.split())
         self._has_rare = False
 
     def finish(self) -> None:
@@ -71,7 +72,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--help-all", action=_HelpAll, nargs=0, help="every option / 显示全部选项")
 
     def _rare(self) -> list[argparse.Action]:
-        return [action for action in self._actions if RARE.intersection(action.option_strings)]
+        return [action for action in self._actions if self.rare.intersection(action.option_strings)]
 
     def format_help(self, everything: bool = False) -> str:
         rare = self._rare() if self._has_rare and not everything else []

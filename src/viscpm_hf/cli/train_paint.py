@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ..training.paint import PaintTrainingResult
 
 
+# Of both kinds of training, see `parsing.Parser`.
+RARE_IN_TRAINING = (
+    "--mode --max-steps --eval-batch-size --warmup --scheduler --optimizer --weight-decay --adam-beta2 "
+    "--max-grad-norm --gradient-checkpointing --seed --bad-rows --workers --save-steps --eval-steps --log-steps "
+    "--save-total-limit --keep-best --tensorboard"
+)
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "paint",
@@ -22,6 +30,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             "viscpm-hf train paint --model viscpm-tiny --data captions.jsonl --output trained",
             "viscpm-hf train paint --model openbmb/VisCPM-Paint --data captions.jsonl --output trained --lora",
         ),
+        rare=f"{RARE_IN_TRAINING} --cache --freeze-unet --lora-alpha --lora-targets --snr-gamma --noise-offset "
+        "--ema-decay --encode-batch-size --validation-steps --inference-steps --guidance",
         help="fine-tune Paint / 微调 Paint",
         description="Fine-tune Paint on pictures with captions; the language model stays as it is. Several GPUs: "
         "accelerate launch -m viscpm_hf.cli train paint ... / "

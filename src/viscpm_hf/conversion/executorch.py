@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..checkpoints.errors import ConversionError
 from ..families.systems import title_of
+from ..modeling.configuration_vision_resampler import MiniCPMVConfig
 from ..modeling.modeling_vision_resampler import MiniCPMVForConditionalGeneration
 from .executorch_parts import EmbeddingPart, LanguagePart, VisionPart, fixed_positions
 from .executorch_run import DESCRIPTION_NAME, PARTS, ExportedModel, view_method
@@ -69,15 +71,20 @@ def export_executorch(
         raise ValueError(f"ExecuTorch's export takes MiniCPM-V, and this is {title_of(model.config)}.")
     size = processor.image_processor.size
     views = list(dict.fromkeys(views)) or [(size["height"], size["width"])]
-    _check(views, model.config.vision_config.patch_size, context, model.config.text_config.max_position_embeddings)
+    check_export(model.config, quantization, views, context)
     lower = _lowering()
     model.eval().requires_grad_(False)
     if quantization is not None:
         _quantize(model, quantization)
     language = LanguagePart(model, context)
-    fingerprint = {"format": "executorch", "quantization": quantization, "views": views, "context": context}
+    fingerprint = {
+        "format": "executorch",
+        "quantization": quantization,
+        "views": [list(view) for view in views],
+        "context": context,
+    }
     sources = [Path(name)] if (name := model.config.name_or_path) and Path(name).exists() else []
-    workspace = Workspace(output, sources, resume=False, overwrite=overwrite)
+    workspace = Workspace(output, sources, resume=None, overwrite=overwrite)
     with workspace.open(fingerprint), torch.no_grad():
         tokens = torch.export.Dim("tokens", min=1, max=min(CHUNK, context))
         seen = torch.zeros(1, 3, model.config.text_config.hidden_size)
@@ -118,7 +125,15 @@ def export_executorch(
     return Export(workspace.output, sizes, *differences)
 
 
-def _check(views: Sequence[tuple[int, int]], patch_size: int, context: int, most: int) -> None:
+def check_export(
+    config: MiniCPMVConfig, quantization: str | None, views: Sequence[tuple[int, int]], context: int
+) -> None:
+    """What can be said before a model is loaded; see [`export_executorch`].
+
+    Raises:
+        ImportError, ValueError: as [`export_executorch`].
+    """
+    patch_size, most = config.vision_config.patch_size, config.text_config.max_position_embeddings
     for height, width in views:
         if min(height, width) < patch_size or height % patch_size or width % patch_size:
             raise ValueError(
@@ -126,6 +141,11 @@ def _check(views: Sequence[tuple[int, int]], patch_size: int, context: int, most
             )
     if not 2 <= context <= most:
         raise ValueError(f"The context is 2 to {most} tokens, the model's own positions; got {context}.")
+    needed = ["executorch", *(["torchao"] if quantization is not None else [])]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        extras = ",".join(missing)
+        raise ImportError(f'This export needs {" and ".join(missing)}: pip install -c constraints.txt ".[{extras}]".')
 
 
 def _traced(part: str, module: nn.Module, example: tuple, dynamic_shapes: tuple | None = None) -> Any:
@@ -137,11 +157,8 @@ def _traced(part: str, module: nn.Module, example: tuple, dynamic_shapes: tuple 
 
 def _lowering():
     """What lowers the graphs of a part to one program and writes it."""
-    try:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-    except ImportError as error:
-        raise ImportError('This export needs ExecuTorch: pip install -c constraints.txt ".[executorch]".') from error
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
 
     def lower(part: str, graphs: dict[str, Any], path: Path) -> None:
         try:

@@ -82,7 +82,7 @@ def convert_quantized(
     else:
         checkpoint = open_original(location, llm_config, vision_config, diffusion_config, vae, vocab)
     in_layers = wanted or computing_dtype(quantization, device, _stored_dtype(checkpoint))
-    workspace = Workspace(output, [location.path], resume=False, overwrite=overwrite)
+    workspace = Workspace(output, [location.path], resume=None, overwrite=overwrite)
     source_files = SourceFiles.of(checkpoint)
     with workspace.open({"version": __version__, "quantization": quantization}):
         folder = workspace.path

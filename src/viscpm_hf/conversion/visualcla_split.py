@@ -77,7 +77,7 @@ def split_visualcla(
     if missing or resampler is None:
         raise OriginalCheckpointError(f"{folder} lacks {', '.join(missing) or RESAMPLER_CONFIG}: it is incomplete.")
 
-    workspace = Workspace(output, [folder], resume=False, overwrite=False)
+    workspace = Workspace(output, [folder], resume=None, overwrite=False)
     with workspace.open({"split": folder.name}):
         text, vision = (workspace.path / f"{folder.resolve().name}{suffix}" for suffix in (TEXT_SUFFIX, VISION_SUFFIX))
         _write_half(adapter, TEXT_PREFIX, text, {"task_type": "CAUSAL_LM"})

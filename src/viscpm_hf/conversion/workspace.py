@@ -46,14 +46,14 @@ class Workspace:
     Args:
         output: the folder to be.
         sources: what must neither contain the output nor lie in it.
-        resume: go on with what is there, if it is the same conversion.
+        resume: go on with what is there, if it is the same conversion; None for one that always begins anew.
         overwrite: replace a checkpoint at `output`, and drop an unfinished conversion.
 
     Raises:
         ConversionError: if output exists, or lies inside a source.
     """
 
-    def __init__(self, output: str | os.PathLike, sources: list[Path], *, resume: bool, overwrite: bool):
+    def __init__(self, output: str | os.PathLike, sources: list[Path], *, resume: bool | None, overwrite: bool):
         self.output = Path(output).expanduser()
         if self.output.name in ("", ".."):
             raise ConversionError(f"{os.fspath(output)!r} is no name for a new folder.")
@@ -111,18 +111,18 @@ class Workspace:
         self._state = self._read_state()
         if os.path.lexists(self.path):
             self._check_ours()
+            begun = self._state["fingerprint"]
+            if self.resume is not False and begun != fingerprint and not self.overwrite:
+                raise ConversionError(
+                    f"{self.path} is an unfinished conversion of something else "
+                    f"({_difference(begun, fingerprint)}); it can't be resumed. Start again with --overwrite."
+                )
             if self.resume:
-                begun = self._state["fingerprint"]
                 if begun == fingerprint:
                     self.clear_unfinished()  # half-written files take room
                     (self.path / MARK_NAME).write_text(self._state["id"], "ascii")
                     return
-                if not self.overwrite:
-                    raise ConversionError(
-                        f"{self.path} is an unfinished conversion of something else "
-                        f"({_difference(begun, fingerprint)}); it can't be resumed. Start again with --overwrite."
-                    )
-            elif not self.overwrite:
+            elif self.resume is False and not self.overwrite:
                 raise ConversionError(
                     f"{self.path} is an unfinished conversion: go on with --resume, or start again with --overwrite."
                 )
