@@ -32,7 +32,7 @@ from chat import synthetic_vocabulary as synthetic_words
 from torch import nn
 
 import viscpm_hf
-from viscpm_hf.loading.quantization import quantization_config
+from viscpm_hf.loading.quantization import computing_dtype, quantization_config
 from viscpm_hf.modeling.fast_decoding_cpm_bee import LEAST_PLACES
 
 
@@ -203,7 +203,7 @@ def measure_all(
     def fresh(quantization: str | None) -> tuple:
         gc.collect()
         torch.compiler.reset()
-        half = torch.bfloat16 if quantization == "int4wo" else torch.float16  # its kernel knows bf16 alone
+        half = computing_dtype(quantization, device, torch.float16)
         with torch.device(device):
             torch.set_default_dtype(half if is_cuda else torch.float32)
             model, processor = build(args, vocab_file)

@@ -57,7 +57,7 @@ def options_of(way: str, tiny: bool) -> dict[str, Any]:
         raise ValueError("there is no GPU to share a model with")
     if way == "two_gpus" and torch.cuda.device_count() < 2:
         raise ValueError(f"there are {torch.cuda.device_count()} GPUs")
-    on_gpu, in_ram = ("1500KB", "10MB") if tiny else ("8GB", "60GB")
+    on_gpu, in_ram = ("1500KB", "10MB") if tiny else ("8GB", "16GB")
     if way == "ram":
         return {**half, "device_map": "auto", "max_memory": {0: on_gpu, "cpu": in_ram}}
     if way == "disk":
@@ -68,7 +68,7 @@ def options_of(way: str, tiny: bool) -> dict[str, Any]:
         return {**half, "device": DEVICE}
     if way == "int4wo" and not CUDA:
         raise ValueError("torchao's int4 needs a GPU")
-    return {"device": DEVICE, "quantization": way, **({} if way == "int4wo" else half)}
+    return {"device": DEVICE, "quantization": way, **({} if way in ("int4wo", "int8wo") else half)}
 
 
 def places_of(model: torch.nn.Module) -> dict[str, int]:
@@ -144,7 +144,7 @@ def write_tiny(folder: Path) -> None:
 
 def scratch(tiny: bool) -> str | None:
     """Where there is room: in RAM, whose speed is known, else beside this file."""
-    room = 0 if tiny else 2 * FILE_GB * 1e9
+    room = 0 if tiny else 1.2 * FILE_GB * 1e9
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free > room:
         return str(shared)

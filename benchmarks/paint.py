@@ -353,7 +353,9 @@ def main() -> None:
     parser.add_argument("--original", type=Path, metavar="JSON", help="seconds of the original on this machine")
     parser.add_argument("--output", type=Path, help="write the JSON there too")
     parser.add_argument("--as-it-comes", action="store_true", help="print the JSON anew after every measurement")
-    parser.add_argument("--only-four", action="store_true", help="of whole images, four candidates of 20 steps alone")
+    parser.add_argument(
+        "--only-four", action="store_true", help="prompts, four candidates of 20 steps, and what --compile adds"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.batches = 1, options.batches[:1]
@@ -368,13 +370,10 @@ def main() -> None:
     log(f"{machine(bench.device)['device']}, {sizes}")
     reference = json.loads(options.original.read_text("utf-8")) if options.original else {}
     figures = {**machine(bench.device), "dtype": str(bench.dtype), **sizes, "steps": options.steps}
-    measurements: list[Callable[[], dict[str, Any]]] = [
-        bench.prompts,
-        lambda: bench.against_the_original(reference),
-        bench.free,
-        bench.denoising,
-        bench.whole,
-    ]
+    measurements: list[Callable[[], dict[str, Any] | None]] = [bench.prompts, bench.free, bench.whole]
+    if not options.only_four:
+        measurements[1:1] = [lambda: bench.against_the_original(reference)]
+        measurements[-1:] = [bench.denoising, bench.whole]
     if options.compile:
         measurements += [bench.compile, lambda: bench.whole("compiled_"), lambda: bench.denoising("compiled_")]
     for measure in measurements:

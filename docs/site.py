@@ -13,6 +13,8 @@ if __name__ == "__main__":
     sources = ROOT / "build" / "docs"
     shutil.rmtree(sources, ignore_errors=True)
     shutil.copytree(ROOT / "docs", sources, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for path in sources.rglob("*.md"):
+        path.write_text(path.read_text("utf-8").replace("](../README.md", "](index.md"), "utf-8")
     for name, page in (("README.md", "index.md"), ("README_zh.md", "index.zh.md")):
         text = OUTSIDE.sub(r"\1", (ROOT / name).read_text("utf-8")).replace("](docs/", "](")
         # The other language is in the site's own switch.

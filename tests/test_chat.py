@@ -55,15 +55,21 @@ def test_any_text_is_a_question(small_chat, mode, question):
     assert longer.startswith(f"{context}User: {escaped}\nAI: ")
 
 
-@pytest.mark.parametrize("question", TRICKY.values(), ids=TRICKY)
-def test_chat_is_template_and_generate(small_chat, question):
-    """Two turns through both doors give the same answers."""
+@pytest.mark.parametrize(
+    ("question", "system"),
+    [*((text, "") for text in TRICKY.values()), ("颜色", "Be <b> brief.")],
+    ids=[*TRICKY, "system"],
+)
+def test_chat_is_template_and_generate(small_chat, question, system):
+    """Two turns through both doors give the same answers; what a system message says begins the context."""
     processor, model = small_chat.processor, small_chat.model
     options = {"max_new_tokens": LENGTH}
-    first = small_chat.ask(GOLDEN_A.image(0), question, mode="generate", **options)
+    context = system and f"{system.replace('<', '<<')}\n"
+    first = small_chat.ask(GOLDEN_A.image(0), question, context, mode="generate", **options)
     second = small_chat.ask(None, "颜色", first.context, first.vision_hidden_states, mode="generate", **options)
-    answer = first.context.removeprefix(f"User: {question.replace('<', '<<')}\nAI: ").removesuffix("\n")
-    messages = [message("user", question, str(GOLDEN_A.image(0)))]
+    answer = first.context.removeprefix(f"{context}User: {question.replace('<', '<<')}\nAI: ").removesuffix("\n")
+    messages = [message("system", system)] if system else []
+    messages.append(message("user", question, str(GOLDEN_A.image(0))))
     for turn in (first, second):
         inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
         new = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]

@@ -257,17 +257,18 @@ def test_what_the_names_mean_on_a_device():
         assert isinstance(quantization_config(name, DTYPE, device=cpu), BitsAndBytesConfig)
 
 
-def test_int4wo_of_a_gpu_computes_in_bf16():
+def test_torchaos_formats_compute_in_bf16():
+    """Its int4 has no other dtype, and in fp16 its int8 leaves the range."""
     cuda = torch.device("cuda")
-    chosen = LoadOptions(cuda, quantization="int4wo").choose_dtype(torch.float16)
-    assert isinstance(quantization_config("int4wo", chosen, device=cuda), TorchAoConfig)
-    for dtype in ("auto", torch.float16, torch.float32):
-        asked = LoadOptions(cuda, dtype=dtype, quantization="int4wo").choose_dtype(torch.float16)
-        with pytest.raises(
-            ValueError, match=r"'int4wo' computes in bfloat16 on cuda, not in float(16|32): say dtype="
-        ):
-            quantization_config("int4wo", asked, device=cuda)
-    assert LoadOptions(cuda, quantization="int8wo").choose_dtype(torch.float16) == torch.float16
+    for name, refused in (("int4wo", ("auto", torch.float16, torch.float32)), ("int8wo", ("auto", torch.float16))):
+        chosen = LoadOptions(cuda, quantization=name).choose_dtype(torch.float16)
+        assert isinstance(quantization_config(name, chosen, device=cuda), TorchAoConfig)
+        for dtype in refused:
+            asked = LoadOptions(cuda, dtype=dtype, quantization=name).choose_dtype(torch.float16)
+            with pytest.raises(ValueError, match=f"{name}' computes in bfloat16 on cuda, not in float(16|32): say"):
+                quantization_config(name, asked, device=cuda)
+    assert LoadOptions(cuda, quantization="int8wo").choose_dtype(torch.float32) == torch.float32
+    assert LoadOptions(cuda, quantization="nf4").choose_dtype(torch.float16) == torch.float16
 
 
 def test_int4wo_where_no_kernel_reads_it(original, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from viscpm_hf.modeling import cpp_kernels, weight_packing
-from viscpm_hf.modeling.weight_packing import quantize_weight
+from viscpm_hf.modeling.weight_packing import quantize_into, quantize_weight
 
 
 SIZES = {8: [(1, 1), (50, 77), (65, 16), (128, 192)], 4: [(64, 64), (128, 192)]}
@@ -65,6 +65,13 @@ def test_weights_that_lie_otherwise_are_packed_too(monkeypatch, bits):
     whole = torch.randn(128, 256)
     for weight in (whole[:64, 64:192], whole[::2, :64], whole.T, whole.double(), whole[:64].to(torch.int32)):
         assert_same(quantize_weight(weight, bits), by_torch(monkeypatch, weight.float().contiguous(), bits))
+
+
+def test_codes_of_another_size_are_refused():
+    packed, scale = quantize_weight(torch.zeros(64, 128), 8)
+    for rows, columns in ((65, 128), (64, 192)):
+        with pytest.raises(ValueError, match=f"{rows} x {columns} doesn't fit into 8-bit codes of 64 x 128"):
+            quantize_into(torch.zeros(rows, columns), packed, scale)
 
 
 def test_sizes_that_four_bits_cannot_have_are_refused():

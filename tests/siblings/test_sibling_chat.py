@@ -94,6 +94,28 @@ def test_the_next_turn_goes_on(chat):
     assert chat.processor.answer_text(ids.tolist()) == following.answer
 
 
+def test_a_system_message_stays_before_the_image(chat):
+    """A context may begin with it where the family knows any: the image belongs to the first question all the same."""
+    system = {"role": "system", "content": "Be <b> brief."}
+    context = json.dumps([system])
+    if chat.family.kind != "omnilmm":
+        with pytest.raises(ValueError, match="message 0 is the system's"):
+            chat.ask(IMAGE, "What?", context, **SHORT)
+        return
+    first = chat.ask(IMAGE, "What?", context, **SHORT)
+    second = chat.ask(None, "Where?", first.context, first.vision_hidden_states, **SHORT)
+    said = [("user", "What?"), ("assistant", first.answer), ("user", "Where?"), ("assistant", second.answer)]
+    messages = [system, *({"role": role, "content": text} for role, text in said)]
+    assert json.loads(second.context) == messages
+    messages[1]["content"] = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}]
+    for length, turn in ((2, first), (4, second)):
+        inputs = chat.processor.apply_chat_template(
+            messages[:length], tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        )
+        ids = chat.model.generate(**inputs, max_new_tokens=6, eos_token_id=2)[0, inputs["input_ids"].shape[1] :]
+        assert chat.processor.answer_text(ids.tolist()) == turn.answer
+
+
 def test_an_image_waits_as_levels(chat):
     """In a quarter of the bytes that the tower takes, with the same result to the last bit."""
     for image in (IMAGE, TALL):

@@ -41,8 +41,8 @@ class VisCPMChat:
         vocab_path: `vocab.txt`; if None, the one beside the model.
         device: CUDA, then MPS, then the CPU unless given.
         dtype: the checkpoint's own, unless the device is better off with another: on a CPU fp16 becomes bf16, or fp32
-            where the CPU has no bf16, and CUDA's int4wo is always bf16. "auto" is the checkpoint's own in any case. A
-            torch dtype or any name of one (`"float16"`, `"fp16"`, `"torch.float16"`).
+            where the CPU has no bf16, and torchao's formats make it bf16. "auto" is the checkpoint's own in any case.
+            A torch dtype or any name of one (`"float16"`, `"fp16"`, `"torch.float16"`).
         image_safety_policy: what happens to flagged images: `"raise"` an [`UnsafeImageError`], or `"refuse"` with a
             fixed sentence as the answer. Either way nothing is said about the image.
         quantization: `"4bit"`, `"8bit"` (on a CPU packed for its kernels), `"nf4"`, `"fp4"`, `"int8"`, `"int8wo"` or

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
+from .eval_running import check_place
 from .model_options import add_model_options, hub_options, load_chat, load_paint
 from .words import count as count_of
 
@@ -211,12 +212,7 @@ def paint_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def check_places(arguments: argparse.Namespace) -> None:
     """Raises `OSError` or `ValueError` for an output that can't be written, before minutes of loading."""
     output = Path(arguments.output)
-    if output.is_dir():
-        raise IsADirectoryError(f"{output} is a folder, not a file to write.")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {output.parent} to write {output.name} to.")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise PermissionError(f"{output} can't be written: no permission.")
+    check_place(output)
     if output.exists() and output.samefile(arguments.input):
         raise ValueError(f"{output} is the input; results need a file of their own.")
     if arguments.images and not Path(arguments.images).is_dir():

@@ -28,7 +28,7 @@ from ..checkpoints.original import (
 from ..checkpoints.processors import load_processor
 from ..checkpoints.tensor_files import dtype_name
 from .folder_files import save_code, write_index, write_json
-from .model_card import CARDS, sibling_card
+from .model_card import card
 from .verify import empty_model
 
 
@@ -63,7 +63,6 @@ def export_transformers_folder(
     save_processor(folder, checkpoint)
     write_index(folder, plan, "model")
     write_json(folder / MANIFEST_NAME, manifest)
-    card = CARDS.get(checkpoint.kind, sibling_card)
     (folder / "README.md").write_text(card(checkpoint, plan.num_parameters, manifest), "utf-8")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 
@@ -111,109 +110,65 @@ Languages](https://arxiv.org/abs/2308.12038) (ICLR 2024)
 """
 
 
-def chat_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
-    return _card(
-        checkpoint,
-        num_parameters,
-        manifest,
-        library="transformers",
-        pipeline_tag="image-text-to-text",
-        title="VisCPM-Chat",
-        english="Answers questions about images, in Chinese and English: BEiT-3 as the eye, CPM-Bee as the language "
-        "model.\n\n中英双语的图像问答模型：BEiT-3 作为视觉编码器，CPM-Bee 作为语言模型。",
-        use=CHAT_USE,
-    )
-
-
-def cpm_bee_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
-    return _card(
-        checkpoint,
-        num_parameters,
-        manifest,
-        library="transformers",
-        pipeline_tag="text-generation",
-        title="CPM-Bee",
-        english="A language model that fills the blanks of documents, in Chinese and English.\n\n"
+_TEXTS: dict[str, dict[str, str]] = {
+    "chat": {
+        "library": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "title": "VisCPM-Chat",
+        "english": "Answers questions about images, in Chinese and English: BEiT-3 as the eye, CPM-Bee as the "
+        "language model.\n\n中英双语的图像问答模型：BEiT-3 作为视觉编码器，CPM-Bee 作为语言模型。",
+        "use": CHAT_USE,
+    },
+    "cpm_bee": {
+        "library": "transformers",
+        "pipeline_tag": "text-generation",
+        "title": "CPM-Bee",
+        "english": "A language model that fills the blanks of documents, in Chinese and English.\n\n"
         "中英双语语言模型，填写文档中的空缺。",
-        use=CPM_BEE_USE,
-    )
+        "use": CPM_BEE_USE,
+    },
+    "paint": {
+        "library": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "title": "VisCPM-Paint",
+        "english": "Text to image, from Chinese and English prompts: CPM-Bee as the text encoder of a Stable "
+        "Diffusion 2.1 UNet.\n\n中英双语文生图模型：CPM-Bee 作为 Stable Diffusion 2.1 UNet 的文本编码器。",
+        "use": PAINT_USE,
+    },
+}
 
 
-def paint_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
-    return _card(
-        checkpoint,
-        num_parameters,
-        manifest,
-        library="diffusers",
-        pipeline_tag="text-to-image",
-        title="VisCPM-Paint",
-        english="Text to image, from Chinese and English prompts: CPM-Bee as the text encoder of a Stable Diffusion "
-        "2.1 UNet.\n\n中英双语文生图模型：CPM-Bee 作为 Stable Diffusion 2.1 UNet 的文本编码器。",
-        use=PAINT_USE,
-    )
-
-
-def sibling_card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
+def _texts(checkpoint: Checkpoint) -> dict[str, str]:
+    if checkpoint.kind in _TEXTS:
+        common = {"tag": "viscpm", "base_model": BASE_MODELS[checkpoint.kind], "paper": PAPER}
+        return {**_TEXTS[checkpoint.kind], **common, "licence": LICENCE, "licence_zh": LICENCE_ZH}
     from ..families.systems import system_of
 
     system = system_of(checkpoint.config)
-    return _card(
-        checkpoint,
-        num_parameters,
-        manifest,
-        library="transformers",
-        pipeline_tag="image-text-to-text",
-        title=system.name,
-        english=f"{system.english}\n\n{system.chinese}",
-        use=CHAT_USE,
-        tag=checkpoint.kind,
-        base_model=system.base_model,
-        licence=system.licence,
-        licence_zh=system.licence_zh,
-        paper="",
-        changed=MERGED if checkpoint.made_by else RENAMED,
-    )
+    return {
+        **{name: _TEXTS["chat"][name] for name in ("library", "pipeline_tag", "use")},
+        "title": system.name,
+        "english": f"{system.english}\n\n{system.chinese}",
+        "tag": checkpoint.kind,
+        "base_model": system.base_model,
+        "paper": "",
+        "licence": system.licence,
+        "licence_zh": system.licence_zh,
+    }
 
 
-CARDS = MappingProxyType({"chat": chat_card, "cpm_bee": cpm_bee_card, "paint": paint_card})
-
-
-def _card(
-    checkpoint: Checkpoint,
-    num_parameters: int,
-    manifest: Mapping[str, Any],
-    *,
-    library: str,
-    pipeline_tag: str,
-    title: str,
-    english: str,
-    use: str,
-    tag: str = "viscpm",
-    base_model: str | None = None,
-    licence: str = LICENCE,
-    licence_zh: str = LICENCE_ZH,
-    paper: str = PAPER,
-    changed: tuple[str, str] = RENAMED,
-) -> str:
-    base_model = base_model or BASE_MODELS[checkpoint.kind]
-    changed, changed_zh = changed
-    dtypes = sorted({entry["dtype"] for entry in manifest["tensors"]})
-    front = FRONT_MATTER.format(base_model=base_model, library=library, pipeline_tag=pipeline_tag, tag=tag)
+def card(checkpoint: Checkpoint, num_parameters: int, manifest: Mapping[str, Any]) -> str:
+    """The card of a converted checkpoint of any kind."""
+    texts = _texts(checkpoint)
+    changed, changed_zh = MERGED if checkpoint.made_by else RENAMED
     body = BODY.format(
-        title=title,
-        english=english,
-        use=use,
-        base_model=base_model,
+        **texts,
         parameters=num_parameters / 1e9,
-        dtypes=" + ".join(dtypes),
+        dtypes=" + ".join(sorted({entry["dtype"] for entry in manifest["tensors"]})),
         source=manifest["source"]["file"],
         sha256=manifest["source"]["sha256"],
-        tool=manifest["tool"],
-        command=manifest["command"],
-        rounding=manifest["rounding"],
-        licence=licence,
-        licence_zh=licence_zh,
+        **{name: manifest[name] for name in ("tool", "command", "rounding")},
         changed=changed,
         changed_zh=changed_zh,
     )
-    return front + "\n" + body + paper
+    return FRONT_MATTER.format(**texts) + "\n" + body + texts["paper"]

@@ -42,7 +42,7 @@ from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.saving_viscpm_paint import save_code as save_pipeline_code
-from .model_card import paint_card
+from .model_card import card
 from .plan import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint, Part, check_vocabulary, extra_tensors
 from .verify import LoadingReport, check_weights
 
@@ -201,7 +201,7 @@ def export_parts(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, man
     components |= save_prompt_checker(folder, diffusion.prompt_checker)
     write_json(folder / "model_index.json", model_index(components))
     save_pipeline_code(folder)
-    (folder / "README.md").write_text(paint_card(checkpoint, plan.num_parameters, manifest), "utf-8")
+    (folder / "README.md").write_text(card(checkpoint, plan.num_parameters, manifest), "utf-8")
 
 
 def save_prompt_checker(folder: Path, source: Path | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..version import __version__
 from .convert import MANIFEST_FORMAT, TO_HUGGINGFACE, ConversionResult, parse_dtype, parse_size
 from .export import save_processor
 from .folder_files import write_json
-from .model_card import CARDS, sibling_card
+from .model_card import card
 from .plan import Checkpoint
 from .planning import open_converted, open_original
 from .source_files import SourceFiles
@@ -102,7 +102,6 @@ def convert_quantized(
             del model
             manifest = _manifest(checkpoint, folder, quantization, checksum.result())
         write_json(folder / MANIFEST_NAME, manifest)
-        card = CARDS.get(checkpoint.kind, sibling_card)
         (folder / "README.md").write_text(card(checkpoint, num_parameters, manifest), "utf-8")
         source_files.check({checkpoint.weight_files[0]: manifest["source"]["sha256"]})
         workspace.complete()

@@ -25,7 +25,7 @@ from ..checkpoints.key_matching import KeyMatcher
 from ..checkpoints.original import CPM_BEE, checkpoint_kind, key_map_of
 from ..checkpoints.stored_quantization import describe_quantization
 from ..checkpoints.weight_transforms import apply_operation, factor_of
-from ..families.key_maps import Entry
+from ..families.key_maps import TOKEN_ROWS, Entry
 from ..modeling.configuration_cpm_bee import CpmBeeConfig
 from ..modeling.generation_cpm_bee import CpmBeeGenerationMixin
 from ..modeling.packed_linear import (
@@ -37,6 +37,7 @@ from ..modeling.packed_linear import (
     pack_modules,
 )
 from ..modeling.row_products import use_row_products
+from ..modeling.token_space_cpm_bee import slot_rows
 from ..modeling.weight_packing import BLOCK, GROUP, quantize_into
 from ..names import QUANTIZATIONS
 from .file_order import empty_like, quantize_in_file_order
@@ -92,8 +93,13 @@ def packed_bits(name: str, device: torch.device) -> int | None:
 
 
 def computing_dtype(name: str | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """What the layers of a checkpoint stored in `stored` compute in: torchao's int4 knows bf16 alone."""
-    return torch.bfloat16 if name == "int4wo" and packed_bits(name, device) is None else stored
+    """What the layers of a checkpoint stored in `stored` compute in.
+
+    torchao's int4 knows bf16 alone. Its int8 multiplies before it scales: in fp16, outputs above some thirty become
+    infinite.
+    """
+    is_torchao = QUANTIZATIONS.get(name) == "torchao" and packed_bits(name, device) is None
+    return torch.bfloat16 if is_torchao and (name == "int4wo" or stored == torch.float16) else stored
 
 
 def check_unet_quantization(name: str | None, device: torch.device) -> None:
@@ -309,9 +315,7 @@ def _load_on_cpu(
         target, entry = match
         target = next((it for it in (target, target.removeprefix(prefix), prefix + target) if it in own), None)
         layer = None if target is None else layers.get(target.removesuffix(".weight"))
-        if isinstance(layer, nn.Embedding):  # which grows
-            weights[target] = (apply_operation(entry.operation, tensor.float()), 1.0)
-        elif layer is not None:
+        if layer is not None:
             weights[target] = (tensor, factor_of(entry.operation, tensor.shape))
         elif target is not None:
             loaded_weights[target] = apply_operation(entry.operation, tensor.to(dtype))
@@ -349,7 +353,13 @@ def _quantize_packed(weights: Mapping[str, tuple[torch.Tensor, float]], model: n
 
     def quantize_one(name: str, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         weight, factor = weights[name]
-        quantize_into(weight, *target.values(), factor)
+        packed, scale = target.values()
+        num_words = len(weight)
+        if len(packed) > num_words and isinstance(model.get_submodule(name.removesuffix(".weight")), Int8Embedding):
+            rows = slot_rows(*weight.shape)  # which no original has
+            quantize_into(rows, packed[num_words:], scale[num_words:], factor_of(TOKEN_ROWS, weight.shape))
+            packed, scale = packed[:num_words], scale[:num_words]
+        quantize_into(weight, packed, scale, factor)
         return target
 
     return quantize_in_file_order(weights, empty, quantize_one)

@@ -168,12 +168,6 @@ class VisCPMImageProcessor(PilBackend):
             )
         return image_to_array(image) / np.float32(255) if keeps_scale else image
 
-    def convert_to_rgb(
-        self, image: "PIL.Image.Image | np.ndarray", input_data_format: str | ChannelDimension | None = None
-    ) -> np.ndarray:
-        """Any image as an array (height, width, 3) of levels, as `process_image` makes it."""
-        return np.asarray(self.process_image(image, do_convert_rgb=True, input_data_format=input_data_format))
-
     def resize(
         self,
         image: "PIL.Image.Image | np.ndarray",

@@ -13,6 +13,7 @@ import functools
 import torch
 
 from .cpp_kernels import COMMON, load_library
+from .huge_pages import advise_huge_pages
 
 
 # Of a 4-bit weight: columns that share scale and zero point; rows that lie side by side, as AVX-512 reads them.
@@ -238,19 +239,31 @@ def quantize_weight(weight: torch.Tensor, bits: int, factor: float = 1.0) -> tup
     else:
         packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=weight.device)
-    quantize_into(weight, packed, scale, factor)
+    quantize_into(weight, advise_huge_pages(packed), advise_huge_pages(scale), factor)
     return packed, scale
 
 
 def quantize_into(weight: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, factor: float = 1.0) -> None:
-    """See [`quantize_weight`]; its results are given, contiguous."""
+    """See [`quantize_weight`]; its results are given.
+
+    Raises:
+        ValueError: if they have other sizes than the weight's.
+    """
     (outputs, inputs), bits = weight.shape, 8 if packed.dtype == torch.int8 else 4
     if bits == 4 and (outputs % BLOCK or inputs % GROUP):
         raise ValueError(
             f"4-bit weights need multiples of {GROUP} inputs and {BLOCK} outputs, not {inputs} and {outputs}: keep "
             "this layer out, or take 8 bits."
         )
+    width, scale_shape = (inputs, (outputs,)) if bits == 8 else (inputs // 2, (inputs // GROUP, outputs, 2))
+    if packed.shape != (outputs, width) or scale.shape != scale_shape:
+        sizes = [" x ".join(map(str, tensor.shape)) for tensor in (weight, packed, scale)]
+        raise ValueError(
+            f"A weight of {sizes[0]} doesn't fit into {bits}-bit codes of {sizes[1]} with scales of {sizes[2]}: the "
+            "checkpoint's sizes aren't the configuration's."
+        )
     is_plain = weight.device.type == "cpu" and weight.dtype in _DTYPES and weight.stride(1) == 1
+    is_plain = is_plain and packed.is_contiguous() and scale.is_contiguous()
     library = kernel() if is_plain else None
     if library is None:
         _quantize_by_torch(weight, packed, scale, factor)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .options import HubOptions, check_types, option
+from .options import BAD_ROWS, PRECISIONS, TrainingOptions, option
 
 
 MODES = ("lora", "qlora", "full")
-BAD_ROWS = ("skip", "fail")
-PRECISIONS = ("bf16", "fp16", "fp32")
-
-# Of the reference (full fine-tuning); an adapter starts from nothing and takes larger steps.
-FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-5, 2e-4
 
 # Pictures below this are skipped, as the reference did, unless the model's own are smaller.
 REFERENCE_MIN_IMAGE_SIDE = 128
 
 
 @dataclass
-class ChatTrainingConfig(HubOptions):
+class ChatTrainingConfig(TrainingOptions):
     """Options of [`train_chat`] and, by the same names, of `viscpm-hf train chat` and its YAML file.
 
     Raises:
         ValueError: for values of the wrong type or outside their range, and for options that exclude each other.
     """
+
+    adapter_learning_rate: ClassVar[float] = 2e-4
 
     output: str = option(None, "folder of the trained model or adapter; checkpoints in it / 输出文件夹", metavar="OUT")
     model: str | None = option(None, "file, folder, Hub id or viscpm-tiny / 模型", metavar="MODEL")
@@ -87,38 +85,18 @@ class ChatTrainingConfig(HubOptions):
     tensorboard: bool = option(True, "write OUT/checkpoints/runs / TensorBoard 日志")
 
     def __post_init__(self):
-        if self.output is None:
-            raise ValueError("Say where the result goes: output (--output OUT).")
-        check_types(self)
+        self._check()
         for name in ("lora_rank", "lora_alpha", "epochs", "batch_size", "accumulation", "max_length", "log_steps"):
             self._check_at_least(name, 1 if isinstance(getattr(self, name), int) else 1e-9)
         for name in ("max_steps", "eval_batch_size", "save_steps", "eval_steps", "save_total_limit", "image_size"):
             self._check_at_least(name, 1)
         for name in ("learning_rate", "warmup", "weight_decay", "max_grad_norm", "workers", "min_image_side", "seed"):
             self._check_at_least(name, 0)
-        for name in ("lora_dropout", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        self._check_shares("lora_dropout", "adam_beta2")
         if self.freeze_llm and self.mode != "full" and not self.lora_targets:
             raise ValueError(
                 f"freeze_llm leaves {self.mode} nothing to train: its adapters sit in the language model. Use mode "
                 '"full", or name other layers with lora_targets.'
             )
-        if self.save_steps and self.eval_steps and self.eval_data and self.save_steps % self.eval_steps:
-            raise ValueError(
-                f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps}: a checkpoint is "
-                "kept by what it was evaluated at."
-            )
         if self.weights == "fp16" and self.mode == "full":
             raise ValueError("Full fine-tuning needs weights in fp32 or bf16: fp16 ones lose small gradients.")
-
-    def _check_at_least(self, name: str, least: float) -> None:
-        value = getattr(self, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least:g}, got {value:g}.")
-
-    @property
-    def peak_learning_rate(self) -> float:
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return FULL_LEARNING_RATE if self.mode == "full" else ADAPTER_LEARNING_RATE

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+BAD_ROWS = ("skip", "fail")
+PRECISIONS = ("bf16", "fp16", "fp32")
+
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **metadata) -> Any:
     """A field with its help, "english / 中文", and what argparse may be told (`choices`, `metavar`)."""
@@ -45,6 +48,41 @@ class HubOptions:
     def recorded(self) -> dict[str, Any]:
         """All options but the secret one."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "token"}
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingOptions(HubOptions):
+    """What the options of both models' training have in common besides their names."""
+
+    adapter_learning_rate: typing.ClassVar[float]
+
+    def _check(self) -> None:
+        """Brings every field to its type; see [`check_types`]."""
+        if self.output is None:
+            raise ValueError("Say where the result goes: output (--output OUT).")
+        check_types(self)
+        if self.save_steps and self.eval_steps and self.eval_data and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps}: a checkpoint is "
+                "kept by what it was evaluated at."
+            )
+
+    def _check_at_least(self, name: str, least: float) -> None:
+        value = getattr(self, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least:g}, got {value:g}.")
+
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """As the reference's for all weights; an adapter starts from nothing and takes larger steps."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1e-5 if self.mode == "full" else self.adapter_learning_rate
 
 
 def _value_type(annotation: Any) -> tuple[type, bool]:

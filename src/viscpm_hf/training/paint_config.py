@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from .options import HubOptions, check_types, option
+from .options import BAD_ROWS, PRECISIONS, TrainingOptions, option
 
 
 MODES = ("full", "lora")
-BAD_ROWS = ("skip", "fail")
-PRECISIONS = ("bf16", "fp16", "fp32")
-
-FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 1e-5, 1e-4
 
 # The UNet's attention, self and cross; diffusers' own choice for Stable Diffusion.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass
-class PaintTrainingConfig(HubOptions):
+class PaintTrainingConfig(TrainingOptions):
     """Options of [`train_paint`] and, by the same names, of `viscpm-hf train paint` and its YAML file.
 
     Raises:
         ValueError: for values of the wrong type or outside their range, and for options that exclude each other.
     """
+
+    adapter_learning_rate: ClassVar[float] = 1e-4
 
     output: str = option(
         None, "folder of the trained pipeline or adapter; checkpoints in it / 输出文件夹", metavar="OUT"
@@ -91,9 +90,7 @@ class PaintTrainingConfig(HubOptions):
     tensorboard: bool = option(True, "write OUT/checkpoints/runs / TensorBoard 日志")
 
     def __post_init__(self):
-        if self.output is None:
-            raise ValueError("Say where the result goes: output (--output OUT).")
-        check_types(self)
+        self._check()
         for name in (
             "lora_rank", "lora_alpha", "max_steps", "batch_size", "eval_batch_size", "accumulation", "image_size",
             "encode_batch_size", "inference_steps", "validation_steps", "save_steps", "eval_steps", "log_steps",
@@ -103,26 +100,8 @@ class PaintTrainingConfig(HubOptions):
         for name in ("learning_rate", "warmup", "weight_decay", "max_grad_norm", "workers", "seed", "snr_gamma"):
             self._check_at_least(name, 0)
         self._check_at_least("epochs", 1e-9)
-        for name in ("prompt_dropout", "ema_decay", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        self._check_shares("prompt_dropout", "ema_decay", "adam_beta2")
         if self.freeze_unet and not self.train_projection:
             raise ValueError("freeze_unet leaves nothing to train; with train_projection the projection is.")
         if self.freeze_unet and self.mode == "lora":
             raise ValueError("mode lora adapts the UNet, which freeze_unet forbids: choose one of the two.")
-        if self.save_steps and self.eval_steps and self.eval_data and self.save_steps % self.eval_steps:
-            raise ValueError(
-                f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps}: a checkpoint is "
-                "kept by what it was evaluated at."
-            )
-
-    def _check_at_least(self, name: str, least: float) -> None:
-        value = getattr(self, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least:g}, got {value:g}.")
-
-    @property
-    def peak_learning_rate(self) -> float:
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return ADAPTER_LEARNING_RATE if self.mode == "lora" else FULL_LEARNING_RATE
