@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from viscpm_hf.modeling import packed_linear, row_products
-from viscpm_hf.modeling.packed_linear import FEW_ROWS, GROUP, PACKED_CLASSES, PackedConfig, quantize_weight
-from viscpm_hf.modeling.row_products import MAX_INT4_ROWS, int4_row_product, unpack_int4
+from viscpm_hf.modeling.packed_linear import FEW_ROWS, PACKED_CLASSES, PackedConfig, quantize_weight
+from viscpm_hf.modeling.row_products import MAX_PACKED_ROWS, row_product, unpack_int4
 
 
 SHAPES = [(8, 128, 192), (8, 48, 72), (4, 128, 192), (4, 64, 64)]
@@ -65,24 +65,26 @@ def test_every_number_of_rows_without_a_compiler(no_compiler, bits, inputs, outp
     assert row_products.kernel() is None
 
 
-@pytest.mark.skipif(not row_products.has_int4_products(row_products.kernel()), reason="needs VNNI, VBMI, a compiler")
+@pytest.mark.skipif(not row_products.has_packed_products(row_products.kernel()), reason="needs VNNI, VBMI, a compiler")
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (192, 320), (1088, 704)])
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, MAX_INT4_ROWS])
-def test_our_kernel_for_4_bits(inputs, outputs, rows):
+@pytest.mark.parametrize(
+    ("bits", "rows"), [(bits, rows) for bits in (8, 4) for rows in (1, 2, 3, 7, MAX_PACKED_ROWS[bits])]
+)
+def test_our_kernel(bits, inputs, outputs, rows):
     """Nearer to the exact product than torch's, also of fp32 rows, and with an outlier."""
-    layer, weight = layer_of(4, inputs, outputs)
+    layer, weight = layer_of(bits, inputs, outputs)
+    rows = rows or MAX_PACKED_ROWS[bits]
+    kind = f"_int{bits}"
     hidden = torch.randn(rows, inputs)
-    found = int4_row_product(hidden, layer.weight, layer.scale)
-    assert relative_error(found, hidden @ weight.T) <= 1e-4
-    assert torch.equal(found[:1], int4_row_product(hidden[:1], layer.weight, layer.scale))  # however many rows
+    found = row_product(hidden, layer.weight, layer.scale, kind)
+    assert relative_error(found, hidden @ weight.T) <= 2e-4
+    # However many rows there are.
+    assert torch.equal(found[:1], row_product(hidden[:1], layer.weight, layer.scale, kind))
     hidden[:, 7] *= 500
     assert relative_error(layer(hidden), hidden @ weight.T) <= 1e-3
     half = hidden.bfloat16()
-    exact, theirs = (
-        half.float() @ weight.T,
-        torch.ops.aten._weight_int4pack_mm_for_cpu(half, layer.weight, GROUP, layer.scale),
-    )
-    ours = int4_row_product(half, layer.weight, layer.scale)
+    exact, theirs = half.float() @ weight.T, layer.product_of_few(half)
+    ours = row_product(half, layer.weight, layer.scale, kind)
     assert relative_error(ours, exact) <= max(0.003, relative_error(theirs, exact))
     assert relative_error(ours, theirs.float()) <= 0.005
 
@@ -107,6 +109,7 @@ def test_an_outlier_among_many_rows_costs_nothing():
 def test_without_the_cpus_instructions(bits, monkeypatch):
     layer, weight = layer_of(bits, 128, 192)
     monkeypatch.setattr(packed_linear, "HAS_INT8_PRODUCTS", False)
+    monkeypatch.setattr(packed_linear, "has_packed_products", lambda library: False)
     monkeypatch.setitem(FEW_ROWS, bits, 0)
     hidden = torch.randn(5, 128)
     assert relative_error(layer(hidden), hidden @ weight.T) <= 0.01

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from viscpm_hf.modeling import row_products
-from viscpm_hf.modeling.row_products import RowLinear, put_into_huge_pages, use_row_products, with_kernel
+from viscpm_hf.modeling.huge_pages import put_into_huge_pages
+from viscpm_hf.modeling.row_products import RowLinear, use_row_products
 
 
 def layer(width: int = 96, num_out: int = 37, dtype: torch.dtype = torch.float32, bias: bool = False) -> RowLinear:
@@ -20,28 +21,23 @@ def test_products_are_those_of_linear(dtype, shape):
     linear, given = layer(dtype=dtype), torch.randn(*shape, 96).to(dtype)
     expected = nn.functional.linear(given.double(), linear.weight.double())
     error = 1e-5 if dtype == torch.float32 else 2e-2
-    with with_kernel():
-        torch.testing.assert_close(linear(given).double(), expected, atol=error, rtol=error)
-        every_other = torch.randn(*shape, 192).to(dtype)[..., ::2]
-        expected = nn.functional.linear(every_other, linear.weight)
-        torch.testing.assert_close(linear(every_other), expected, atol=error, rtol=error)
+    torch.testing.assert_close(linear(given).double(), expected, atol=error, rtol=error)
+    every_other = torch.randn(*shape, 192).to(dtype)[..., ::2]
+    expected = nn.functional.linear(every_other, linear.weight)
     torch.testing.assert_close(linear(every_other), expected, atol=error, rtol=error)
 
 
 @torch.no_grad()
-def test_the_kernel_is_for_the_context_and_for_what_it_knows_alone(monkeypatch):
+def test_the_kernel_is_for_what_it_knows_alone(monkeypatch):
     calls = []
     stock = row_products.row_product
-    monkeypatch.setattr(row_products, "row_product", lambda *given: calls.append(given[2]) or stock(*given))
+    monkeypatch.setattr(row_products, "row_product", lambda *given: calls.append(len(given[0])) or stock(*given))
     row, several, double = torch.randn(1, 96), torch.randn(5, 96), layer().double()
     layer()(row)
-    assert not calls
-    with with_kernel():
-        layer()(row)
-        assert calls == [1]
-        layer()(several), layer(bias=True)(row), double(row.double()), layer(width=90)(torch.randn(1, 90))
-        with torch.enable_grad():
-            layer()(row.clone().requires_grad_()).sum().backward()
+    assert calls == [1]
+    layer()(several), layer(bias=True)(row), double(row.double()), layer(width=90)(torch.randn(1, 90))
+    with torch.enable_grad():
+        layer()(row.clone().requires_grad_()).sum().backward()
     assert calls == [1]
 
 
@@ -50,7 +46,7 @@ def test_without_a_compiler_the_library_multiplies(monkeypatch, caplog):
     try:
         with monkeypatch.context() as patch:
             patch.setenv("CXX", "no-such-compiler")
-            with torch.no_grad(), with_kernel():
+            with torch.no_grad():
                 linear, given = layer(), torch.randn(1, 96)
                 assert torch.equal(linear(given), nn.functional.linear(given, linear.weight))
     finally:

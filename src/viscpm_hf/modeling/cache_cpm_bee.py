@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -10,15 +12,44 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 GROWTH = 256
 
 
+class _States:
+    """Keys or values of a [`GrowingLayer`]: a view of its buffer that is made when somebody looks."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def __get__(self, layer: GrowingLayer | None, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        states, length = layer._states[self.index], layer._length
+        if length is not None and states.shape[-2] != length:
+            states = layer._states[self.index] = layer._buffers[self.index].narrow(-2, 0, length)
+        return states
+
+    def __set__(self, layer: GrowingLayer, states: torch.Tensor | None) -> None:
+        layer._states = [layer.keys, layer.values]
+        layer._states[self.index] = states
+        layer._length = None
+
+
 class GrowingLayer(DynamicLayer):
     """`DynamicLayer` with spare room: `keys` and `values` are views of larger buffers, written in place.
 
     Concatenation copies the whole cache for every token, which for long answers costs more than the attention itself.
     """
 
+    keys, values = _States(0), _States(1)
+
     def __init__(self, **kwargs):
+        self._states: list[torch.Tensor | None] = [None, None]
+        self._buffers: list[torch.Tensor | None] = [None, None]
+        # Places of the buffers that are taken; None if keys and values may be other tensors than views of them.
+        self._length: int | None = None
+        self._numbers: list[int] = []
         super().__init__()
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self._length is None else self._length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -27,24 +58,32 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past = self.get_seq_length()
-        key_buffer, value_buffer = self._buffers or (None, None)
-        key_buffer, self.keys = append(key_buffer, self.keys, past, key_states)
-        value_buffer, self.values = append(value_buffer, self.values, past, value_states)
-        self._buffers = (key_buffer, value_buffer)
+        count = key_states.shape[-2]
+        past = self.make_room(count, key_states, value_states)
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer.narrow(-2, past, count).copy_(new)
         return self.keys, self.values
+
+    def make_room(self, count: int, keys_like: torch.Tensor, values_like: torch.Tensor) -> int:
+        """Takes places for so many new keys and values, which are still to be written; returns how many there were."""
+        past = self.get_seq_length()
+        if self._length is None or past + count > self._buffers[0].shape[-2]:
+            rows = zip(self._buffers, (self.keys, self.values), (keys_like, values_like), strict=True)
+            self._buffers = [with_room(*it, past, past + count) for it in rows]
+            self._states = [buffer.narrow(-2, 0, past) for buffer in self._buffers]
+            self._numbers = places_of(*self._buffers)
+        self._length = past + count
+        return past
 
     def reset(self) -> None:
         super().reset()
-        self._buffers = None
+        self._buffers = [None, None]
 
 
-def append(
-    buffer: torch.Tensor | None, states: torch.Tensor, past: int, new: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes `new` behind the `past` places of `states`; returns the buffer and the longer view of it."""
-    count = new.shape[-2]
-    length = past + count
+def with_room(
+    buffer: torch.Tensor | None, states: torch.Tensor, like: torch.Tensor, past: int, length: int
+) -> torch.Tensor:
+    """A buffer with the `past` places of `states` and room for `length` in all: the given one if it will do."""
     # Re-ordering, repeating or moving the cache replaces `states` by a tensor of its own; cropping doesn't.
     if (
         buffer is None
@@ -52,11 +91,15 @@ def append(
         or states.data_ptr() != buffer.data_ptr()
         or states.shape[:2] != buffer.shape[:2]
     ):
-        buffer = new.new_empty(*new.shape[:-2], length + GROWTH, new.shape[-1])
+        buffer = like.new_empty(*like.shape[:-2], length + GROWTH, like.shape[-1])
         if past:
             buffer.narrow(-2, 0, past).copy_(states)
-    buffer.narrow(-2, past, count).copy_(new)
-    return buffer, buffer.narrow(-2, 0, length)
+    return buffer
+
+
+def places_of(keys: torch.Tensor, values: torch.Tensor) -> list[int]:
+    """Where keys and values `(batch, heads, places, head_dim)` of one layer lie, as `layer_steps_cpm_bee` wants it."""
+    return [keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3]]
 
 
 class CpmBeeCache(DynamicCache):
@@ -65,3 +108,25 @@ class CpmBeeCache(DynamicCache):
     def __init__(self):
         super().__init__()
         self.layer_class_to_replicate = GrowingLayer
+
+    def open_places(self, batch: int, count: int) -> tuple[int, list[int]] | None:
+        """Makes room for keys and values of so many new tokens in all layers, which the caller writes.
+
+        Returns:
+            How many places there were, and [`places_of`] all layers; None, and nothing changes, where there are no
+            keys and values yet, or of another batch.
+        """
+        layers = self.layers
+        if not layers or not all(
+            type(layer) is GrowingLayer and layer.is_initialized and layer._states[0].shape[0] == batch
+            for layer in layers
+        ):
+            return None
+        past = layers[0].get_seq_length()
+        if any(layer.get_seq_length() != past for layer in layers):
+            return None
+        places = []
+        for layer in layers:
+            layer.make_room(count, *layer._states)
+            places += layer._numbers
+        return past, places

@@ -11,14 +11,22 @@ import torch
 from torch import nn
 
 from .cpp_kernels import cpp_compiler
-from .row_products import kernel, runs_in_kernel
+from .packed_linear import PackedLinear
+from .row_products import has_packed_products, is_for_kernel, kernel
 
 
 def has_kernel(*modules: nn.Module) -> bool:
-    """Whether all products of these modules are those of `row_products`, beside which compilation gains nothing."""
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
-    is_plain = all(layer.weight.device.type == "cpu" and runs_in_kernel(layer) for layer in layers)
-    return is_plain and kernel() is not None
+    """Whether all products of these modules are those of our kernels, beside which compilation gains nothing."""
+    layers = [
+        layer for module in modules for layer in module.modules() if isinstance(layer, (nn.Linear, PackedLinear))
+    ]
+    return all(layer.weight.device.type == "cpu" and _is_in_kernel(layer) for layer in layers)
+
+
+def _is_in_kernel(layer: nn.Module) -> bool:
+    if isinstance(layer, PackedLinear):
+        return has_packed_products(kernel())
+    return is_for_kernel(layer) and kernel() is not None
 
 
 def compilation_problem(model, device: torch.device) -> str | None:

@@ -24,10 +24,11 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_cpm_bee import CpmBeeCache
+from .cache_cpm_bee import CpmBeeCache, places_of
 from .compatibility import CACHE
 from .fast_decoding import capture_problem, compilation_problem, has_kernel
-from .row_products import put_into_huge_pages, with_kernel
+from .huge_pages import put_into_huge_pages
+from .layer_steps_cpm_bee import step_layers
 from .token_space_cpm_bee import write_slots
 
 
@@ -153,6 +154,9 @@ class DecodingGraph:
         """Logits `(rows, queries, vocab_size)`; see [`FastDecoding.step`]."""
         enter, run_layer, leave = self._parts
         hidden_states, bias, places = enter(tokens, parents, positions, segments)
+        stepped = step_layers(self.language_model, hidden_states, bias, self)
+        if stepped is not None:
+            return self._project(stepped)
         keys, values = iter(self.keys), iter(self.values)
         for layer in self.language_model.layers:
             cache = None if layer.self_attn is None else PlacedKeys(next(keys), next(values), places)
@@ -185,7 +189,14 @@ class DecodingGraph:
         return hidden_states, self.language_model.merge_bias(bias, visible, hidden_states.dtype), places
 
     def _leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.language_model.norm(hidden_states)
+        return self._project(self.language_model.norm(hidden_states))
+
+    def open_places(self, batch: int, count: int) -> tuple[int, list[int]]:
+        """See [`CpmBeeCache.open_places`]; they have been taken."""
+        places = [number for it in zip(self.keys, self.values, strict=True) for number in places_of(*it)]
+        return int(self.end) - count, places
+
+    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return write_slots(self.lm_head(hidden_states), hidden_states, self.config, self.extensions, self.owned)
 
     def warm_up(self, compile: bool) -> None:
@@ -263,8 +274,7 @@ class DecodingGraph:
     def __call__(self) -> torch.Tensor:
         """A step with what is in `inputs`; the logits are valid until the next."""
         if self._replay is None:
-            with with_kernel():
-                return self._run(*self.inputs)
+            return self._run(*self.inputs)
         self._replay.replay()
         return self._logits
 

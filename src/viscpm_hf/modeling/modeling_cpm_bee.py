@@ -35,6 +35,7 @@ from .fused_projections_cpm_bee import (
     unfused_state_dict,
 )
 from .generation_cpm_bee import CpmBeeGenerationMixin
+from .layer_steps_cpm_bee import step_layers
 from .packed_linear import register_packed
 from .structure_cpm_bee import Structure, answers_alone
 from .token_ids_cpm_bee import padded_vocab_size
@@ -511,7 +512,23 @@ class CpmBeeModel(CpmBeePreTrainedModel):
                 inputs_embeds, attention_mask, token_type_ids, segment_ids, segment_relations, cache
             )
 
-        hidden_states = inputs_embeds
+        hidden_states = self.run_layers(inputs_embeds, position_bias, blind_queries, cache, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: cache})
+
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        position_bias: torch.Tensor,
+        blind_queries: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """All layers and the norm after them, `(batch, sequence, hidden)`."""
+        wanted = [f"output_{name}" for name in self._can_record_outputs]
+        if blind_queries is None and not any(kwargs.get(it, getattr(self.config, it, False)) for it in wanted):
+            stepped = step_layers(self, hidden_states, position_bias, cache)
+            if stepped is not None:
+                return stepped
         for layer in self.layers:
             device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
             if device is not None:
@@ -520,7 +537,7 @@ class CpmBeeModel(CpmBeePreTrainedModel):
                 blind_queries = None if blind_queries is None else blind_queries.to(device)
             # By the installed release's name: gradient checkpointing takes it away.
             hidden_states = layer(hidden_states, position_bias, blind_queries, **{CACHE: cache}, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
+        return self.norm(hidden_states)
 
     @staticmethod
     def num_before_document(

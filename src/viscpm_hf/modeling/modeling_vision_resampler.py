@@ -25,9 +25,10 @@ from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, Visio
 from .decoding_presets import default_preset
 from .fast_decoding import check_fast_decoding, compilation_problem, has_kernel
 from .generation_images import ImageGenerationMixin, with_drawing_last
+from .huge_pages import put_into_huge_pages
 from .packed_linear import register_packed
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
-from .row_products import put_into_huge_pages, use_row_products, with_kernel
+from .row_products import use_row_products
 from .sibling_towers import VISION_TOWERS
 
 
@@ -280,8 +281,7 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Im
         check_fast_decoding(self.language_model)
         if self.device.type == "cpu":
             self._use_kernel()
-            with with_kernel():
-                return super().generate(inputs, *args, **kwargs)
+            return super().generate(inputs, *args, **kwargs)
         problem = compilation_problem(self, self.device)
         if problem is not None:
             logger.warning_once(f"Fast decoding goes without compilation: {problem}.")

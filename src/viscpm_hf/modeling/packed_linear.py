@@ -2,7 +2,7 @@
 
 | rows of a product | 8 bits | 4 bits |
 | --- | --- | --- |
-| few: steps, beams | `aten::_weight_int8pack_mm` | our kernel (VNNI); else `aten::_weight_int4pack_mm_for_cpu` |
+| few: steps, beams | our kernel (VNNI), torch's `_weight_int8pack_mm` | ours, torch's `_weight_int4pack_mm_for_cpu` |
 | many: prompts, batches | int8 product (VNNI, AMX), rows in two digits of 8 bits | unpacked to bf16 piece by piece |
 
 Torch's kernels multiply rows in bf16 and add in fp32; ours (`row_products`) takes two digits of 8 bits here too.
@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .row_products import MAX_INT4_ROWS, int4_row_product, kernel, unpack_int4
+from .row_products import MAX_PACKED_ROWS, has_packed_products, kernel, row_product, unpack_int4
 from .weight_packing import BLOCK, GROUP, TINY, quantize_weight
 
 
@@ -47,8 +47,8 @@ def _reads_our_bytes() -> bool:
 
 # Whether the CPU multiplies whole matrices of int8 without overflow on the way, and reads 4-bit weights.
 HAS_INT8_PRODUCTS, HAS_4_BIT_KERNEL = torch.cpu._is_vnni_supported(), _reads_our_bytes()
-# Up to so many rows the kernels are faster.
-FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: MAX_INT4_ROWS if HAS_4_BIT_KERNEL else 0}
+# Up to so many rows torch's kernels are faster.
+FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: 48 if HAS_4_BIT_KERNEL else 0}
 
 
 class PackedLinear(nn.Module):
@@ -68,6 +68,8 @@ class PackedLinear(nn.Module):
         rows = hidden_states.reshape(-1, self.in_features)
         if rows.device.type != "cpu" or (rows.requires_grad and torch.is_grad_enabled()):
             output = self.unpacked_product(rows)
+        elif len(rows) <= MAX_PACKED_ROWS[self.bits] and self._has_kernel():
+            output = row_product(rows, self.weight, self.scale, f"_int{self.bits}")
         elif len(rows) <= FEW_ROWS[self.bits]:
             output = self.product_of_few(rows)
         else:
@@ -75,7 +77,13 @@ class PackedLinear(nn.Module):
         output = output.to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
+    def _has_kernel(self) -> bool:
+        # A compiled graph can't call ours.
+        is_for_it = self.in_features % GROUP == 0 and len(self.weight) > 0 and not torch.compiler.is_compiling()
+        return is_for_it and has_packed_products(kernel())
+
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
+        """By torch's kernel."""
         raise NotImplementedError
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
@@ -169,12 +177,8 @@ class Int4Linear(PackedLinear):
         self.weight, self.scale = (nn.Parameter(it, requires_grad=False) for it in (weight, scale))
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
-        # A compiled graph can't call ours.
-        output = None if torch.compiler.is_compiling() else int4_row_product(rows, self.weight, self.scale)
-        if output is None:
-            rows = rows.to(torch.bfloat16).contiguous()
-            output = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
-        return output
+        rows = rows.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, GROUP, self.scale)
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(torch.bfloat16)

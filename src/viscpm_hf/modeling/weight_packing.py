@@ -13,6 +13,7 @@ import functools
 import torch
 
 from .cpp_kernels import COMMON, load_library
+from .huge_pages import advise_huge_pages
 
 
 # Of a 4-bit weight: columns that share scale and zero point; rows that lie side by side, as AVX-512 reads them.
@@ -238,7 +239,7 @@ def quantize_weight(weight: torch.Tensor, bits: int, factor: float = 1.0) -> tup
     else:
         packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=weight.device)
-    quantize_into(weight, packed, scale, factor)
+    quantize_into(weight, advise_huge_pages(packed), advise_huge_pages(scale), factor)
     return packed, scale
 
 

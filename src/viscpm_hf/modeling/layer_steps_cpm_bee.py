@@ -1,0 +1,420 @@
+"""A decoding step of all CPM-Bee layers on a CPU, by a kernel of our own.
+
+A step of few rows reads every weight once and computes next to nothing; what keeps it from the memory's speed is all
+the rest: some thirty small operations a layer, each of which wakes the threads. Here all layers are one call with one
+team of threads, for plain weights in fp32 and bf16 and for the packed ones of `packed_linear`. Numbers in between are
+fp32. Where something is out of the ordinary (hooks, adapters, other devices, gradients, outputs of single layers), the
+modules compute as ever, and so they do without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+from .cpp_kernels import load_library
+from .fused_projections_cpm_bee import FusibleModule
+from .packed_linear import GROUP, Int4Linear, Int8Linear, PackedLinear
+from .row_products import MAX_PACKED_ROWS, MAX_ROWS, NUMBERS, SOURCE, STEP, RowLinear, is_for_kernel
+
+
+MAX_HEAD_DIM = 256
+
+STEP_SOURCE = (
+    SOURCE
+    + f"static const long MAX_HEAD_DIM = {MAX_HEAD_DIM};"
+    + r"""
+struct Matrix { const void *weight, *scale; };
+struct Layer {
+  const void *attention_norm, *mlp_norm;  // null, and so are the matrices, where pruning left nothing
+  Matrix q, k, v, o, gate, up, down;
+};
+struct Cached { void *keys, *values; long strides[6]; };  // of keys, then values: batch, head, place
+struct Step {
+  const Layer* layers;
+  const Cached* cache;  // of the layers with attention
+  const void *last_norm, *bias;
+  long count, width, inner, heads, head_dim, batch, queries, past, places;
+};
+struct Factors { float eps, residual, scaling; };
+static const float HIDDEN = -1e30f;  // no score or bias of a place that is seen is as low
+
+// exp of 16 numbers that are at most 0, to 2 units in the last place
+static inline Floats exponential(Floats x) {
+  Floats lowest = Floats{} - 87.f;
+  x = x < lowest ? lowest : x;
+  Floats steps = x * 1.44269504f - 0.5f;
+  Codes whole = __builtin_convertvector(steps, Codes);  // towards 0: to the nearest, of numbers below 0
+  Floats n = __builtin_convertvector(whole, Floats);
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats y = Floats{} + 1.9875691500e-4f;
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = y * r + c;
+  y = y * r * r + r + 1.f;
+  return y * (Floats)((whole + 127) << 23);
+}
+
+template <class Given, class Number>
+static void normalize(const Given* x, const Number* weight, float* to, long rows, long width, float eps) {
+  for (long m = 0; m < rows; m++) {
+    Floats sums = {};
+    for (long i = 0; i < width; i += 32) {
+      Pair pair = load(x + m * width + i);
+      sums += pair.even * pair.even + pair.odd * pair.odd;
+    }
+    const float factor = 1 / std::sqrt(total(sums) / width + eps);
+    for (long i = 0; i < width; i++) to[m * width + i] = number(weight[i]) * (number(x[m * width + i]) * factor);
+  }
+}
+
+// One head of one sequence: puts its new keys and values into the cache and attends to all places.
+template <class Number>
+static void attend(const Step& step, const Cached& cached, const float* q, const float* k, const float* v, float* out,
+                   long b, long h, float scaling) {
+  const long size = step.head_dim, inner = step.heads * size, places = step.past + step.queries;
+  Number* keys = (Number*)cached.keys + b * cached.strides[0] + h * cached.strides[1];
+  Number* values = (Number*)cached.values + b * cached.strides[3] + h * cached.strides[4];
+  const long key_stride = cached.strides[2], value_stride = cached.strides[5], padded = (places + 15) / 16 * 16;
+  static thread_local std::vector<float> all_weights;
+  all_weights.resize(padded);
+  float* weights = all_weights.data();
+  for (long m = 0; m < step.queries; m++)
+    for (long i = 0, from = (b * step.queries + m) * inner + h * size; i < size; i++) {
+      store(k[from + i], keys + (step.past + m) * key_stride + i);
+      store(v[from + i], values + (step.past + m) * value_stride + i);
+    }
+  for (long m = 0; m < step.queries; m++) {
+    const long at = (b * step.queries + m) * inner + h * size;
+    const Number* bias = (const Number*)step.bias + ((b * step.heads + h) * step.queries + m) * step.places;
+    Pair query[MAX_HEAD_DIM / 32], sums[MAX_HEAD_DIM / 32] = {};
+    for (long i = 0; i < size / 32; i++) query[i] = arranged<Number>(q + at + 32 * i);
+    float largest = HIDDEN;
+    for (long place = 0; place < places; place++) {
+      weights[place] = HIDDEN;
+      const float mine = number(bias[place]);
+      if (mine < HIDDEN) continue;
+      Floats score = {};
+      for (long i = 0; i < size / 32; i++) {
+        Pair key = load(keys + place * key_stride + 32 * i);
+        score += key.even * query[i].even + key.odd * query[i].odd;
+      }
+      weights[place] = total(score) * scaling + mine;
+      largest = std::max(largest, weights[place]);
+    }
+    for (long place = places; place < padded; place++) weights[place] = HIDDEN;
+    Floats sum = {};
+    for (long place = 0; place < padded; place += 16) {
+      Floats scores;
+      memcpy(&scores, weights + place, sizeof scores);
+      Floats hidden = Floats{} + HIDDEN, made = exponential(scores - largest);
+      made = scores <= hidden ? Floats{} : made;
+      sum += made;
+      memcpy(weights + place, &made, sizeof made);
+    }
+    const float whole = total(sum);
+    for (long place = 0; place < places; place++) {
+      const float weight = weights[place];
+      if (weight == 0) continue;
+      for (long i = 0; i < size / 32; i++) {
+        Pair value = load(values + place * value_stride + 32 * i);
+        sums[i].even += value.even * weight, sums[i].odd += value.odd * weight;
+      }
+    }
+    for (long i = 0; i < size; i++) {
+      const long lane = sizeof(Number) == 4 ? i % 32 : i % 32 / 2 + i % 2 * 16;
+      const float found = (lane < 16 ? sums[i / 32].even : sums[i / 32].odd)[lane % 16];
+      out[at + i] = whole > 0 ? found / whole : 0;  // who sees nothing gets nothing
+    }
+  }
+}
+
+template <class Product, class Number>
+static void steps(const Step& step, const Factors& factors, const Number* x, Number* y, int threads) {
+  const long rows = step.batch * step.queries, width = step.width, inner = step.heads * step.head_dim;
+  static thread_local std::vector<float> scratch;
+  scratch.resize(rows * (4 * inner + 2 * width + 2 * step.inner));
+  float *q = scratch.data(), *k = q + rows * inner, *v = k + rows * inner, *attended = v + rows * inner;
+  float *states = attended + rows * inner, *made = states + rows * width;
+  float *gate = made + rows * width, *up = gate + rows * step.inner;
+  for (long i = 0; i < rows * width; i++) states[i] = number(x[i]);
+#pragma omp parallel num_threads(threads)
+  {
+    // Preparing rows is little work: every thread does it for itself, which is quicker than to wait for another.
+    static thread_local Product product;
+    static thread_local std::vector<float> normal;
+    normal.resize(rows * width);
+    const Range mine = share(width, Product::UNIT), wide = share(step.inner, Product::UNIT);
+    const Cached* cached = step.cache;
+    auto prepare_normal = [&](const void* norm) {
+      normalize(states, (const Number*)norm, normal.data(), rows, width, factors.eps);
+      product.prepare(normal.data(), rows, width);
+    };
+    auto add_made = [&] {
+      for (long m = 0; m < rows; m++)
+        for (long i = m * width + mine.from; i < m * width + mine.to; i++)
+          states[i] = (states[i] + made[i]) * factors.residual;
+    };
+    for (const Layer* layer = step.layers; layer < step.layers + step.count; layer++) {
+      if (layer->attention_norm) {
+        prepare_normal(layer->attention_norm);
+        const Range range = share(inner, Product::UNIT);
+        product.multiply(layer->q.weight, layer->q.scale, q, inner, range);
+        product.multiply(layer->k.weight, layer->k.scale, k, inner, range);
+        product.multiply(layer->v.weight, layer->v.scale, v, inner, range);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long i = 0; i < step.batch * step.heads; i++)
+          attend<Number>(step, *cached, q, k, v, attended, i / step.heads, i % step.heads, factors.scaling);
+        cached++;
+        product.prepare(attended, rows, inner);
+        product.multiply(layer->o.weight, layer->o.scale, made, width, mine);
+        add_made();
+#pragma omp barrier
+      }
+      if (layer->mlp_norm) {
+        prepare_normal(layer->mlp_norm);
+        product.multiply(layer->gate.weight, layer->gate.scale, gate, step.inner, wide);
+        product.multiply(layer->up.weight, layer->up.scale, up, step.inner, wide);
+        for (long m = 0; m < rows; m++)
+          for (long i = m * step.inner + wide.from; i < m * step.inner + wide.to; i++)
+            gate[i] = gate[i] * 0.5f * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
+#pragma omp barrier
+        product.prepare(gate, rows, step.inner);
+        product.multiply(layer->down.weight, layer->down.scale, made, width, mine);
+        add_made();
+#pragma omp barrier
+      }
+    }
+  }
+  normalize(states, (const Number*)step.last_norm, made, rows, width, factors.eps);
+  for (long i = 0; i < rows * width; i++) store(made[i], y + i);
+}
+
+template <class Number>
+static void plain_steps(const Step& step, const Factors& factors, const Number* x, Number* y, int threads) {
+  switch (step.batch * step.queries) {
+    case 1: return steps<Plain<1, Number>>(step, factors, x, y, threads);
+    case 2: return steps<Plain<2, Number>>(step, factors, x, y, threads);
+    case 3: return steps<Plain<3, Number>>(step, factors, x, y, threads);
+    case 4: return steps<Plain<4, Number>>(step, factors, x, y, threads);
+  }
+}
+
+#define STEPS(NAME, CALL, NUMBER)                                                                                  \
+  extern "C" void NAME(const Step* step, const Factors* factors, const NUMBER* x, NUMBER* y, int threads) {       \
+    CALL(*step, *factors, x, y, threads);                                                                          \
+  }
+STEPS(float32_steps, plain_steps, float)
+STEPS(bfloat16_steps, plain_steps, uint16_t)
+#ifdef HAS_PACKED
+STEPS(float32_int8_steps, steps<Int8>, float)
+STEPS(bfloat16_int8_steps, steps<Int8>, uint16_t)
+STEPS(float32_int4_steps, steps<Int4>, float)
+STEPS(bfloat16_int4_steps, steps<Int4>, uint16_t)
+#endif
+"""
+)
+
+
+_KINDS = {RowLinear: "", Int8Linear: "_int8", Int4Linear: "_int4"}
+# Of the hooks that transformers leaves on a model once outputs were asked for.
+_CAPTURING = "output_capturing_hook"
+_NO_MATRIX = (0, 0)
+
+
+@functools.lru_cache(1)
+def step_kernel() -> ctypes.CDLL | None:
+    """The compiled kernel; None where there is no compiler for it."""
+    library = load_library("layer_steps_cpm_bee", STEP_SOURCE)
+    if library is not None:
+        kinds = ("", "_int8", "_int4") if hasattr(library, "float32_int4_steps") else ("",)
+        for function in (getattr(library, f"{dtype}{kind}_steps") for dtype in NUMBERS.values() for kind in kinds):
+            function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
+            function.restype = None
+    return library
+
+
+class LayerSteps:
+    """Steps of all layers and the last norm of a [`CpmBeeModel`], as long as nothing about it changes.
+
+    `kernel` is None if the kernel isn't made for the model as it is.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.kernel, self.max_rows = _kernel_for(model)
+        modules = [module for layer in (*model.layers, model.norm) for module in layer.modules()]
+        # What would tell of a change, as flat as can be: it is looked at in each step.
+        self._children = [
+            (module._modules, name, child) for module in modules for name, child in module.named_children()
+        ]
+        self._weights = [
+            (module._parameters, name, weight, weight.data_ptr())
+            for module in modules
+            for name, weight in module.named_parameters(recurse=False)
+        ]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._attributes = [module.__dict__ for module in modules]
+        if self.kernel is None:
+            return
+        config = model.config
+        numbers = [number for layer in model.layers for number in _numbers_of(layer)]
+        self._layers = (ctypes.c_int64 * len(numbers))(*numbers)
+        self._sizes = (len(model.layers), config.hidden_size, config.intermediate_size, config.num_attention_heads)
+        self._head_dim = config.head_dim
+        self._last_norm = model.norm.weight
+        factors = (config.rms_norm_eps, 1 / config.residual_divisor, config.head_dim**-0.5)
+        self._factors = (ctypes.c_float * len(factors))(*factors)
+
+    def is_still_right(self) -> bool:
+        """Whether modules and weights are those that there were."""
+        return all(children.get(name) is child for children, name, child in self._children) and all(
+            parameters.get(name) is weight and weight.data_ptr() == place
+            for parameters, name, weight, place in self._weights
+        )
+
+    def is_ordinary(self) -> bool:
+        """Whether nobody wants to see or change what happens between the modules."""
+        hooked = any(hooks and not _are_capturing(hooks) for hooks in self._hooks)
+        return not hooked and not any("forward" in attributes for attributes in self._attributes)
+
+    def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """See [`step_layers`]."""
+        batch, queries, width = hidden_states.shape
+        opened = cache.open_places(batch, queries)
+        if opened is None:
+            return None
+        past, places = opened
+        count, _, inner, heads = self._sizes
+        bias = position_bias.to(hidden_states.dtype).expand(batch, heads, queries, -1).contiguous()
+        hidden_states = hidden_states.contiguous()
+        output = torch.empty_like(hidden_states)
+        cached = (ctypes.c_int64 * len(places))(*places)
+        step = (ctypes.c_int64 * 13)(
+            ctypes.addressof(self._layers),
+            ctypes.addressof(cached),
+            self._last_norm.data_ptr(),
+            bias.data_ptr(),
+            *(count, width, inner, heads, self._head_dim, batch, queries, past, bias.shape[-1]),
+        )
+        self.kernel(step, self._factors, hidden_states.data_ptr(), output.data_ptr(), torch.get_num_threads())
+        return output
+
+    def __reduce__(self):
+        return _None, ()  # a copied model has other weights
+
+
+def _None() -> None:
+    return None
+
+
+def _are_capturing(hooks: dict[int, Any]) -> bool:
+    return all(getattr(hook, "__name__", "") == _CAPTURING for hook in hooks.values())
+
+
+def _kernel_for(model: nn.Module) -> tuple[Any, int]:
+    """The kernel's function for the model's weights, and how many rows it takes; None and 0 if there is none."""
+    config, dtype = model.config, model.norm.weight.dtype
+    linears = [linear for layer in model.layers for linear in _linears(layer)]
+    mlps = [layer.mlp for layer in model.layers if layer.mlp is not None]
+    kind = _KINDS.get(type(linears[0])) if linears else None
+    if (
+        kind is None
+        or dtype not in NUMBERS
+        or config.head_dim % STEP
+        or config.head_dim > MAX_HEAD_DIM
+        or any(type(mlp.act_fn) is not GELUActivation for mlp in mlps)
+        or any(weight.device.type != "cpu" for weight in model.layers.parameters())
+        or any(type(linear) is not type(linears[0]) or linear.bias is not None for linear in linears)
+        or (kind and any(linear.in_features % GROUP for linear in linears))
+        or (not kind and not all(is_for_kernel(linear) and linear.weight.dtype == dtype for linear in linears))
+        or any(norm.weight.dtype != dtype for norm in model.layers.modules() if hasattr(norm, "variance_epsilon"))
+    ):
+        return None, 0
+    library = step_kernel()
+    bits = {"_int8": 8, "_int4": 4}.get(kind)
+    return getattr(library, f"{NUMBERS[dtype]}{kind}_steps", None), MAX_PACKED_ROWS.get(bits, MAX_ROWS)
+
+
+def _linears(layer: nn.Module) -> list[nn.Module]:
+    """All matrices of a layer, those of projections fused or not."""
+    found = []
+    for module, last in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+        if module is not None:
+            fused, parts = module._fusible_projections
+            names = (fused,) if fused in module._modules else parts
+            found += [module._modules[name] for name in (*names, last)]
+    return found
+
+
+def _numbers_of(layer: nn.Module) -> list[int]:
+    """What the kernel calls a `Layer`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [
+        0 if part is None else norm.weight.data_ptr()
+        for part, norm in (
+            (attention, getattr(layer, "input_layernorm", None)),
+            (mlp, getattr(layer, "post_attention_layernorm", None)),
+        )
+    ]
+    matrices = [_NO_MATRIX] * 4 if attention is None else [*_matrices(attention), _matrix(attention.o_proj)]
+    matrices += [_NO_MATRIX] * 3 if mlp is None else [*_matrices(mlp), _matrix(mlp.down_proj)]
+    return [*norms, *(number for matrix in matrices for number in matrix)]
+
+
+def _matrices(module: FusibleModule) -> list[tuple[int, int]]:
+    """Of the projections, fused or not."""
+    fused, parts = module._fusible_projections
+    if fused not in module._modules:
+        return [_matrix(module._modules[part]) for part in parts]
+    weight = module._modules[fused].weight
+    return [(weight.data_ptr() + part * weight.nbytes // len(parts), 0) for part in range(len(parts))]
+
+
+def _matrix(linear: nn.Module) -> tuple[int, int]:
+    return linear.weight.data_ptr(), linear.scale.data_ptr() if isinstance(linear, PackedLinear) else 0
+
+
+def step_layers(
+    model: nn.Module, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any
+) -> torch.Tensor | None:
+    """What all layers and the last norm make of new tokens.
+
+    Args:
+        model: a [`CpmBeeModel`].
+        hidden_states: `(batch, queries, hidden)`.
+        position_bias: `(batch or 1, heads, queries, places)`.
+        cache: whatever has `open_places`; the new keys and values are added to it.
+
+    Returns:
+        `(batch, queries, hidden)`, or None, with the cache unchanged, if the modules have to compute.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or hidden_states.device.type != "cpu"
+        or type(hidden_states) is not torch.Tensor
+        or not hasattr(cache, "open_places")
+        or torch.jit.is_tracing()
+    ):
+        return None
+    steps = layer_steps(model)
+    rows = hidden_states.shape[0] * hidden_states.shape[1]
+    if not 0 < rows <= steps.max_rows or hidden_states.dtype != model.norm.weight.dtype or not steps.is_ordinary():
+        return None
+    return steps(hidden_states, position_bias, cache)
+
+
+def layer_steps(model: nn.Module) -> LayerSteps:
+    """The model's, made anew when it has changed."""
+    steps = model.__dict__.get("_layer_steps")
+    if steps is None or not steps.is_still_right():
+        steps = model.__dict__["_layer_steps"] = LayerSteps(model)
+    return steps
+
+
+__all__ = ["layer_steps", "step_layers"]
