@@ -53,6 +53,7 @@ FIRST = (
     "import viscpm_hf; from diffusers import DiffusionPipeline",
     "from viscpm_hf.modeling.modeling_cpm_bee import CpmBeeModel",
     "import viscpm_hf, importlib.util; importlib.util.find_spec('transformers.modeling_utils')",
+    "from viscpm_hf.conversion.inspect import inspect",
     # Threads that find each other's modules half there.
     "import viscpm_hf, transformers as used; in_threads('AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoConfig')",
     "import transformers as used, viscpm_hf; in_threads('AutoModel', 'AutoTokenizer', 'AutoProcessor', 'AutoConfig')",

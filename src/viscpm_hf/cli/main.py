@@ -115,8 +115,9 @@ def _configure_logging(verbose: bool) -> None:
 
     do_not_wait_for_the_hub()
     level = "info" if verbose else "error"
-    os.environ["TRANSFORMERS_VERBOSITY"] = level  # likewise: not every command imports it
-    if "transformers" in sys.modules:
+    if "transformers" not in sys.modules:
+        os.environ["TRANSFORMERS_VERBOSITY"] = level  # likewise; not every command imports it
+    else:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity(transformers_logging.log_levels[level])

@@ -47,7 +47,7 @@ from ..checkpoints.original import (
 from ..families import key_maps
 from ..families.diffusion_shapes import unet_shapes, vae_shapes
 from ..families.family import COMPOSITE_FORM
-from ..families.known_sizes import known_sizes
+from ..families.known_sizes import known_sizes, usual_values
 from ..families.model_shapes import Shapes, model_shapes
 from ..modeling.configuration_limits import check_layers
 from ..modeling.original_vision_resampler import IN_OUR_WORDS
@@ -186,6 +186,8 @@ def _known_named(original: Original, headers: Headers) -> SimpleNamespace | None
     try:
         check_layers(config)
         ours = config if "resampler_config" in config else IN_OUR_WORDS[kind](config)
+        if usual_values(kind, ours) is None:  # what the tensors know better is looked at, too
+            return None
         if headers:
             shapes = converted_shapes(kind, _shapes(headers))
             embedding = shapes.get("language_model.model.embed_tokens.weight")

@@ -12,7 +12,7 @@ from .model_shapes import Shapes
 # Options of which nothing in the shapes follows, and those of which nothing does as long as they have these values.
 FREE = (
     "sample_size", "center_input_sample", "flip_sin_to_cos", "freq_shift", "downsample_padding",
-    "mid_block_scale_factor", "dropout", "norm_eps", "upcast_attention", "resnet_out_scale_factor",
+    "mid_block_scale_factor", "norm_eps", "upcast_attention", "resnet_out_scale_factor",
     "addition_embed_type_num_heads", "scaling_factor", "shift_factor", "force_upcast",
 )  # fmt: skip
 PLAIN = {
@@ -20,6 +20,7 @@ PLAIN = {
     "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "only_cross_attention": False,
     "dual_cross_attention": False, "class_embeddings_concat": False, "resnet_skip_time_act": False,
     "transformer_layers_per_block": 1, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "dropout": 0.0,
 }  # fmt: skip
 EMPTY = (
     "addition_embed_type", "addition_time_embed_dim", "class_embed_type", "cross_attention_norm", "encoder_hid_dim",
@@ -112,7 +113,7 @@ def _known(config: Mapping[str, Any], class_name: str, sizes: Sequence[str], blo
     for name, value in config.items():
         is_known = (
             (name in FREE and (value is None or type(value) in (bool, int, float)))
-            or (name in PLAIN and value == PLAIN[name])
+            or (name in PLAIN and value == PLAIN[name] and type(value) is type(PLAIN[name]))
             or (name in EMPTY and value is None)
             or (name.startswith("_") and type(value) is str)
             or name in sizes

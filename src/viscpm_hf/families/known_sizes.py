@@ -6,6 +6,7 @@ value of another type, a name that isn't in the lists below, sizes that don't fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,7 @@ from .family import CHAT, CPM_BEE, FAMILIES, MINICPMV, OMNILMM, PAINT, VISUALCLA
 
 ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu", "tanh")
 DTYPES = ("float32", "float16", "bfloat16")
-# What nothing in a model's shapes follows from.
-IGNORED = ("architectures", "auto_map", "quantization_config", "transformers_version")
-# Of a vision tower, a text's, and whether the head is the embedding, by system.
+# Model types of tower and language model, and the kind of resampler, of the siblings as they were released.
 STOCK_TYPES = {
     OMNILMM: ("vit", "mistral", "perceiver"),
     MINICPMV: ("siglip_vision_model", "granite", "perceiver"),
@@ -27,9 +26,9 @@ STOCK_TYPES = {
 }
 
 
-def _is(kind: type | tuple[type, ...], least: float = float("-inf")) -> Callable[[Any], bool]:
+def _is(kind: type | tuple[type, ...], least: float | None = None) -> Callable[[Any], bool]:
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    return lambda value: type(value) in kinds and value >= least
+    return lambda value: type(value) in kinds and (least is None or value >= least)
 
 
 def _one_of(*known: Any) -> Callable[[Any], bool]:
@@ -40,7 +39,7 @@ def _named(names: str, test: Callable[[Any], bool]) -> dict[str, Callable[[Any],
     return dict.fromkeys(names.split(), test)
 
 
-# Names of configurations and what their values look like.
+# What the values of a configuration look like, by their names.
 VALUES = {
     **_named(
         "vocab_size num_words hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -65,6 +64,10 @@ VALUES = {
     ),
     **_named("hidden_act projector_hidden_act pooler_act", _one_of(*ACTIVATIONS)),
     "dtype": _one_of(*DTYPES),
+    "transformers_version": _is(str),
+    "quantization_config": _is(dict),
+    "architectures": lambda value: type(value) is list and set(map(type, value)) <= {str},
+    "auto_map": lambda value: type(value) is dict and set(map(type, value.values())) <= {str},
     "resampler_type": _one_of("perceiver", "concatenating"),
     "key_positions": _one_of("interpolated", "computed"),
     "rope_parameters": lambda value: (
@@ -82,6 +85,7 @@ VALUES = {
 }
 # Those that may be null.
 OPTIONAL = ("pad_token_id", "unk_token_id", "bos_token_id", "eos_token_id", "mask_modules", "sliding_window", "dtype")
+RESAMPLER_TYPE, RESAMPLER_OPTIONAL = "vision_resampler_queries", ("intermediate_size", "key_positions", "dtype")
 
 
 def known_sizes(kind: str, config: Mapping[str, Any]) -> SimpleNamespace | None:
@@ -91,6 +95,15 @@ def known_sizes(kind: str, config: Mapping[str, Any]) -> SimpleNamespace | None:
         kind: of `FAMILIES`.
         config: what a `config.json` of ours holds, or an original's says in our words.
     """
+    sizes = usual_values(kind, config)
+    if sizes is None or kind in STOCK_TYPES:
+        return sizes if sizes is not None and _is_stock(kind, sizes) else None
+    is_known = _is_cpm_bee(getattr(sizes, "text_config", sizes), getattr(sizes, "tie_word_embeddings", True))
+    return sizes if is_known and (kind != CHAT or _is_beit3(sizes.vision_config)) else None
+
+
+def usual_values(kind: str, config: Mapping[str, Any]) -> SimpleNamespace | None:
+    """As [`known_sizes`], whether they fit each other or not, and nothing completed."""
     family = FAMILIES[kind]
     if config.get("model_type", family.model_type) != family.model_type:
         return None
@@ -98,7 +111,7 @@ def known_sizes(kind: str, config: Mapping[str, Any]) -> SimpleNamespace | None:
         types = {"text_config": FAMILIES[CPM_BEE].model_type, "vision_config": "viscpm_beit3"}
     elif kind in STOCK_TYPES:
         vision, text, _ = STOCK_TYPES[kind]
-        types = {"text_config": text, "vision_config": vision, "resampler_config": "vision_resampler_queries"}
+        types = {"text_config": text, "vision_config": vision, "resampler_config": RESAMPLER_TYPE}
     elif kind in (CPM_BEE, PAINT):
         types = {}
     else:
@@ -107,22 +120,17 @@ def known_sizes(kind: str, config: Mapping[str, Any]) -> SimpleNamespace | None:
     own = _plain({name: value for name, value in config.items() if name not in types}, family.model_type)
     if own is None or None in parts.values():
         return None
-    sizes = SimpleNamespace(**vars(own), model_type=family.model_type, **parts)
-    if kind in STOCK_TYPES:
-        return sizes if _is_stock(kind, sizes) else None
-    is_known = _is_cpm_bee(getattr(sizes, "text_config", sizes), getattr(sizes, "tie_word_embeddings", True))
-    return sizes if is_known and (kind != CHAT or _is_beit3(sizes.vision_config)) else None
+    return SimpleNamespace(**vars(own), model_type=family.model_type, **parts)
 
 
 def _plain(config: Any, model_type: str) -> SimpleNamespace | None:
     """The values of a configuration without parts; None if one isn't as it usually is."""
     if not isinstance(config, Mapping) or config.get("model_type", model_type) != model_type:
         return None
-    values = {name: value for name, value in config.items() if name not in IGNORED and name != "model_type"}
+    values = {name: value for name, value in config.items() if name != "model_type"}
     for name, value in values.items():
-        is_empty = value is None and name in OPTIONAL
-        is_unused = value is None and model_type == "vision_resampler_queries"
-        if name not in VALUES or not (is_empty or is_unused or VALUES[name](value)):
+        optional = RESAMPLER_OPTIONAL if model_type == RESAMPLER_TYPE else OPTIONAL
+        if name not in VALUES or not ((value is None and name in optional) or VALUES[name](value)):
             return None
     if values.get("num_hidden_layers", 1) > MAX_LAYERS:
         return None
@@ -187,7 +195,7 @@ def _is_stock(kind: str, sizes: SimpleNamespace) -> bool:
     resampler_type = STOCK_TYPES[kind][2]
     if getattr(resampler, "resampler_type", "perceiver") != resampler_type:
         return False
-    side = round(resampler.num_query_tokens**0.5)
+    side = math.isqrt(resampler.num_query_tokens)
     is_concatenating = resampler_type == "concatenating"
     fits = (
         resampler.hidden_size == vision.hidden_size and _has(resampler, "num_hidden_layers intermediate_size")
