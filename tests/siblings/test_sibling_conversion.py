@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from reference import write_json
 from safetensors.torch import load_file
 from sibling_folders import NAMES
-from test_sibling_remote_code import SCRIPT, local_outputs
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from viscpm_hf import OriginalCheckpointError, convert
@@ -28,6 +28,52 @@ from viscpm_hf.conversion.quantized import convert_quantized
 SYSTEM_NAMES = dict(zip(NAMES, ("OmniLMM-12B", "MiniCPM-V 1.0", "MiniCPM-V 2.0", "VisualCLA-7B"), strict=True))
 LICENCES = dict(zip(NAMES, ("General Model", "General Model", "MiniCPM Model License", "research only"), strict=True))
 
+# Runs without the package: an import of it fails, as it does where it isn't installed.
+SCRIPT = """
+import sys
+from pathlib import Path
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "viscpm_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+content = [{"type": "image", "image": Image.new("RGB", (120, 90), "teal")}, {"type": "text", "text": "what"}]
+for folder in map(Path, sys.argv[1:]):
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        outputs = {"logits": model(**inputs).logits, "sequence": model.generate(**inputs, max_new_tokens=4)}
+    save_file({name: value.contiguous() for name, value in outputs.items()}, folder / "outputs.safetensors")
+    again = folder / "again"
+    model.save_pretrained(again)
+    processor.save_pretrained(again)
+    AutoModelForImageTextToText.from_pretrained(again, trust_remote_code=True)
+"""
+
+
+def local_outputs(folder) -> dict[str, torch.Tensor]:
+    """As `SCRIPT`, with the installed classes."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    content = [{"type": "image", "image": Image.new("RGB", (120, 90), "teal")}, {"type": "text", "text": "what"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return {"logits": model(**inputs).logits, "sequence": model.generate(**inputs, max_new_tokens=4)}
+
 
 @pytest.fixture(scope="module")
 def converted(whole_folders, tmp_path_factory) -> dict[str, Path]:
@@ -41,17 +87,27 @@ def converted(whole_folders, tmp_path_factory) -> dict[str, Path]:
     return {name: root / name for name in NAMES}
 
 
-def test_converted_folders_run_without_the_package(converted, whole_folders, tmp_path):
-    folders = [Path(shutil.copytree(folder, tmp_path / name)) for name, folder in converted.items()]
+def test_folders_run_without_the_package(converted, whole_folders, tmp_path):
+    """Converted ones, and what `save_pretrained` writes: they carry their code."""
+    folders = {}
+    for name, original in whole_folders.items():
+        folders[name] = [
+            Path(shutil.copytree(converted[name], tmp_path / "converted" / name)),
+            tmp_path / "saved" / name,
+        ]
+        AutoModelForImageTextToText.from_pretrained(original).save_pretrained(folders[name][1])
+        AutoProcessor.from_pretrained(original).save_pretrained(folders[name][1])
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, *map(str, folders)]
+    command = [sys.executable, "-c", SCRIPT, *(str(folder) for own in folders.values() for folder in own)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, folder in zip(NAMES, folders, strict=True):
-        remote, expected = load_file(folder / "outputs.safetensors"), local_outputs(whole_folders[name])
-        torch.testing.assert_close(remote["logits"], expected["logits"], atol=1e-6, rtol=0)
-        assert torch.equal(remote["sequence"], expected["sequence"])
+    for name, own in folders.items():
+        expected = local_outputs(whole_folders[name])
+        for folder in own:
+            remote = load_file(folder / "outputs.safetensors")
+            torch.testing.assert_close(remote["logits"], expected["logits"], atol=1e-6, rtol=0)
+            assert torch.equal(remote["sequence"], expected["sequence"])
 
 
 @pytest.mark.parametrize("name", NAMES)
