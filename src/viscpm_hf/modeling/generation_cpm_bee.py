@@ -24,7 +24,6 @@ from .fast_decoding import check_fast_decoding, has_kernel
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
-from .huge_pages import put_into_huge_pages
 from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
@@ -102,8 +101,6 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         with contextlib.suppress(OSError, TypeError):
             super().adjust_generation_fn(*args, **kwargs)
         self.set_default_generation()
-        # Here since loading ends with it: later another thread might be reading the weights.
-        put_into_huge_pages(dict.fromkeys([*self.language_model().parameters(), *self.lm_head.parameters()]))
 
     def row_positions(self, state: RowState, count: int) -> dict[str, torch.Tensor]:
         """Nothing: only differences of places within a segment count."""

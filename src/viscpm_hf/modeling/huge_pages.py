@@ -2,91 +2,89 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 
-PAGE, HUGE_PAGE_BYTES = 2**12, 2**21
-# Bytes of weights that lie in one piece of memory, at least.
-ROOM = 2**26
-
-
-def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
-    """Moves weights on the CPU into memory that the system backs by huge pages, one after another; elsewhere than on
-    Linux, and where they would not fit beside memory that others hold on to, nothing happens."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return
-    advised = advised_ranges()
-    weights = [
-        weight
-        for weight in parameters
-        if type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and not any(weight.data_ptr() in places for places in advised)
-    ]
-    shared = sum(weight.nbytes for weight in weights if weight.untyped_storage().nbytes() > weight.nbytes + PAGE)
-    if shared + ROOM > available_bytes():
-        return
-    while weights:
-        group, size = [], 0
-        while weights and size < ROOM:
-            weight = weights.pop(0)
-            group.append((weight, size))
-            size += -weight.nbytes % 64 + weight.nbytes
-        if size >= HUGE_PAGE_BYTES:
-            _move(group, size)
-
-
-def _move(group: list[tuple[nn.Parameter, int]], size: int) -> None:
-    """Weights and where they are to lie in one piece of memory of `size` bytes."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE_BYTES
-    for weight, offset in group:
-        if weight.numel():
-            place = torch.frombuffer(memory, dtype=weight.dtype, offset=begin + offset, count=weight.numel())
-            weight.data = place.view(weight.shape).copy_(weight.detach())
+PAGE, HUGE_PAGE = 2**12, 2**21
+# Of Linux since 6.1, which Python doesn't name yet.
+MADV_COLLAPSE = 25
+# Weights so near to each other are one piece of memory: what lies in between are the allocator's notes.
+GAP = 2**16
+# Bytes of copied weights that lie in one piece of memory, at least.
+ROOM = 2**28
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Has the system back a tensor that nothing was written to yet by huge pages."""
-    begin, end = -(-tensor.data_ptr() // PAGE) * PAGE, (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.device.type == "cpu" and end - begin >= HUGE_PAGE_BYTES:
-        _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
+    """Has the system back a tensor on the CPU, that nothing was written to yet, by huge pages, which costs nothing."""
+    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.device.type == "cpu":
+        _advise(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, PAGE, mmap.MADV_HUGEPAGE)
     return tensor
 
 
-@functools.lru_cache(1)
-def _c_library() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
+    """Has Linux gather the pages of weights on the CPU into huge ones, where they lie: two seconds for a GB. Those of a
+    mapped file, which it leaves as they are, are copied if there is room. Elsewhere, and before Linux 6.1, nothing
+    happens."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    left = []
+    for weights in _neighbours([it for it in parameters if it.device.type == "cpu" and it.numel()]):
+        begin, end = weights[0].data_ptr(), max(weight.data_ptr() + weight.nbytes for weight in weights)
+        if not _advise(begin, end, HUGE_PAGE, MADV_COLLAPSE):
+            left += [weight for weight in weights if type(weight) is nn.Parameter and weight.is_contiguous()]
+    if left and sum(weight.nbytes for weight in left) + ROOM <= available_bytes():
+        _move(left)
 
 
-def advised_ranges() -> list[range]:
-    """Addresses for which huge pages were asked already."""
-    ranges, places = [], range(0)
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            words = line.split()
-            if line.startswith("VmFlags:"):
-                if "hg" in words:
-                    ranges.append(places)
-            elif not words[0].endswith(":"):
-                places = range(*(int(word, 16) for word in words[0].split("-")))
-    return ranges
+def _neighbours(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    group: list[nn.Parameter] = []
+    for weight in sorted(weights, key=torch.Tensor.data_ptr):
+        if group and weight.data_ptr() > group[-1].data_ptr() + group[-1].nbytes + GAP:
+            yield group
+            group = []
+        group.append(weight)
+    if group:
+        yield group
+
+
+def _move(weights: list[nn.Parameter]) -> None:
+    """Copies weights into new memory, so many bytes at a time that little of huge pages stays empty."""
+    while weights:
+        group, size = [], 0
+        while weights and size < ROOM:
+            group.append((weights[0], size))
+            size += -(-weights.pop(0).nbytes // 64) * 64
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
+        advise_huge_pages(torch.frombuffer(memory, dtype=torch.uint8, offset=begin))
+        for weight, offset in group:
+            place = torch.frombuffer(memory, dtype=weight.dtype, offset=begin + offset, count=weight.numel())
+            weight.data = place.view(weight.shape).copy_(weight.detach())
 
 
 def available_bytes() -> int:
     """Of memory, as Linux counts it."""
     with open("/proc/meminfo", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def _advise(begin: int, end: int, unit: int, advice: int) -> bool:
+    """Of whole units in between; False if the system doesn't follow, which changes nothing."""
+    begin, end = -(-begin // unit) * unit, end // unit * unit
+    if end - begin < HUGE_PAGE:
+        return True
+    return _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice) == 0
+
+
+@functools.lru_cache(1)
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 __all__ = ["advise_huge_pages", "put_into_huge_pages"]
