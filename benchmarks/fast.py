@@ -221,7 +221,7 @@ def measure_all(
     for stage in STAGES[args.stages](args.quantizations):
         try:
             if built is None or built[0] != stage.quantization or (built[1] and not stage.fused):
-                model = bandwidth = None
+                model = bandwidth = decoder = run = None  # which all hold it
                 model, inputs, segments = fresh(stage.quantization)
                 # Before quantising: on a CPU the floor stays that of the full weights.
                 bandwidth = bandwidth_of(model, stage.quantization)

@@ -9,13 +9,13 @@ from dataclasses import asdict
 
 import pytest
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from fuzz import only_models
 from reference import write_visualcla_release
 from safetensors.torch import save_file
 from sibling_folders import NAMES, make_system, write_folder, write_tokenizer
 from support import CHAT_LAYOUTS, CPM_BEE_LAYOUTS, GOLDEN, Golden
 
 from viscpm_hf import convert, inspect, tiny
-from viscpm_hf.conversion import comparison
 from viscpm_hf.conversion.paint import empty_part, shapes_of
 from viscpm_hf.conversion.quantized import convert_quantized
 from viscpm_hf.conversion.verify import empty_model, stored_shapes
@@ -117,14 +117,7 @@ def checkpoints(tmp_path_factory):
     }  # fmt: skip
 
 
-@pytest.fixture
-def only_models(monkeypatch):
-    """Nothing is known but what the models say."""
-    for name in ("_known_original", "_known_named", "_known_folder"):
-        monkeypatch.setattr(comparison, name, lambda *arguments: None)
-
-
-def test_inspect_imports_no_torch_for_what_is_as_it_should_be(checkpoints, request):
+def test_inspect_imports_no_torch_for_what_is_as_it_should_be(checkpoints):
     program = [
         "import json, sys",
         "from viscpm_hf.cli import main",
@@ -135,16 +128,16 @@ def test_inspect_imports_no_torch_for_what_is_as_it_should_be(checkpoints, reque
     ]
     run = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    request.getfixturevalue("only_models")
     for line, (kind, path) in zip(run.stdout.splitlines(), checkpoints.items(), strict=True):
         said = json.loads(line)
         whole = said.pop("is_complete")
-        assert said == json.loads(json.dumps(asdict(inspect(path)))), kind
+        with only_models():
+            assert said == json.loads(json.dumps(asdict(inspect(path)))), kind
         assert whole or kind == "visualcla adapter", kind
 
 
 @pytest.mark.parametrize("name", ["chat_a converted", "paint_a converted", "chat_a", "paint_a", "omnilmm", "int8"])
-def test_what_differs_is_told_as_the_models_tell_it(checkpoints, tmp_path, name, request):
+def test_what_differs_is_told_as_the_models_tell_it(checkpoints, tmp_path, name):
     """A layer more in the configuration than in the weights."""
     folder = tmp_path / "folder"
     shutil.copytree(checkpoints[name], folder)
@@ -157,5 +150,5 @@ def test_what_differs_is_told_as_the_models_tell_it(checkpoints, tmp_path, name,
     path.write_text(json.dumps(config), "utf-8")
     found = inspect(folder)
     assert found.missing or "tensors missing" in found.problems[0]
-    request.getfixturevalue("only_models")
-    assert inspect(folder) == found
+    with only_models():
+        assert inspect(folder) == found
