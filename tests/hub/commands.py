@@ -78,11 +78,11 @@ split = ["--to", "text-generation-webui", parts[2], str(work / "halves")]
 found["merge"] += run("merge", "visualcla", *split, *options)[::2]
 # What is asked between two marks is asked by one command, whose model is here by now.
 mark = f"{os.environ['HF_ENDPOINT']}/mark"
-for command in ("batch", "chat"):
+for command, model in (("batch", "openbmb/VisCPM-Chat"), ("chat", "openbmb/VisCPM-Chat"), ("chat", RELEASE)):
     with contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(mark)
     arguments = [str(rows), str(work / "again.jsonl")] if command == "batch" else ["", "颜色"]
-    assert run(command, "openbmb/VisCPM-Chat", *arguments, *SHORT, *CPU)[0] == 0
+    assert run(command, model, *arguments, *SHORT, *CPU)[0] == 0
 with contextlib.suppress(urllib.error.HTTPError):
     urllib.request.urlopen(mark)
 of_the_cache = [option for option in options if option not in ("--token", "hf_words")]

@@ -1,5 +1,6 @@
 """Every call of the model cards, on replicas of the repositories: from a folder, from a Hub, from its cache."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -134,9 +135,11 @@ def test_commands_take_files_and_releases_of_the_hub(repositories, tmp_path):
     assert found["paint"] == [0, 0] and found["convert"] == [0, ""]
     assert found["train"] == 3 * [[0, ""]] and found["recorded"] and "hf_words" not in found["recorded"]
     assert found["merge"] == [0, "", 0, ""] and found["memory"][0] == 0, found["memory"][2]
-    first, second, third = (place for place, request in enumerate(requests) if request == "GET mark")
-    for asked in (requests[first + 1 : second], requests[second + 1 : third]):
-        assert sum("openbmb/VisCPM-Chat" in request for request in asked) == 1, "looked up once, then loaded"
+    marks = [place for place, request in enumerate(requests) if request == "GET mark"]
+    for begin, end in itertools.pairwise(marks):
+        asked = [request for request in requests[begin:end] if "openbmb/VisCPM-Chat" in request]
+        assert len(asked) == 1, "looked up once, then loaded"
+    assert len(marks) == 4
     assert "one set of weights" in found["sibling"][1] and "no release 'v7'" in found["unknown"][1]
     assert "--revision, --token, --cache-dir is of a Hub repository" in found["local"][1]
     files = [request.partition("/resolve/")[2] for request in requests if "/resolve/" in request]

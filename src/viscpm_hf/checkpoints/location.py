@@ -279,6 +279,7 @@ def _download(repo_id: str, file: str | None, release: str | None, where: dict[s
         if not with_weights:
             small = [pattern for pattern in small if pattern != "vae/*"]
         folder = Path(snapshot_download(repo_id, allow_patterns=small, **where))
+        where["revision"] = commit_of(folder) or where["revision"]  # what follows is of the same commit, or here
         kind = kind_of(json_object(folder / "config.json"))
         if file is not None and kind is not None and FAMILIES[kind].shares_model_type:
             raise OriginalCheckpointError(f"{repo_id} has one set of weights: leave /{file} out.")
