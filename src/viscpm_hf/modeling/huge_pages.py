@@ -28,8 +28,8 @@ def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
-    """Has Linux gather the pages of weights on the CPU into huge ones, where they lie: two seconds for a GB. Those of a
-    mapped file, which it leaves as they are, are copied if there is room. Elsewhere, and before Linux 6.1, nothing
+    """Has Linux gather the pages of weights on the CPU into huge ones, where they lie: a second or two for a GB. What
+    it leaves as it is (weights in a mapped file; all, before Linux 6.1) is copied if there is room. Elsewhere nothing
     happens."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
