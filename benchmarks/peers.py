@@ -324,7 +324,9 @@ def pipelines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
     from paint import Bench
 
-    bench_options = argparse.Namespace(device="cpu", steps=10, rounds=1, batches=[1], quick=options.quick)
+    bench_options = argparse.Namespace(
+        device="cpu", steps=10, rounds=1, batches=[1], quick=options.quick, only_four=False
+    )
     ours = Bench(bench_options).pipe
     theirs = StableDiffusionPipeline(
         vae=ours.vae, text_encoder=None, tokenizer=None, unet=ours.unet, safety_checker=None, feature_extractor=None,

@@ -135,11 +135,17 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         return self.__dict__.setdefault("_fast_decoder", FastDecoder())
 
     def _decodes_fast(self, fast: bool | None) -> bool:
+        """Whether graphs decode."""
         # Not from the beginning: bitsandbytes quantises what is an `nn.Linear` to the letter.
-        use_row_products(self.language_model(), self.lm_head)
-        if fast or (fast is None and self.fast_decoder.enabled):
-            check_fast_decoding(self.language_model(), self.lm_head)
+        parts = self.language_model(), self.lm_head
+        use_row_products(*parts)
+        if not (fast or (fast is None and self.fast_decoder.enabled)):
+            return False
+        check_fast_decoding(*parts)
+        if not has_kernel(*parts):
             return True
+        # Beside the kernels that take ordinary steps graphs gain nothing.
+        self.fast_decoder.gather_weights(dict.fromkeys(it for part in parts for it in part.parameters()))
         return False
 
     @torch.no_grad()
@@ -151,8 +157,9 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         fast: bool | None = None,
         **kwargs,
     ):
-        """As `GenerationMixin.generate`. `fast` decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if
-        None, as `fast_decoder.enabled` says.
+        """As `GenerationMixin.generate`. `fast` decodes with [`FastDecoder`]'s graphs, greedily or by sampling (on a
+        CPU whose kernels take the weights, in ordinary steps with weights in huge pages); if None, as
+        `fast_decoder.enabled` says.
 
         Given documents and their tokenizer, it fills them as the Hub's own class does: see [`generate_documents`]."""
         documents = kwargs.pop("data_list", inputs)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import operator
 from typing import Any
 
 import torch
@@ -248,15 +250,16 @@ class LayerSteps:
     def __init__(self, model: nn.Module):
         self.kernel, self.max_rows = _kernel_for(model)
         modules = [module for layer in (*model.layers, model.norm) for module in layer.modules()]
-        # What would tell of a change, as flat as can be: it is looked at in each step.
-        self._children = [
-            (module._modules, name, child) for module in modules for name, child in module.named_children()
-        ]
-        self._weights = [
-            (module._parameters, name, weight, weight.data_ptr())
+        # What would tell of a change; it is looked at in each step, so without loops in Python.
+        entries = [
+            (entries, name, entry)
             for module in modules
-            for name, weight in module.named_parameters(recurse=False)
+            for entries in (module._modules, module._parameters)
+            for name, entry in entries.items()
         ]
+        self._entries = list(zip(*entries, strict=True))
+        self._weights = [entry for _, _, entry in entries if isinstance(entry, nn.Parameter)]
+        self._places = list(map(torch.Tensor.data_ptr, self._weights))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]
         if self.kernel is None:
@@ -271,16 +274,16 @@ class LayerSteps:
         self._factors = (ctypes.c_float * len(factors))(*factors)
 
     def is_still_right(self) -> bool:
-        """Whether modules and weights are those that there were."""
-        return all(children.get(name) is child for children, name, child in self._children) and all(
-            parameters.get(name) is weight and weight.data_ptr() == place
-            for parameters, name, weight, place in self._weights
-        )
+        """Whether modules and weights are those that there were, at the same place."""
+        dicts, names, entries = self._entries
+        same = all(map(operator.is_, map(dict.get, dicts, names), entries))
+        return same and list(map(torch.Tensor.data_ptr, self._weights)) == self._places
 
     def is_ordinary(self) -> bool:
         """Whether nobody wants to see or change what happens between the modules."""
-        hooked = any(hooks and not _are_capturing(hooks) for hooks in self._hooks)
-        return not hooked and not any("forward" in attributes for attributes in self._attributes)
+        if any(self._hooks) and not all(map(_are_capturing, self._hooks)):
+            return False
+        return not any(map(operator.contains, self._attributes, itertools.repeat("forward")))
 
     def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """See [`step_layers`]."""
