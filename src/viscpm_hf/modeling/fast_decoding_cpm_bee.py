@@ -191,10 +191,14 @@ class DecodingGraph:
     def _leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._project(self.language_model.norm(hidden_states))
 
-    def open_places(self, batch: int, count: int) -> tuple[int, list[int]]:
+    def open_places(
+        self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, most: int
+    ) -> tuple[int, list[int]] | None:
         """See [`CpmBeeCache.open_places`]; they have been taken."""
+        if any(states.dtype != dtype for states in (*self.keys, *self.values)):
+            return None
         places = [number for it in zip(self.keys, self.values, strict=True) for number in places_of(*it)]
-        return int(self.end) - count, places
+        return int(self.end) - shape[2], places
 
     def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return write_slots(self.lm_head(hidden_states), hidden_states, self.config, self.extensions, self.owned)

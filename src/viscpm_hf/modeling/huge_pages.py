@@ -10,7 +10,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 PAGE, HUGE_PAGE_BYTES = 2**12, 2**21
 # Bytes of weights that lie in one piece of memory, at least.
@@ -22,17 +25,23 @@ def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
     Linux, and where they would not fit beside memory that others hold on to, nothing happens."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    advised = advised_ranges()
+    try:
+        advised, available = advised_ranges(), available_bytes()
+    except OSError as error:  # not every kernel and container has them
+        logger.info(f"Weights stay where they are: {error}")
+        return
     weights = [
         weight
         for weight in parameters
         if type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.is_contiguous()
+        and not weight.is_shared()  # other processes have it too
+        and not weight.is_inference()  # which can't be moved
         and not any(weight.data_ptr() in places for places in advised)
     ]
     shared = sum(weight.nbytes for weight in weights if weight.untyped_storage().nbytes() > weight.nbytes + PAGE)
-    if shared + ROOM > available_bytes():
+    if shared + ROOM > available:
         return
     while weights:
         group, size = [], 0
@@ -46,7 +55,10 @@ def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
 
 def _move(group: list[tuple[nn.Parameter, int]], size: int) -> None:
     """Weights and where they are to lie in one piece of memory of `size` bytes."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # a limit of this process's memory
+        return
     with contextlib.suppress(OSError):  # a system without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE_BYTES
@@ -86,7 +98,7 @@ def advised_ranges() -> list[range]:
 def available_bytes() -> int:
     """Of memory, as Linux counts it."""
     with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")), 0)
 
 
 __all__ = ["advise_huge_pages", "put_into_huge_pages"]
