@@ -5,9 +5,10 @@
     python benchmarks/memory.py --steps nf4 4bit    # only these
 
 Every step runs in a process of its own, with the file dropped from the page cache: it loads the file, then answers a
-question about a picture with 16 tokens (greedy). `RssAnon` is what the process itself needs; pages of the mapped file,
-which count in `RSS`, can be taken back at any time. The weights are random, so the answers mean nothing. The last line
-of the output is one JSON object, which also goes to `--output`.
+question about a picture with 16 tokens (greedy); `tokens_per_second` are those of the second answer, its prompt
+included, `seconds_of_a_step` are those without it. `RssAnon` is what the process itself needs; pages of the mapped
+file, which count in `RSS`, can be taken back at any time. The weights are random, so the answers mean nothing. The
+last line of the output is one JSON object, which also goes to `--output`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,9 @@ def load_and_answer(weights: Path, options: dict) -> dict[str, float]:
     if "device_map" not in options:  # the second finds everything unpacked and read
         second = chat.ask(None, QUESTION, "", first.vision_hidden_states, mode="generate", **tokens)
         answer["tokens_per_second"] = second.tokens_per_second
+        one = {"min_new_tokens": 1, "max_new_tokens": 1}
+        short = chat.ask(None, QUESTION, "", first.vision_hidden_states, mode="generate", **one)
+        answer["seconds_of_a_step"] = (second.seconds - short.seconds) / (second.num_tokens - short.num_tokens)
     else:
         answer["tokens_per_second"] = first.tokens_per_second
     return {"seconds": loaded - begin, **answer}

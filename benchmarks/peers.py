@@ -4,7 +4,9 @@
     python benchmarks/peers.py --parts diffusers          # one part; the others' results stay in the file
     python benchmarks/peers.py --quick                    # does it run at all
 
-    pip install llama-cpp-python gguf                     # builds from source in some 25 minutes of CPU time
+    # builds from source; version 0.3.36 crashes on 8- and 4-bit files if it is built for AMX
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON \
+        -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip install llama-cpp-python gguf
 
 Weights are random and seeded, nothing is downloaded. Steps of the two sides take turns (A B A B), and beside them the
 read bandwidth of the machine is measured, since a decoding step is at best the time to read its weights once. Results
@@ -98,7 +100,6 @@ def serve_llama_cpp(path: str, threads: int) -> None:
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     parameters = llama_cpp.llama_model_default_params()
-    parameters.use_extra_bufts = False  # with them 0.3.36 crashes on 8- and 4-bit files; perhaps slower without
     model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
     options = llama_cpp.llama_context_default_params()
     options.n_ctx = options.n_batch = CONTEXT
@@ -111,7 +112,6 @@ def serve_llama_cpp(path: str, threads: int) -> None:
         "version": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode().strip(" |"),
         "bytes": llama_cpp.llama_model_size(model),
-        "repacked": False,
     }
     print(json.dumps(facts), flush=True)
 
@@ -305,7 +305,7 @@ def language_models(part: str, options: argparse.Namespace) -> Iterator[dict[str
             label = {"format": name, **({"their_format": file_format} if part == "llama.cpp" else {})}
             result = {**label, "threads": threads, **row(found, bytes_of_a_step(ours), their_bytes)}
             if part == "llama.cpp":
-                result["llama_cpp"] = {key: peer.facts[key] for key in ("version", "system", "repacked")}
+                result["llama_cpp"] = {key: peer.facts[key] for key in ("version", "system")}
                 peer.close()
                 if name.endswith("bit"):
                     result["target_kept"] = result["points_ahead"] >= -POINTS_BEHIND_LLAMA_CPP
@@ -324,7 +324,9 @@ def pipelines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from diffusers import DDPMScheduler, StableDiffusionPipeline
     from paint import Bench
 
-    bench_options = argparse.Namespace(device="cpu", steps=10, rounds=1, batches=[1], quick=options.quick)
+    bench_options = argparse.Namespace(
+        device="cpu", steps=10, rounds=1, batches=[1], quick=options.quick, only_four=False
+    )
     ours = Bench(bench_options).pipe
     theirs = StableDiffusionPipeline(
         vae=ours.vae, text_encoder=None, tokenizer=None, unet=ours.unet, safety_checker=None, feature_extractor=None,

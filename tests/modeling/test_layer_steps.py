@@ -240,3 +240,12 @@ def test_with_gradients_the_modules_compute(folder, calls):
     outputs = model.model(torch.arange(7, 27)[None], use_cache=True)
     model.model(torch.tensor([[50]]), **{CACHE: cache_of(outputs)}, use_cache=True).last_hidden_state.sum().backward()
     assert not calls and model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+def test_where_kernels_take_the_weights_there_are_no_graphs(folder):
+    model, ids = load(folder), torch.arange(7, 27)[None]
+    ordinary = model.generate(ids, max_new_tokens=4, do_sample=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, fast=True), ordinary)
+    assert not model.fast_decoder.graphs
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

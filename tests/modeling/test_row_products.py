@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from viscpm_hf.modeling import huge_pages, row_products
+from viscpm_hf.modeling import row_products
 from viscpm_hf.modeling.cpp_kernels import load_library
 from viscpm_hf.modeling.huge_pages import put_into_huge_pages
 from viscpm_hf.modeling.row_products import RowLinear, use_row_products
@@ -89,17 +89,6 @@ def test_without_a_folder_to_keep_it_the_kernel_is_made_anew(monkeypatch, tmp_pa
     source = 'extern "C" int answer() { return 42; }'
     assert load_library("answer", source).answer() == 42
     assert not list(tmp_path.rglob("*"))
-
-
-def test_without_the_systems_word_on_memory_weights_stay_where_they_are(monkeypatch):
-    def missing(*given, **options):
-        raise FileNotFoundError(*given)
-
-    monkeypatch.setattr(huge_pages, "open", missing, raising=False)
-    weight = nn.Parameter(torch.ones(1024, 1024))
-    place = weight.data_ptr()
-    put_into_huge_pages([weight])
-    assert weight.data_ptr() == place
 
 
 def test_weights_in_huge_pages_are_the_same_and_tied_as_before():

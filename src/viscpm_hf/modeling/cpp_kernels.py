@@ -44,7 +44,8 @@ static inline Pair load(const uint16_t* from) {
 }
 static inline Pair load(const float* from) {
   Pair pair;
-  memcpy(&pair, from, sizeof pair);
+  memcpy(&pair.even, from, sizeof pair.even);  // each by one instruction
+  memcpy(&pair.odd, from + 16, sizeof pair.odd);
   return pair;
 }
 static inline void store(float value, float* to) { *to = value; }

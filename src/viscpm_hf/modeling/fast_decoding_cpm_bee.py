@@ -15,7 +15,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +24,10 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .cache_cpm_bee import CpmBeeCache, places_of
+from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE
-from .fast_decoding import capture_problem, compilation_problem, has_kernel
+from .fast_decoding import capture_problem, compilation_problem
 from .huge_pages import put_into_huge_pages
-from .layer_steps_cpm_bee import step_layers
 from .token_space_cpm_bee import write_slots
 
 
@@ -154,9 +153,6 @@ class DecodingGraph:
         """Logits `(rows, queries, vocab_size)`; see [`FastDecoding.step`]."""
         enter, run_layer, leave = self._parts
         hidden_states, bias, places = enter(tokens, parents, positions, segments)
-        stepped = step_layers(self.language_model, hidden_states, bias, self)
-        if stepped is not None:
-            return self._project(stepped)
         keys, values = iter(self.keys), iter(self.values)
         for layer in self.language_model.layers:
             cache = None if layer.self_attn is None else PlacedKeys(next(keys), next(values), places)
@@ -189,18 +185,7 @@ class DecodingGraph:
         return hidden_states, self.language_model.merge_bias(bias, visible, hidden_states.dtype), places
 
     def _leave(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._project(self.language_model.norm(hidden_states))
-
-    def open_places(
-        self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, most: int
-    ) -> tuple[int, list[int]] | None:
-        """See [`CpmBeeCache.open_places`]; they have been taken."""
-        if any(states.dtype != dtype for states in (*self.keys, *self.values)):
-            return None
-        places = [number for it in zip(self.keys, self.values, strict=True) for number in places_of(*it)]
-        return int(self.end) - shape[2], places
-
-    def _project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.language_model.norm(hidden_states)
         return write_slots(self.lm_head(hidden_states), hidden_states, self.config, self.extensions, self.owned)
 
     def warm_up(self, compile: bool) -> None:
@@ -302,12 +287,11 @@ class FastDecoder:
         """The graph of that class, compiled now unless it is there already."""
         key = (shape, dtype, device, self.compile)
         if key not in self.graphs:
-            compile = self.compile and not has_kernel(model.language_model(), model.lm_head)
-            problem = compilation_problem(model, device) if compile else None
+            problem = compilation_problem(model, device) if self.compile else None
             if problem is not None:
                 logger.warning_once(f"Fast decoding goes without compilation: {problem}.")
             graph = DecodingGraph(model, shape, dtype, device)
-            graph.warm_up(compile=compile and problem is None)
+            graph.warm_up(compile=self.compile and problem is None)
             self.graphs[key] = graph
             while len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
@@ -318,6 +302,14 @@ class FastDecoder:
     def _places_of(parameters: list[nn.Parameter]) -> tuple[int, ...]:
         return tuple(parameter.data_ptr() for parameter in parameters)
 
+    def gather_weights(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See [`put_into_huge_pages`], once for weights that stay where they are."""
+        parameters = list(parameters)
+        with self.lock:
+            if self._places_of(parameters) != self._weights:
+                put_into_huge_pages(parameters)
+                self._weights = self._places_of(parameters)
+
     @in_place
     def begin(self, model, inputs: Mapping[str, Any], cache: CpmBeeCache, queries: int = 1) -> FastDecoding:
         """A request whose prompts have been read into `cache`; `inputs` are those of the prompts."""
@@ -325,8 +317,6 @@ class FastDecoder:
         parameters = [*model.language_model().parameters(), model.lm_head.weight]
         if self._places_of(parameters) != self._weights:
             self.graphs.clear()
-            if has_kernel(model.language_model(), model.lm_head):
-                put_into_huge_pages(dict.fromkeys(parameters))
             self._weights = self._places_of(parameters)
         return FastDecoding(self, model, inputs, cache, queries)
 

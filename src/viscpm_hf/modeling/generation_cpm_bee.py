@@ -24,7 +24,6 @@ from .fast_decoding import check_fast_decoding, has_kernel
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
-from .huge_pages import put_into_huge_pages
 from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
@@ -102,8 +101,6 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         with contextlib.suppress(OSError, TypeError):
             super().adjust_generation_fn(*args, **kwargs)
         self.set_default_generation()
-        # Here since loading ends with it: later another thread might be reading the weights.
-        put_into_huge_pages(dict.fromkeys([*self.language_model().parameters(), *self.lm_head.parameters()]))
 
     def row_positions(self, state: RowState, count: int) -> dict[str, torch.Tensor]:
         """Nothing: only differences of places within a segment count."""
@@ -138,11 +135,17 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         return self.__dict__.setdefault("_fast_decoder", FastDecoder())
 
     def _decodes_fast(self, fast: bool | None) -> bool:
+        """Whether graphs decode."""
         # Not from the beginning: bitsandbytes quantises what is an `nn.Linear` to the letter.
-        use_row_products(self.language_model(), self.lm_head)
-        if fast or (fast is None and self.fast_decoder.enabled):
-            check_fast_decoding(self.language_model(), self.lm_head)
+        parts = self.language_model(), self.lm_head
+        use_row_products(*parts)
+        if not (fast or (fast is None and self.fast_decoder.enabled)):
+            return False
+        check_fast_decoding(*parts)
+        if not has_kernel(*parts):
             return True
+        # Beside the kernels that take ordinary steps graphs gain nothing.
+        self.fast_decoder.gather_weights(dict.fromkeys(it for part in parts for it in part.parameters()))
         return False
 
     @torch.no_grad()
@@ -154,8 +157,9 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         fast: bool | None = None,
         **kwargs,
     ):
-        """As `GenerationMixin.generate`. `fast` decodes with [`FastDecoder`]'s graphs, greedily or by sampling; if
-        None, as `fast_decoder.enabled` says.
+        """As `GenerationMixin.generate`. `fast` decodes with [`FastDecoder`]'s graphs, greedily or by sampling (on a
+        CPU whose kernels take the weights, in ordinary steps with weights in huge pages); if None, as
+        `fast_decoder.enabled` says.
 
         Given documents and their tokenizer, it fills them as the Hub's own class does: see [`generate_documents`]."""
         documents = kwargs.pop("data_list", inputs)

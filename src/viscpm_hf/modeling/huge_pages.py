@@ -2,103 +2,97 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+PAGE, HUGE_PAGE = 2**12, 2**21
+# Of Linux since 6.1, which Python doesn't name yet.
+MADV_COLLAPSE = 25
+# Weights so near to each other are one piece of memory: what lies in between are the allocator's notes.
+GAP = 2**16
+# Bytes of copied weights that lie in one piece of memory, at least.
+ROOM = 2**28
 
-PAGE, HUGE_PAGE_BYTES = 2**12, 2**21
-# Bytes of weights that lie in one piece of memory, at least.
-ROOM = 2**26
+
+def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """Has the system back a tensor on the CPU, that nothing was written to yet, by huge pages, which costs nothing."""
+    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.device.type == "cpu":
+        _advise(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, PAGE, mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
-    """Moves weights on the CPU into memory that the system backs by huge pages, one after another; elsewhere than on
-    Linux, and where they would not fit beside memory that others hold on to, nothing happens."""
+    """Has Linux gather the pages of weights on the CPU into huge ones, where they lie: a second or two for a GB. What
+    it leaves as it is (weights in a mapped file; all, before Linux 6.1) is copied if there is room. Elsewhere nothing
+    happens."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    try:
-        advised, available = advised_ranges(), available_bytes()
-    except OSError as error:  # not every kernel and container has them
-        logger.info(f"Weights stay where they are: {error}")
-        return
-    weights = [
-        weight
-        for weight in parameters
-        if type(weight) is nn.Parameter
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-        and not weight.is_shared()  # other processes have it too
-        and not weight.is_inference()  # which can't be moved
-        and not any(weight.data_ptr() in places for places in advised)
-    ]
-    shared = sum(weight.nbytes for weight in weights if weight.untyped_storage().nbytes() > weight.nbytes + PAGE)
-    if shared + ROOM > available:
-        return
+    left = []
+    for weights in _neighbours([it for it in parameters if it.device.type == "cpu" and it.numel()]):
+        begin, end = weights[0].data_ptr(), max(weight.data_ptr() + weight.nbytes for weight in weights)
+        if not _advise(begin, end, HUGE_PAGE, MADV_COLLAPSE):
+            left += [weight for weight in weights if _can_be_moved(weight)]
+    if left and sum(weight.nbytes for weight in left) + ROOM <= available_bytes():
+        _move(left)
+
+
+def _can_be_moved(weight: nn.Parameter) -> bool:
+    is_own = not weight.is_shared() and not weight.is_inference()  # of no other process, and of a kind to be changed
+    return type(weight) is nn.Parameter and weight.is_contiguous() and is_own
+
+
+def _neighbours(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    group: list[nn.Parameter] = []
+    for weight in sorted(weights, key=torch.Tensor.data_ptr):
+        if group and weight.data_ptr() > group[-1].data_ptr() + group[-1].nbytes + GAP:
+            yield group
+            group = []
+        group.append(weight)
+    if group:
+        yield group
+
+
+def _move(weights: list[nn.Parameter]) -> None:
+    """Copies weights into new memory, so many bytes at a time that little of huge pages stays empty."""
     while weights:
         group, size = [], 0
         while weights and size < ROOM:
-            weight = weights.pop(0)
-            group.append((weight, size))
-            size += -weight.nbytes % 64 + weight.nbytes
-        if size >= HUGE_PAGE_BYTES:
-            _move(group, size)
-
-
-def _move(group: list[tuple[nn.Parameter, int]], size: int) -> None:
-    """Weights and where they are to lie in one piece of memory of `size` bytes."""
-    try:
-        memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # a limit of this process's memory
-        return
-    with contextlib.suppress(OSError):  # a system without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE_BYTES
-    for weight, offset in group:
-        if weight.numel():
+            group.append((weights[0], size))
+            size += -(-weights.pop(0).nbytes // 64) * 64
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
+        advise_huge_pages(torch.frombuffer(memory, dtype=torch.uint8, offset=begin))
+        for weight, offset in group:
             place = torch.frombuffer(memory, dtype=weight.dtype, offset=begin + offset, count=weight.numel())
             weight.data = place.view(weight.shape).copy_(weight.detach())
 
 
-def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Has the system back a tensor that nothing was written to yet by huge pages."""
-    begin, end = -(-tensor.data_ptr() // PAGE) * PAGE, (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.device.type == "cpu" and end - begin >= HUGE_PAGE_BYTES:
-        _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_HUGEPAGE)
-    return tensor
+def available_bytes() -> int:
+    """Of memory, as Linux counts it."""
+    if not os.access("/proc/meminfo", os.R_OK):  # not every container has it
+        return 0
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")), 0)
+
+
+def _advise(begin: int, end: int, unit: int, advice: int) -> bool:
+    """Of whole units in between; False if the system doesn't follow, which changes nothing."""
+    begin, end = -(-begin // unit) * unit, end // unit * unit
+    if end - begin < HUGE_PAGE:
+        return True
+    return _c_library().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), advice) == 0
 
 
 @functools.lru_cache(1)
 def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
-
-
-def advised_ranges() -> list[range]:
-    """Addresses for which huge pages were asked already."""
-    ranges, places = [], range(0)
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            words = line.split()
-            if line.startswith("VmFlags:"):
-                if "hg" in words:
-                    ranges.append(places)
-            elif not words[0].endswith(":"):
-                places = range(*(int(word, 16) for word in words[0].split("-")))
-    return ranges
-
-
-def available_bytes() -> int:
-    """Of memory, as Linux counts it."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")), 0)
 
 
 __all__ = ["advise_huge_pages", "put_into_huge_pages"]

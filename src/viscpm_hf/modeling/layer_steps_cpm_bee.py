@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import operator
 from typing import Any
 
 import torch
@@ -253,15 +255,19 @@ class LayerSteps:
         modules = [*model.layers.modules(), *model.norm.modules()]
         self.kernel, self.max_rows = _kernel_for(model, modules)
         self.dtype = model.norm.weight.dtype
-        # What would tell of a change, as flat as can be: it is looked at in each step.
-        self._parts = [(model._modules, name, model._modules[name]) for name in ("layers", "norm")]
-        self._modules, self._classes = modules, [*map(type, modules)]
-        self._children = [(module._modules, dict(module._modules)) for module in modules if module._modules]
-        self._weights = [
-            (module._parameters, name, weight, weight.data_ptr())
+        # What would tell of a change; it is looked at in each step, so without loops in Python.
+        self._list, self._count = model.layers._modules, len(model.layers)
+        self._modules, self._classes = modules, list(map(type, modules))
+        entries = [(model._modules, name, model._modules[name]) for name in ("layers", "norm")]
+        entries += [
+            (entries, name, entry)
             for module in modules
-            for name, weight in module.named_parameters(recurse=False)
+            for entries in (module._modules, module._parameters)
+            for name, entry in entries.items()
         ]
+        self._entries = list(zip(*entries, strict=True))
+        self._weights = [entry for _, _, entry in entries if isinstance(entry, nn.Parameter)]
+        self._places = list(map(torch.Tensor.data_ptr, self._weights))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]
         if self.kernel is None:
@@ -277,21 +283,17 @@ class LayerSteps:
         self._factors = (ctypes.c_float * len(factors))(*factors)
 
     def is_still_right(self) -> bool:
-        """Whether modules and weights are those that there were."""
-        return (
-            all(children.get(name) is child for children, name, child in self._parts)
-            and all(children == known for children, known in self._children)
-            and [*map(type, self._modules)] == self._classes
-            and all(
-                parameters.get(name) is weight and weight.data_ptr() == place
-                for parameters, name, weight, place in self._weights
-            )
-        )
+        """Whether modules and weights are those that there were, at the same place."""
+        dicts, names, entries = self._entries
+        same = all(map(operator.is_, map(dict.get, dicts, names), entries)) and len(self._list) == self._count
+        same = same and list(map(type, self._modules)) == self._classes
+        return same and list(map(torch.Tensor.data_ptr, self._weights)) == self._places
 
     def is_ordinary(self) -> bool:
         """Whether nobody wants to see or change what happens between the modules."""
-        hooked = any(hooks and not _are_capturing(hooks) for hooks in (*self._hooks, *_HOOKS_OF_ALL))
-        return not hooked and not any("forward" in attributes for attributes in self._attributes)
+        if any(_HOOKS_OF_ALL) or any(self._hooks) and not all(map(_are_capturing, self._hooks)):
+            return False
+        return not any(map(operator.contains, self._attributes, itertools.repeat("forward")))
 
     def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """See [`step_layers`]."""
