@@ -1,10 +1,12 @@
 """Steps of all layers by one call of a kernel: what the modules compute, where nothing else is wanted."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from viscpm_hf import CpmBeeConfig, CpmBeeForCausalLM
 from viscpm_hf.modeling import modeling_cpm_bee
@@ -106,6 +108,14 @@ def test_steps_are_those_of_the_modules(folder, calls, monkeypatch, dtype, bits,
             assert (mine_states - states).norm() <= error * states.norm()
 
 
+def narrow(mlp: nn.Module) -> None:
+    """Leaves half of an MLP, as structured pruning does."""
+    half = mlp.up_proj.weight.shape[0] // 2
+    for name in ("gate_proj", "up_proj"):
+        getattr(mlp, name).weight.data = getattr(mlp, name).weight.data[:half].clone()
+    mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :half].clone()
+
+
 WANTS_MODULES = {
     "hidden states": lambda model: {"output_hidden_states": True},
     "a hook in a layer": lambda model: model.model.layers[1].mlp.register_forward_hook(lambda *given: None) and {},
@@ -116,6 +126,10 @@ WANTS_MODULES = {
     "another module": lambda model: setattr(model.model.layers[2].mlp, "up_proj", nn.Sequential(
         model.model.layers[2].mlp.up_proj)) or {},
     "another activation": lambda model: setattr(model.model.layers[2].mlp, "act_fn", nn.ReLU()) or {},
+    "no module": lambda model: setattr(model.model.layers[2], "mlp", nn.Identity()) or {},
+    "an attention of one's own": lambda model: setattr(model.config, "_attn_implementation", "watched") or {},
+    "dropout": lambda model: setattr(model.train().config, "attention_dropout", 0.5) or {},
+    "weights of another size": lambda model: narrow(model.model.layers[0].mlp) or {},
     "weights of another dtype": lambda model: model.model.layers[0].self_attn.double() and {},
 }  # fmt: skip
 
@@ -123,6 +137,7 @@ WANTS_MODULES = {
 @pytest.mark.parametrize("wish", WANTS_MODULES)
 def test_the_modules_compute_where_more_is_wanted(folder, calls, monkeypatch, wish):
     model = load(folder)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "watched", modeling_cpm_bee.eager_attention_forward)
     decode(model, 1, 1)
     assert len(calls) == 3
     options = WANTS_MODULES[wish](model)
@@ -148,6 +163,51 @@ def test_changed_weights_count_at_once(folder, calls, monkeypatch):
     twin.model.norm.weight.zero_()
     assert decode(twin, 1, 1)[0][-1].last_hidden_state.abs().max() == 0
     torch.testing.assert_close(decode(model, 1, 1)[0][-1].last_hidden_state, before)
+
+
+@torch.no_grad()
+def test_changed_layers_count_at_once(folder, calls, monkeypatch):
+    model = load(folder)
+    decode(model, 1, 1)
+    model.model.layers = model.model.layers[:2]
+    ours = decode(model, 1, 1)[0][-1].last_hidden_state
+    model.model.norm = copy.deepcopy(model.model.norm)
+    model.model.norm.weight.mul_(2)
+    twice = decode(model, 1, 1)[0][-1].last_hidden_state
+    assert len(calls) == 9
+    monkeypatch.setattr(modeling_cpm_bee, "step_layers", lambda *given: None)
+    torch.testing.assert_close(decode(model, 1, 1)[0][-1].last_hidden_state, twice, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(twice, 2 * ours)
+
+
+@torch.no_grad()
+def test_a_copied_cache_is_written_apart_from_the_original(folder, calls):
+    model = load(folder)
+    cache = decode(model, 1, 1)[1]
+    for copied in (copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))):
+        twin, before = copied(cache), cache.layers[1].keys.clone()
+        for given in (cache, twin):
+            model.model(torch.tensor([[50 + (given is twin)]]), **{CACHE: given}, use_cache=True)
+        model.model(torch.tensor([[60]]), **{CACHE: twin}, use_cache=True)
+        assert torch.equal(cache.layers[1].keys[:, :, :-1], before)
+        assert torch.equal(twin.layers[1].keys[:, :, :-2], before)
+        assert not torch.equal(cache.layers[0].keys[:, :, -1], twin.layers[0].keys[:, :, -2])
+    assert len(calls) == 9
+
+
+def test_with_other_caches_the_modules_compute(folder, calls):
+    """Nothing is written over the ends of keys in half the bytes, or over places that aren't there."""
+    model = load(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, cache = decode(model, 1, 1)
+    assert cache.layers[0].keys.dtype == torch.bfloat16 and not calls
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        model.model(torch.tensor([[50]]), **{CACHE: cache}, use_cache=True)
+    _, cache = decode(model, 1, 1)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="size"):
+        bias = torch.zeros(1, 3, 1, 5)
+        model.model(torch.tensor([[50]]), **{CACHE: cache}, use_cache=True, position_bias=bias)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("change", ["reorder_cache", "crop", "deepcopy", "repeat"])

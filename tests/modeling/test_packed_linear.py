@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from viscpm_hf.modeling import packed_linear, row_products
-from viscpm_hf.modeling.packed_linear import FEW_ROWS, PACKED_CLASSES, PackedConfig, quantize_weight
+from viscpm_hf.modeling.packed_linear import FEW_ROWS, PACKED_CLASSES, Int8Embedding, PackedConfig, quantize_weight
 from viscpm_hf.modeling.row_products import MAX_PACKED_ROWS, row_product, unpack_int4
 
 
@@ -132,6 +132,19 @@ def test_values_of_no_width(bits):
     layer.weight.data, layer.scale.data = quantize_weight(weight, bits)
     unpacked = torch.cat(list(layer.unpacked(torch.float32)))
     assert (unpacked[0] == 0).all() and torch.allclose(unpacked, weight, rtol=0.01)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_stay_what_kernels_read_when_a_model_is_cast(bits):
+    layer, _ = layer_of(bits, 128, 192)
+    hidden = torch.randn(1, 128)
+    expected, scale = layer(hidden), layer.scale.clone()
+    for dtype in (torch.float16, torch.float64, torch.float32):
+        layer.to(dtype)
+        assert layer.scale.dtype == torch.bfloat16 and torch.equal(layer.scale, scale)
+    assert torch.equal(layer(hidden), expected)
+    embedding = Int8Embedding(8, 64, torch.float32).to(torch.bfloat16)
+    assert embedding.scale.dtype == embedding(torch.tensor([3])).dtype == torch.bfloat16
 
 
 def test_other_bits():

@@ -1,10 +1,13 @@
 """Products of few rows: right in both dtypes, and taken only where they are made for."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from viscpm_hf.modeling import row_products
+from viscpm_hf.modeling.cpp_kernels import load_library
 from viscpm_hf.modeling.huge_pages import put_into_huge_pages
 from viscpm_hf.modeling.row_products import RowLinear, use_row_products
 
@@ -38,7 +41,15 @@ def test_the_kernel_is_for_what_it_knows_alone(monkeypatch):
     layer()(several), layer(bias=True)(row), double(row.double()), layer(width=90)(torch.randn(1, 90))
     with torch.enable_grad():
         layer()(row.clone().requires_grad_()).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer()(row).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer()(torch.randn(1, 192))
+    assert layer()(row.to("meta")).shape == (1, 37)
+    traced = torch.jit.trace(layer(), row, check_trace=False)
     assert calls == [1]
+    other = torch.randn(1, 96)
+    torch.testing.assert_close(traced(other), layer()(other))
 
 
 def test_without_a_compiler_the_library_multiplies(monkeypatch, caplog):
@@ -64,6 +75,20 @@ def test_a_second_process_finds_the_kernel_on_the_disk(monkeypatch, tmp_path):
         assert row_products.kernel() is not None and file.stat().st_mtime_ns == made
     finally:
         row_products.kernel.cache_clear()
+
+
+@pytest.mark.parametrize("home", ["no such", "not writable"])
+def test_without_a_folder_to_keep_it_the_kernel_is_made_anew(monkeypatch, tmp_path, home):
+    """As in a container of which neither the user nor its home is known."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if home == "no such":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    else:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/no_folder")
+    monkeypatch.chdir(tmp_path)
+    source = 'extern "C" int answer() { return 42; }'
+    assert load_library("answer", source).answer() == 42
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_weights_in_huge_pages_are_the_same_and_tied_as_before():

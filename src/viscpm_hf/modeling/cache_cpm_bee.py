@@ -79,6 +79,11 @@ class GrowingLayer(DynamicLayer):
         super().reset()
         self._buffers = [None, None]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's first update makes buffers of its own: these places are the original's.
+        own = {"_states": [self.keys, self.values], "_buffers": [None, None], "_length": None, "_numbers": []}
+        return self.__dict__ | own
+
 
 def with_room(
     buffer: torch.Tensor | None, states: torch.Tensor, like: torch.Tensor, past: int, length: int
@@ -109,24 +114,37 @@ class CpmBeeCache(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = GrowingLayer
 
-    def open_places(self, batch: int, count: int) -> tuple[int, list[int]] | None:
-        """Makes room for keys and values of so many new tokens in all layers, which the caller writes.
+    def open_places(
+        self, layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, most: int
+    ) -> tuple[int, list[int]] | None:
+        """Makes room for keys and values of new tokens in all layers, which the caller writes.
+
+        Args:
+            layers: how many have attention.
+            shape: `(batch, heads, tokens, head_dim)` of the new keys, and of the new values.
+            dtype: of all keys and values.
+            most: places that there may be then.
 
         Returns:
             How many places there were, and [`places_of`] all layers; None, and nothing changes, where there are no
-            keys and values yet, or of another batch.
+            keys and values yet, or others than these go with, or too many.
         """
-        layers = self.layers
-        if not layers or not all(
-            type(layer) is GrowingLayer and layer.is_initialized and layer._states[0].shape[0] == batch
-            for layer in layers
+        batch, heads, count, size = shape
+        if len(self.layers) != layers or not all(
+            type(layer) is GrowingLayer
+            and layer.is_initialized
+            and all(
+                (*states.shape[:2], states.shape[3], states.dtype) == (batch, heads, size, dtype)
+                for states in layer._states
+            )
+            for layer in self.layers
         ):
             return None
-        past = layers[0].get_seq_length()
-        if any(layer.get_seq_length() != past for layer in layers):
+        past = self.layers[0].get_seq_length()
+        if past + count > most or any(layer.get_seq_length() != past for layer in self.layers):
             return None
         places = []
-        for layer in layers:
+        for layer in self.layers:
             layer.make_room(count, *layer._states)
             places += layer._numbers
         return past, places

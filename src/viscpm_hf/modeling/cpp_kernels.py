@@ -5,6 +5,7 @@ Their sources are texts in Python modules, since an exported folder's remote cod
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -20,7 +21,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # No -ffast-math: loading such a library would flush the denormal numbers of the whole process.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# Vectors of aligned numbers are C++17.
+FLAGS = ("-O3", "-std=gnu++17", "-march=native", "-fopenmp", "-shared", "-fPIC")
 
 # What several kernels begin with: 16 numbers at a time, and bf16.
 COMMON = r"""
@@ -72,24 +74,34 @@ def load_library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.
     flags = (*FLAGS, *flags)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        machine = sorted({line for line in lines if "name" in line or "flags" in line})
+        # "CPU ...", "Features": on ARM
+        machine = sorted({line for line in lines if any(it in line for it in ("name", "flags", "CPU ", "Features"))})
         made_of = hashlib.sha256("\n".join([source, compiler, *flags, *machine]).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+        cache = Path(os.path.expanduser(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"))
         file = cache / "viscpm_hf" / f"{name}_{made_of}.so"
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _compile([compiler, *flags], source, file)
-        return ctypes.CDLL(os.fspath(file))
+        if file.is_file():
+            return ctypes.CDLL(os.fspath(file))
+        with contextlib.ExitStack() as until_loaded:
+            try:
+                if not cache.is_absolute():
+                    raise OSError("there is no home folder")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                folder = until_loaded.enter_context(tempfile.TemporaryDirectory(dir=file.parent))
+            except OSError as error:
+                logger.info(f"The CPU kernel `{name}` can't be kept on the disk: {error}")
+                folder = until_loaded.enter_context(tempfile.TemporaryDirectory())
+                file = Path(folder, file.name)
+            _compile([compiler, *flags], source, Path(folder), file)
+            return ctypes.CDLL(os.fspath(file))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning(f"The CPU goes without our own kernel `{name}`: {' '.join(reason.split())[:300]}")
         return None
 
 
-def _compile(command: list[str], source: str, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        file, made = Path(folder, "kernel.cpp"), Path(folder, target.name)
-        file.write_text(source, "utf-8")
-        command = [*command, os.fspath(file), "-o", os.fspath(made)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        made.replace(target)  # another process may be at the same
+def _compile(command: list[str], source: str, folder: Path, target: Path) -> None:
+    file, made = folder / "kernel.cpp", folder / "made.so"
+    file.write_text(source, "utf-8")
+    command = [*command, os.fspath(file), "-o", os.fspath(made)]
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+    made.replace(target)  # another process may be at the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import os
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -37,9 +38,14 @@ def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
     for weights in _neighbours([it for it in parameters if it.device.type == "cpu" and it.numel()]):
         begin, end = weights[0].data_ptr(), max(weight.data_ptr() + weight.nbytes for weight in weights)
         if not _advise(begin, end, HUGE_PAGE, MADV_COLLAPSE):
-            left += [weight for weight in weights if type(weight) is nn.Parameter and weight.is_contiguous()]
+            left += [weight for weight in weights if _can_be_moved(weight)]
     if left and sum(weight.nbytes for weight in left) + ROOM <= available_bytes():
         _move(left)
+
+
+def _can_be_moved(weight: nn.Parameter) -> bool:
+    is_own = not weight.is_shared() and not weight.is_inference()  # of no other process, and of a kind to be changed
+    return type(weight) is nn.Parameter and weight.is_contiguous() and is_own
 
 
 def _neighbours(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -70,8 +76,10 @@ def _move(weights: list[nn.Parameter]) -> None:
 
 def available_bytes() -> int:
     """Of memory, as Linux counts it."""
+    if not os.access("/proc/meminfo", os.R_OK):  # not every container has it
+        return 0
     with open("/proc/meminfo", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")), 0)
 
 
 def _advise(begin: int, end: int, unit: int, advice: int) -> bool:

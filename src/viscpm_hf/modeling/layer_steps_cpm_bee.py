@@ -226,6 +226,10 @@ STEPS(bfloat16_int4_steps, steps<Int4>, uint16_t)
 _KINDS = {RowLinear: "", Int8Linear: "_int8", Int4Linear: "_int4"}
 # Of the hooks that transformers leaves on a model once outputs were asked for.
 _CAPTURING = "output_capturing_hook"
+# Those of every module in the process.
+_HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+# Ways to attend that give the same; others are somebody's own.
+_ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 _NO_MATRIX = (0, 0)
 
 
@@ -248,10 +252,14 @@ class LayerSteps:
     """
 
     def __init__(self, model: nn.Module):
-        self.kernel, self.max_rows = _kernel_for(model)
-        modules = [module for layer in (*model.layers, model.norm) for module in layer.modules()]
+        modules = [*model.layers.modules(), *model.norm.modules()]
+        self.kernel, self.max_rows = _kernel_for(model, modules)
+        self.dtype = model.norm.weight.dtype
         # What would tell of a change; it is looked at in each step, so without loops in Python.
-        entries = [
+        self._list, self._count = model.layers._modules, len(model.layers)
+        self._modules, self._classes = modules, list(map(type, modules))
+        entries = [(model._modules, name, model._modules[name]) for name in ("layers", "norm")]
+        entries += [
             (entries, name, entry)
             for module in modules
             for entries in (module._modules, module._parameters)
@@ -269,6 +277,7 @@ class LayerSteps:
         self._layers = (ctypes.c_int64 * len(numbers))(*numbers)
         self._sizes = (len(model.layers), config.hidden_size, config.intermediate_size, config.num_attention_heads)
         self._head_dim = config.head_dim
+        self._attentions = sum(layer.self_attn is not None for layer in model.layers)
         self._last_norm = model.norm.weight
         factors = (config.rms_norm_eps, 1 / config.residual_divisor, config.head_dim**-0.5)
         self._factors = (ctypes.c_float * len(factors))(*factors)
@@ -276,24 +285,26 @@ class LayerSteps:
     def is_still_right(self) -> bool:
         """Whether modules and weights are those that there were, at the same place."""
         dicts, names, entries = self._entries
-        same = all(map(operator.is_, map(dict.get, dicts, names), entries))
+        same = all(map(operator.is_, map(dict.get, dicts, names), entries)) and len(self._list) == self._count
+        same = same and list(map(type, self._modules)) == self._classes
         return same and list(map(torch.Tensor.data_ptr, self._weights)) == self._places
 
     def is_ordinary(self) -> bool:
         """Whether nobody wants to see or change what happens between the modules."""
-        if any(self._hooks) and not all(map(_are_capturing, self._hooks)):
+        if any(_HOOKS_OF_ALL) or any(self._hooks) and not all(map(_are_capturing, self._hooks)):
             return False
         return not any(map(operator.contains, self._attributes, itertools.repeat("forward")))
 
     def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """See [`step_layers`]."""
         batch, queries, width = hidden_states.shape
-        opened = cache.open_places(batch, queries)
+        count, _, inner, heads = self._sizes
+        bias = position_bias.to(hidden_states).expand(batch, heads, queries, -1).contiguous()
+        shape = batch, heads, queries, self._head_dim
+        opened = cache.open_places(self._attentions, shape, hidden_states.dtype, bias.shape[-1])
         if opened is None:
             return None
         past, places = opened
-        count, _, inner, heads = self._sizes
-        bias = position_bias.to(hidden_states.dtype).expand(batch, heads, queries, -1).contiguous()
         hidden_states = hidden_states.contiguous()
         output = torch.empty_like(hidden_states)
         cached = (ctypes.c_int64 * len(places))(*places)
@@ -319,23 +330,32 @@ def _are_capturing(hooks: dict[int, Any]) -> bool:
     return all(getattr(hook, "__name__", "") == _CAPTURING for hook in hooks.values())
 
 
-def _kernel_for(model: nn.Module) -> tuple[Any, int]:
+def _kernel_for(model: nn.Module, modules: list[nn.Module]) -> tuple[Any, int]:
     """The kernel's function for the model's weights, and how many rows it takes; None and 0 if there is none."""
+    known = (nn.ModuleList, GELUActivation, *model._layer_classes, *_KINDS)
+    if any(type(module) not in known for module in modules):
+        return None, 0
     config, dtype = model.config, model.norm.weight.dtype
-    linears = [linear for layer in model.layers for linear in _linears(layer)]
-    mlps = [layer.mlp for layer in model.layers if layer.mlp is not None]
-    kind = _KINDS.get(type(linears[0])) if linears else None
+    sizes = [size for layer in model.layers for size in _sizes_of(layer, config)]
+    linears = [linear for linear, *_ in sizes]
+    norms = [module.weight for module in modules if hasattr(module, "variance_epsilon")]
+    kind = _KINDS[type(linears[0])] if linears else None
     if (
         kind is None
         or dtype not in NUMBERS
         or config.head_dim % STEP
         or config.head_dim > MAX_HEAD_DIM
-        or any(type(mlp.act_fn) is not GELUActivation for mlp in mlps)
-        or any(weight.device.type != "cpu" for weight in model.layers.parameters())
+        or any(
+            weight.device.type != "cpu"
+            for module in modules
+            for weight in module._parameters.values()
+            if weight is not None
+        )
         or any(type(linear) is not type(linears[0]) or linear.bias is not None for linear in linears)
+        or any((len(it.weight), it.in_features if kind else it.weight.shape[1]) != (n, k) for it, n, k in sizes)
         or (kind and any(linear.in_features % GROUP for linear in linears))
         or (not kind and not all(is_for_kernel(linear) and linear.weight.dtype == dtype for linear in linears))
-        or any(norm.weight.dtype != dtype for norm in model.layers.modules() if hasattr(norm, "variance_epsilon"))
+        or any(weight.dtype != dtype or len(weight) != config.hidden_size for weight in norms)
     ):
         return None, 0
     library = step_kernel()
@@ -343,14 +363,19 @@ def _kernel_for(model: nn.Module) -> tuple[Any, int]:
     return getattr(library, f"{NUMBERS[dtype]}{kind}_steps", None), MAX_PACKED_ROWS.get(bits, MAX_ROWS)
 
 
-def _linears(layer: nn.Module) -> list[nn.Module]:
-    """All matrices of a layer, those of projections fused or not."""
-    found = []
-    for module, last in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+def _sizes_of(layer: nn.Module, config: Any) -> list[tuple[nn.Module, int, int]]:
+    """All matrices of a layer, those of projections fused or not, and how many outputs and inputs they should have."""
+    found, width = [], config.hidden_size
+    heads = config.num_attention_heads * config.head_dim
+    for module, last, inner in (
+        (layer.self_attn, "o_proj", heads),
+        (layer.mlp, "down_proj", config.intermediate_size),
+    ):
         if module is not None:
             fused, parts = module._fusible_projections
-            names = (fused,) if fused in module._modules else parts
-            found += [module._modules[name] for name in (*names, last)]
+            names, outputs = ((fused,), inner * len(parts)) if fused in module._modules else (parts, inner)
+            found += [(module._modules[name], outputs, width) for name in names]
+            found.append((module._modules[last], width, inner))
     return found
 
 
@@ -403,11 +428,20 @@ def step_layers(
         or type(hidden_states) is not torch.Tensor
         or not hasattr(cache, "open_places")
         or torch.jit.is_tracing()
+        or torch.is_autocast_enabled("cpu")
+        or model.config._attn_implementation not in _ATTENTIONS
+        or (model.training and model.config.attention_dropout)
     ):
         return None
     steps = layer_steps(model)
-    rows = hidden_states.shape[0] * hidden_states.shape[1]
-    if not 0 < rows <= steps.max_rows or hidden_states.dtype != model.norm.weight.dtype or not steps.is_ordinary():
+    batch, queries, width = hidden_states.shape
+    if (
+        not 0 < batch * queries <= steps.max_rows
+        or hidden_states.dtype != steps.dtype
+        or model.norm.weight.dtype != steps.dtype
+        or width != model.config.hidden_size
+        or not steps.is_ordinary()
+    ):
         return None
     return steps(hidden_states, position_bias, cache)
 

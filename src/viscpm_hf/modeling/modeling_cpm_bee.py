@@ -343,6 +343,9 @@ class CpmBeeModel(CpmBeePreTrainedModel):
     - `position_bias (batch, heads, queries, keys)`: in place of all masks and structure, the merged additive bias.
     """
 
+    # What the kernel of `layer_steps_cpm_bee` knows to do.
+    _layer_classes = (CpmBeeDecoderLayer, CpmBeeAttention, CpmBeeMLP, CpmBeeRMSNorm)
+
     def __init__(self, config: CpmBeeConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)

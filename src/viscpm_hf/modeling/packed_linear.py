@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .row_products import MAX_PACKED_ROWS, has_packed_products, kernel, row_product, unpack_int4
+from .row_products import MAX_PACKED_ROWS, can_be_read, has_packed_products, kernel, row_product, unpack_int4
 from .weight_packing import BLOCK, GROUP, TINY, quantize_weight
 
 
@@ -51,7 +51,20 @@ HAS_INT8_PRODUCTS, HAS_4_BIT_KERNEL = torch.cpu._is_vnni_supported(), _reads_our
 FEW_ROWS = {8: 4 if HAS_INT8_PRODUCTS else 16, 4: 48 if HAS_4_BIT_KERNEL else 0}
 
 
-class PackedLinear(nn.Module):
+class _WithScale(nn.Module):
+    """A module whose `scale` stays in bf16 when its model is cast: kernels read it so."""
+
+    scale: nn.Parameter
+
+    def _apply(self, function: Any, recurse: bool = True) -> nn.Module:
+        before = self.scale.data
+        super()._apply(function, recurse)
+        if self.scale.dtype != before.dtype:
+            self.scale.data = before.to(self.scale.device)
+        return self
+
+
+class PackedLinear(_WithScale):
     """What both widths have in common: `weight`, and `scale` in bf16 whatever the model's dtype."""
 
     bits: int
@@ -66,9 +79,9 @@ class PackedLinear(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` -> `(..., out_features)`, in the inputs' dtype."""
         rows = hidden_states.reshape(-1, self.in_features)
-        if rows.device.type != "cpu" or (rows.requires_grad and torch.is_grad_enabled()):
+        if {rows.device.type, self.weight.device.type} != {"cpu"} or (rows.requires_grad and torch.is_grad_enabled()):
             output = self.unpacked_product(rows)
-        elif len(rows) <= MAX_PACKED_ROWS[self.bits] and self._has_kernel():
+        elif len(rows) <= MAX_PACKED_ROWS[self.bits] and self._has_kernel(rows):
             output = row_product(rows, self.weight, self.scale, f"_int{self.bits}")
         elif len(rows) <= FEW_ROWS[self.bits]:
             output = self.product_of_few(rows)
@@ -77,9 +90,9 @@ class PackedLinear(nn.Module):
         output = output.to(hidden_states.dtype).view(*hidden_states.shape[:-1], self.out_features)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
-    def _has_kernel(self) -> bool:
+    def _has_kernel(self, rows: torch.Tensor) -> bool:
         # A compiled graph can't call ours.
-        is_for_it = self.in_features % GROUP == 0 and len(self.weight) > 0 and not torch.compiler.is_compiling()
+        is_for_it = self.in_features % GROUP == 0 and len(self.weight) > 0 and can_be_read(rows)
         return is_for_it and has_packed_products(kernel())
 
     def product_of_few(self, rows: torch.Tensor) -> torch.Tensor:
@@ -133,7 +146,7 @@ class Int8Linear(PackedLinear):
             yield codes.to(dtype).mul_(scale.to(dtype)[:, None])
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(_WithScale):
     """An embedding that shares `weight` and `scale` with an [`Int8Linear`] as its head, or could.
 
     Args:
@@ -154,6 +167,11 @@ class Int8Embedding(nn.Module):
         self.dtype, self.multiplier = dtype, multiplier
         head = Int8Linear(embedding_dim, num_embeddings, device=device)
         self.weight, self.scale = head.weight, head.scale
+
+    def _apply(self, function: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(function, recurse)
+        self.dtype = function(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return self
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """`(...)` -> `(..., embedding_dim)`."""
@@ -182,7 +200,7 @@ class Int4Linear(PackedLinear):
 
     def product_of_many(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows.to(torch.bfloat16)
-        if torch.compiler.is_compiling() or kernel() is None:
+        if not can_be_read(rows) or kernel() is None:
             return self.product_without_kernel(rows)
         output = rows.new_empty(len(rows), self.out_features)
         scratch = rows.new_empty(self.in_features * min(OUTPUTS, self.out_features))

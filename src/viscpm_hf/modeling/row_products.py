@@ -390,11 +390,13 @@ class RowLinear(nn.Linear):
         if (
             rows > MAX_ROWS
             or rows < 1
-            or torch.compiler.is_compiling()
             or torch.is_grad_enabled()
+            or not can_be_read(hidden_states)
+            or hidden_states.shape[-1] != weight.shape[1]
             or type(weight) is not nn.Parameter
             or weight.device.type != "cpu"
             or weight.dtype != hidden_states.dtype
+            or torch.is_autocast_enabled("cpu")
             or self.bias is not None
         ):
             return super().forward(hidden_states)
@@ -403,6 +405,12 @@ class RowLinear(nn.Linear):
         if rows == 1 and weight.dtype == torch.bfloat16:
             return torch.mv(weight, hidden_states.reshape(-1)).view(*hidden_states.shape[:-1], -1)
         return super().forward(hidden_states)
+
+
+def can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether a kernel can take the tensor's numbers, on the CPU, and no graph is made of what happens to it."""
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not is_recorded and type(tensor) is torch.Tensor and tensor.device.type == "cpu"
 
 
 def is_for_kernel(linear: nn.Linear) -> bool:
