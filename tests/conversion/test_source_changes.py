@@ -144,3 +144,18 @@ def test_room_for_what_is_left_is_enough(small_original, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "SPARE_BYTES", 0)
     monkeypatch.setattr(shutil, "disk_usage", usage)
     assert convert(small_original, tmp_path / "out", max_shard_size="200KB", resume=True).num_resumed_files >= 1
+
+
+def test_a_change_before_the_checksum_is_noticed(small_original, tmp_path, monkeypatch):
+    """Checksums are computed beside the conversion; on a busy machine, after what they belong to was read."""
+    stock = convert_module.sha256_of
+
+    def late(path, *arguments):
+        if path == small_original / WEIGHTS:
+            spoil_with_old_time(path)
+        return stock(path, *arguments)
+
+    monkeypatch.setattr(convert_module, "sha256_of", late)
+    with pytest.raises(SourceChangedError, match="contents differ"):
+        convert(small_original, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))

@@ -252,6 +252,7 @@ class _Conversion:
         self.show_progress = show_progress
         self.num_resumed_files = 0
         self.source_checksums: dict[str, str] = {}
+        self._is_sure: dict[Path, bool] = {}
         self._source_files = SourceFiles.of(checkpoint)
         self._source_bytes: float = 0  # converted so far
         self._is_cancelled = False
@@ -295,6 +296,8 @@ class _Conversion:
         checksums, begin = {}, 0
         for path in self.checkpoint.weight_files:
             checksums[self.checkpoint.source_name(path)] = sha256_of(path, functools.partial(self._wait_for, begin))
+            # What was converted may have been read before, and be other contents than these.
+            self._is_sure[path] = self._source_files.is_untouched(path)
             begin += path.stat().st_size
         if not self._is_cancelled:
             # What is finished was made of the file as it was then, which its size and time alone don't tell.
@@ -311,7 +314,13 @@ class _Conversion:
     def check_source(self) -> None:
         """Raises [`SourceChangedError`] if the source changed."""
         known, name_of = self.source_checksums, self.checkpoint.source_name  # known when all is read
-        self._source_files.check({path: known[name_of(path)] for path in self.checkpoint.weight_files if known})
+        self._source_files.check(
+            {
+                path: known[name_of(path)] if self._is_sure[path] else None
+                for path in self.checkpoint.weight_files
+                if known
+            }
+        )
 
     def _wait_for(self, begin: int, position: int) -> bool:
         """Lets the checksums be computed close to what is being converted, so that a source is read from the disk

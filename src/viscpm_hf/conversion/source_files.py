@@ -40,11 +40,16 @@ class SourceFiles:
             small += [path for pattern in SMALL_FILES for path in checkpoint.location.path.glob(pattern)]
         return cls([*checkpoint.weight_files, *small])
 
-    def check(self, checksums: Mapping[Path, str]) -> None:
+    def is_untouched(self, path: Path) -> bool:
+        """Whether nothing at all happened to a file, not even to its mode."""
+        return path.is_file() and os.stat(path).st_ctime_ns == self._before[path].st_ctime_ns
+
+    def check(self, checksums: Mapping[Path, str | None]) -> None:
         """
         Args:
-            checksums: SHA-256 of files as they were read. A file whose times alone tell of something (its mode, its
-                links, or contents with the old time set again) is read again and compared with its own.
+            checksums: SHA-256 of files as they were read; None for one that was touched before its was known. A file
+                whose times alone tell of something (its mode, its links, or contents with the old time set again) is
+                read again and compared with its own.
 
         Raises:
             SourceChangedError: if a file isn't what it was.
