@@ -18,7 +18,7 @@ from .cpp_kernels import COMMON, load_library
 
 
 # Above, libraries are as fast; the same of packed weights.
-MAX_ROWS, MAX_PACKED_ROWS = 4, {8: 12, 4: 48}
+MAX_ROWS, MAX_PACKED_ROWS = 4, {8: 16, 4: 48}
 # What the kernel takes in one go along the width.
 STEP = 32
 NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
