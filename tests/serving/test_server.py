@@ -170,7 +170,9 @@ def test_pictures_that_cannot_be_drawn(client, body, message):
 def test_models_health_metrics_and_documentation(server, client):
     assert [model.id for model in client.models.list()] == [MODEL, "VisCPM-Chat", PAINT]
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-    assert server.metric("viscpm_chat_requests_total") >= 1
+    before = server.metric("viscpm_chat_requests_total")
+    client.chat.completions.create(model=MODEL, messages=question("hello?"), max_tokens=3)
+    assert server.metric("viscpm_chat_requests_total") >= before + 1
     page = httpx.get(f"{server.url}/docs").text
     assert "http://" not in page
     assert "https://" not in page  # it asks nobody else for its scripts

@@ -33,6 +33,8 @@ SIZE_STEP = 8
 IDEAS = ("idea_cat", "idea_river", "idea_train")
 TINY_IDEAS = ("idea_circle", "idea_star", "idea_square")
 
+# A progress that was on its way to the page when Stop was clicked would stay there if it came after the last word.
+SECONDS_TO_STOP = 0.5
 SECONDS_BETWEEN_UPDATES = 0.2
 
 
@@ -154,8 +156,13 @@ class PaintPage:
             show_progress="hidden",
         )
         is_random.change(lambda is_on: gr.update(visible=not is_on), is_random, seed, show_progress="hidden")
+
+        async def stopped() -> tuple[str, Any]:
+            await asyncio.sleep(SECONDS_TO_STOP)
+            return status(said("stopped")), stop_button(False)
+
         stop.click(
-            lambda: (status(said("stopped")), stop_button(False)),
+            stopped,
             None,
             [state, stop],
             cancels=painting,
