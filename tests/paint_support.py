@@ -37,6 +37,18 @@ def expected() -> dict[str, torch.Tensor]:
     return load_file(PAINT / "expected.safetensors")
 
 
+def drawn(painter: Any, case: int) -> list[Any]:
+    """What a painter makes of a recorded case: its images."""
+    arguments = CASES[case]
+    return painter.generate_all(
+        arguments["prompt"],
+        arguments["negative_prompt"],
+        generator=torch.Generator().manual_seed(arguments["generator_seed"]),
+        latents=expected()[f"{case}.latents"],
+        **arguments["kwargs"],
+    ).images
+
+
 def components(seed: int = 0, **llm_sizes: int) -> dict[str, Any]:
     """All required components, as a pipeline takes them; `llm_sizes` are CPM-Bee's in place of the golden data's."""
     torch.manual_seed(seed)

@@ -234,15 +234,7 @@ def test_spread(golden, chat, name):
 
 
 def draw(painter, case):
-    arguments, golden = CASES[case], paint_support.expected()
-    images = painter.generate_all(
-        arguments["prompt"],
-        arguments["negative_prompt"],
-        generator=torch.Generator().manual_seed(arguments["generator_seed"]),
-        latents=golden[f"{case}.latents"],
-        **arguments["kwargs"],
-    ).images
-    return np.stack([np.asarray(image, int) for image in images])
+    return np.stack([np.asarray(image, int) for image in paint_support.drawn(painter, case)])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -63,15 +65,28 @@ def cpp_compiler() -> str | None:
     return next((name for name in names if shutil.which(name)), None)
 
 
-def load_library(name: str, source: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+def load_library(
+    name: str, source: str, functions: Mapping[str, Sequence[Any]] | None = None, flags: tuple[str, ...] = ()
+) -> ctypes.CDLL | None:
     """Compiles `source`, or finds what was compiled of it before on this kind of machine in `TORCH_EXTENSIONS_DIR`.
+
+    Args:
+        functions: the types of their arguments by name; the library may lack some of them, those of instructions that
+            the CPU doesn't have.
 
     Returns None, with a warning if compiling failed, where there is no compiler for it. Callers keep the result.
     """
+    library = _load(name, source, (*FLAGS, *flags))
+    for function, types in (functions or {}).items():
+        if hasattr(library, function):
+            getattr(library, function).argtypes, getattr(library, function).restype = types, None
+    return library
+
+
+def _load(name: str, source: str, flags: tuple[str, ...]) -> ctypes.CDLL | None:
     compiler = cpp_compiler()
     if compiler is None or platform.system() != "Linux":
         return None
-    flags = (*FLAGS, *flags)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         # "CPU ...", "Features": on ARM

@@ -15,7 +15,7 @@ from __future__ import annotations
 import subprocess
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,6 @@ from transformers.utils import logging
 from .cache_cpm_bee import CpmBeeCache
 from .compatibility import CACHE
 from .fast_decoding import capture_problem, compilation_problem
-from .huge_pages import put_into_huge_pages
 from .token_space_cpm_bee import write_slots
 
 
@@ -301,14 +300,6 @@ class FastDecoder:
     @staticmethod
     def _places_of(parameters: list[nn.Parameter]) -> tuple[int, ...]:
         return tuple(parameter.data_ptr() for parameter in parameters)
-
-    def gather_weights(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See [`put_into_huge_pages`], once for weights that stay where they are."""
-        parameters = list(parameters)
-        with self.lock:
-            if self._places_of(parameters) != self._weights:
-                put_into_huge_pages(parameters)
-                self._weights = self._places_of(parameters)
 
     @in_place
     def begin(self, model, inputs: Mapping[str, Any], cache: CpmBeeCache, queries: int = 1) -> FastDecoding:

@@ -24,6 +24,7 @@ from .fast_decoding import check_fast_decoding, has_kernel
 from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
+from .huge_pages import gather_weights
 from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
@@ -145,7 +146,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         if not has_kernel(*parts):
             return True
         # Beside the kernels that take ordinary steps graphs gain nothing.
-        self.fast_decoder.gather_weights(dict.fromkeys(it for part in parts for it in part.parameters()))
+        gather_weights(self, *parts)
         return False
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -19,6 +20,8 @@ MADV_COLLAPSE = 25
 GAP = 2**16
 # Bytes of copied weights that lie in one piece of memory, at least.
 ROOM = 2**28
+
+_gathering = threading.Lock()
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,6 +44,15 @@ def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
             left += [weight for weight in weights if _can_be_moved(weight)]
     if left and sum(weight.nbytes for weight in left) + ROOM <= available_bytes():
         _move(left)
+
+
+def gather_weights(model: nn.Module, *parts: nn.Module) -> None:
+    """Puts the weights of a model's parts into huge pages, once for as long as they stay where they are."""
+    weights = list(dict.fromkeys(weight for part in parts for weight in part.parameters()))
+    with _gathering:
+        if model.__dict__.get("_gathered_places") != list(map(torch.Tensor.data_ptr, weights)):
+            put_into_huge_pages(weights)
+            model.__dict__["_gathered_places"] = list(map(torch.Tensor.data_ptr, weights))
 
 
 def _can_be_moved(weight: nn.Parameter) -> bool:
@@ -75,7 +87,7 @@ def _move(weights: list[nn.Parameter]) -> None:
 
 
 def available_bytes() -> int:
-    """Of memory, as Linux counts it."""
+    """Of memory, as Linux counts it; psutil isn't there wherever an exported folder's code runs."""
     if not os.access("/proc/meminfo", os.R_OK):  # not every container has it
         return 0
     with open("/proc/meminfo", encoding="ascii") as file:
@@ -95,4 +107,4 @@ def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-__all__ = ["advise_huge_pages", "put_into_huge_pages"]
+__all__ = ["advise_huge_pages", "gather_weights", "put_into_huge_pages"]

@@ -22,7 +22,17 @@ from transformers.activations import GELUActivation
 from .cpp_kernels import load_library
 from .fused_projections_cpm_bee import FusibleModule
 from .packed_linear import GROUP, Int4Linear, Int8Linear, PackedLinear
-from .row_products import MAX_PACKED_ROWS, MAX_ROWS, NUMBERS, SOURCE, STEP, RowLinear, is_for_kernel
+from .row_products import (
+    KINDS,
+    MAX_PACKED_ROWS,
+    MAX_ROWS,
+    NUMBERS,
+    SOURCE,
+    STEP,
+    RowLinear,
+    can_be_read,
+    is_for_kernel,
+)
 
 
 MAX_HEAD_DIM = 256
@@ -223,7 +233,7 @@ STEPS(bfloat16_int4_steps, steps<Int4>, uint16_t)
 )
 
 
-_KINDS = {RowLinear: "", Int8Linear: "_int8", Int4Linear: "_int4"}
+_LINEARS = (RowLinear, Int8Linear, Int4Linear)
 # Of the hooks that transformers leaves on a model once outputs were asked for.
 _CAPTURING = "output_capturing_hook"
 # Those of every module in the process.
@@ -236,13 +246,9 @@ _NO_MATRIX = (0, 0)
 @functools.lru_cache(1)
 def step_kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is no compiler for it."""
-    library = load_library("layer_steps_cpm_bee", STEP_SOURCE)
-    if library is not None:
-        kinds = ("", "_int8", "_int4") if hasattr(library, "float32_int4_steps") else ("",)
-        for function in (getattr(library, f"{dtype}{kind}_steps") for dtype in NUMBERS.values() for kind in kinds):
-            function.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
-            function.restype = None
-    return library
+    types = [*[ctypes.c_void_p] * 4, ctypes.c_int]
+    functions = {f"{dtype}{kind}_steps": types for dtype in NUMBERS.values() for kind in KINDS}
+    return load_library("layer_steps_cpm_bee", STEP_SOURCE, functions)
 
 
 class LayerSteps:
@@ -275,7 +281,7 @@ class LayerSteps:
         config = model.config
         numbers = [number for layer in model.layers for number in _numbers_of(layer)]
         self._layers = (ctypes.c_int64 * len(numbers))(*numbers)
-        self._sizes = (len(model.layers), config.hidden_size, config.intermediate_size, config.num_attention_heads)
+        self._sizes = (len(model.layers), config.intermediate_size, config.num_attention_heads)
         self._head_dim = config.head_dim
         self._attentions = sum(layer.self_attn is not None for layer in model.layers)
         self._last_norm = model.norm.weight
@@ -298,7 +304,7 @@ class LayerSteps:
     def __call__(self, hidden_states: torch.Tensor, position_bias: torch.Tensor, cache: Any) -> torch.Tensor | None:
         """See [`step_layers`]."""
         batch, queries, width = hidden_states.shape
-        count, _, inner, heads = self._sizes
+        count, inner, heads = self._sizes
         bias = position_bias.to(hidden_states).expand(batch, heads, queries, -1).contiguous()
         shape = batch, heads, queries, self._head_dim
         opened = cache.open_places(self._attentions, shape, hidden_states.dtype, bias.shape[-1])
@@ -332,16 +338,16 @@ def _are_capturing(hooks: dict[int, Any]) -> bool:
 
 def _kernel_for(model: nn.Module, modules: list[nn.Module]) -> tuple[Any, int]:
     """The kernel's function for the model's weights, and how many rows it takes; None and 0 if there is none."""
-    known = (nn.ModuleList, GELUActivation, *model._layer_classes, *_KINDS)
+    known = (nn.ModuleList, GELUActivation, *model._layer_classes, *_LINEARS)
     if any(type(module) not in known for module in modules):
         return None, 0
     config, dtype = model.config, model.norm.weight.dtype
     sizes = [size for layer in model.layers for size in _sizes_of(layer, config)]
     linears = [linear for linear, *_ in sizes]
     norms = [module.weight for module in modules if hasattr(module, "variance_epsilon")]
-    kind = _KINDS[type(linears[0])] if linears else None
+    bits = getattr(linears[0], "bits", None) if linears else None
     if (
-        kind is None
+        not linears
         or dtype not in NUMBERS
         or config.head_dim % STEP
         or config.head_dim > MAX_HEAD_DIM
@@ -352,14 +358,13 @@ def _kernel_for(model: nn.Module, modules: list[nn.Module]) -> tuple[Any, int]:
             if weight is not None
         )
         or any(type(linear) is not type(linears[0]) or linear.bias is not None for linear in linears)
-        or any((len(it.weight), it.in_features if kind else it.weight.shape[1]) != (n, k) for it, n, k in sizes)
-        or (kind and any(linear.in_features % GROUP for linear in linears))
-        or (not kind and not all(is_for_kernel(linear) and linear.weight.dtype == dtype for linear in linears))
+        or any((len(it.weight), it.in_features if bits else it.weight.shape[1]) != (n, k) for it, n, k in sizes)
+        or (bits and any(linear.in_features % GROUP for linear in linears))
+        or (not bits and not all(is_for_kernel(linear) and linear.weight.dtype == dtype for linear in linears))
         or any(weight.dtype != dtype or len(weight) != config.hidden_size for weight in norms)
     ):
         return None, 0
-    library = step_kernel()
-    bits = {"_int8": 8, "_int4": 4}.get(kind)
+    library, kind = step_kernel(), f"_int{bits}" if bits else ""
     return getattr(library, f"{NUMBERS[dtype]}{kind}_steps", None), MAX_PACKED_ROWS.get(bits, MAX_ROWS)
 
 
@@ -422,12 +427,9 @@ def step_layers(
         `(batch, queries, hidden)`, or None, with the cache unchanged, if the modules have to compute.
     """
     if (
-        torch.compiler.is_compiling()
+        not can_be_read(hidden_states)
         or torch.is_grad_enabled()
-        or hidden_states.device.type != "cpu"
-        or type(hidden_states) is not torch.Tensor
         or not hasattr(cache, "open_places")
-        or torch.jit.is_tracing()
         or torch.is_autocast_enabled("cpu")
         or model.config._attn_implementation not in _ATTENTIONS
         or (model.training and model.config.attention_dropout)

@@ -25,7 +25,7 @@ from .configuration_vision_resampler import MiniCPMVConfig, OmniLMMConfig, Visio
 from .decoding_presets import default_preset
 from .fast_decoding import check_fast_decoding, compilation_problem, has_kernel
 from .generation_images import ImageGenerationMixin, with_drawing_last
-from .huge_pages import put_into_huge_pages
+from .huge_pages import gather_weights
 from .packed_linear import register_packed
 from .resamplers import RESAMPLERS, ConcatenatingResampler, PerceiverResampler, sincos_position_embedding
 from .row_products import use_row_products
@@ -293,15 +293,11 @@ class VisionResamplerForConditionalGeneration(VisionResamplerPreTrainedModel, Im
         use_row_products(self.language_model)
         if not has_kernel(self.language_model):
             logger.warning_once(
-                "Fast decoding has nothing to gain here: on a CPU it needs plain weights in float32 or bfloat16, and "
-                "a C++ compiler (g++, clang++) on Linux."
+                "Fast decoding has nothing to gain here: on a CPU it needs weights in float32 or bfloat16, or packed "
+                "in 8 or 4 bits, and a C++ compiler (g++, clang++) on Linux."
             )
             return
-        parameters = dict.fromkeys(self.language_model.parameters())
-        places = tuple(parameter.data_ptr() for parameter in parameters)
-        if self.__dict__.get("_places") != places:
-            put_into_huge_pages(parameters)
-            self._places = tuple(parameter.data_ptr() for parameter in parameters)
+        gather_weights(self, self.language_model)
 
     def chat_decoding(self, mode: str, options: Mapping[str, Any]) -> GenerateDecoding:
         """See [`AnsweringMixin.chat_decoding`]; the original's is the first of its presets."""

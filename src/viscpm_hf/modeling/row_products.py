@@ -22,6 +22,8 @@ MAX_ROWS, MAX_PACKED_ROWS = 4, {8: 16, 4: 48}
 # What the kernel takes in one go along the width.
 STEP = 32
 NUMBERS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+# Of weights, in the names of the kernels' functions.
+KINDS = ("", "_int8", "_int4")
 
 SOURCE = (
     COMMON
@@ -365,15 +367,10 @@ extern "C" void unpack_int4(const uint8_t* w, const uint32_t* scales, uint16_t* 
 @functools.lru_cache(1)
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is no compiler for it."""
-    library = load_library("row_products", SOURCE + EXPORTS)
-    if library is not None:
-        kinds = ("", "_int8", "_int4") if has_packed_products(library) else ("",)
-        for function in (getattr(library, f"{dtype}{kind}") for dtype in NUMBERS.values() for kind in kinds):
-            function.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 3, ctypes.c_int]
-            function.restype = None
-        library.unpack_int4.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4, ctypes.c_int]
-        library.unpack_int4.restype = None
-    return library
+    products = [*[ctypes.c_void_p] * 4, *[ctypes.c_long] * 3, ctypes.c_int]
+    functions = {f"{dtype}{kind}": products for dtype in NUMBERS.values() for kind in KINDS}
+    unpacking = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4, ctypes.c_int]
+    return load_library("row_products", SOURCE + EXPORTS, functions | {"unpack_int4": unpacking})
 
 
 def has_packed_products(library: ctypes.CDLL | None) -> bool:

@@ -209,16 +209,10 @@ FOR(bfloat16, Brain)
 @functools.lru_cache(1)
 def kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where there is no compiler for it."""
+    types = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_float, ctypes.c_int]
+    functions = {f"{dtype}_{bits}": types for dtype in _DTYPES.values() for bits in (8, 4)}
     # Torch rounds after every operation: none may be fused.
-    library = load_library("weight_packing", COMMON + SOURCE, ("-ffp-contract=off",))
-    if library is None:
-        return None
-    for dtype in _DTYPES.values():
-        for bits in (8, 4):
-            function = getattr(library, f"{dtype}_{bits}")
-            function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 3, ctypes.c_float, ctypes.c_int]
-            function.restype = None
-    return library
+    return load_library("weight_packing", COMMON + SOURCE, functions, ("-ffp-contract=off",))
 
 
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
