@@ -1,4 +1,4 @@
-"""A page says the same in both languages: as many headings, the same code, links and figures, and nothing left over."""
+"""A page says the same in both languages: the same headings, code, links and figures, and nothing left in English."""
 
 import re
 from collections import Counter
