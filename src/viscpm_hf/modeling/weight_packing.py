@@ -231,7 +231,8 @@ def quantize_weight(weight: torch.Tensor, bits: int, factor: float = 1.0) -> tup
         kinds = ((outputs, inputs), torch.int8), ((outputs,), torch.bfloat16)
     else:
         kinds = ((outputs, inputs // 2), torch.uint8), ((inputs // GROUP, outputs, 2), torch.bfloat16)
-    empty = empty_in_huge_pages if weight.device.type == "cpu" else functools.partial(torch.empty, device=weight.device)
+    is_on_cpu = weight.device.type == "cpu"
+    empty = empty_in_huge_pages if is_on_cpu else functools.partial(torch.empty, device=weight.device)
     packed, scale = (empty(shape, dtype=dtype) for shape, dtype in kinds)
     quantize_into(weight, packed, scale, factor)
     return packed, scale
