@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -52,12 +54,18 @@ class JudgeServer:
         self.reply = reply
         self.requests: list[Request] = []
         self.most_at_once = 0
+        self.ends: queue.Queue[OSError] = queue.Queue()
+        """What told of clients that had enough of single bytes."""
         self._at_once = 0
         self._lock = threading.Lock()
         judge = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionResetError):  # by a client that has had enough
+                    super().handle()
 
             def do_POST(self) -> None:
                 judge._answer(self)
@@ -98,8 +106,7 @@ class JudgeServer:
         handler.end_headers()
         handler.wfile.write(content)
 
-    @staticmethod
-    def _drip(handler: BaseHTTPRequestHandler, seconds: float) -> None:
+    def _drip(self, handler: BaseHTTPRequestHandler, seconds: float) -> None:
         handler.send_response(200)
         handler.end_headers()
         handler.close_connection = True
@@ -107,8 +114,8 @@ class JudgeServer:
             for _ in range(1000):
                 handler.wfile.write(b" ")
                 time.sleep(seconds)
-        except OSError:
-            pass  # as it should be
+        except OSError as error:
+            self.ends.put(error)
 
     def __enter__(self) -> JudgeServer:
         self._thread.start()

@@ -136,6 +136,8 @@ def test_a_dripping_reply_ends_in_time_and_counts_as_the_most(judged):
     assert verdict.error == "the judge's reply was not complete after 0.3 s"
     assert verdict.usage.requests == 2
     assert verdict.usage.tokens == 2 * (MOST_PROMPT + MOST_REVIEW)
+    for _ in range(2):  # the server's next byte fails; after an ordinary closing the one behind it does, otherwise
+        assert isinstance(judged.server.ends.get(timeout=5), ConnectionResetError)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

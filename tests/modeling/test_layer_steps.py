@@ -42,8 +42,8 @@ def folder(tmp_path_factory):
     return make
 
 
-def load(folder, dtype: torch.dtype = torch.float32, bits: int | None = None, pruned: bool = False):
-    if bits and not has_packed_products(kernel()):
+def load(folder, dtype: torch.dtype = torch.float32, bits: int | None = None, pruned: bool = False, needs_kernel=True):
+    if needs_kernel and bits and not has_packed_products(kernel()):
         pytest.skip("needs VNNI and VBMI")
     options = {} if bits is None else {"quantization_config": PackedConfig(bits, ["lm_head"])}
     model = CpmBeeForCausalLM.from_pretrained(folder(pruned), dtype=dtype, **options).eval()
@@ -85,6 +85,27 @@ def decode(model, batch: int, queries: int, steps: int = 3, **options):
         given = {"position_bias": bias, "attention_mask": mask[:, :end], **{CACHE: cache}, **options}
         found.append(model.model(ids[:, end - queries : end], use_cache=True, **given))
     return found, cache
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without one, where nothing is compiled yet."""
+    kernels = (kernel, step_kernel)
+    for made in kernels:
+        made.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    yield
+    for made in kernels:
+        made.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_without_a_compiler_the_modules_compute(folder, calls, no_compiler, bits):
+    model = load(folder, bits=bits, needs_kernel=False)
+    found, _ = decode(model, 1, 1)
+    assert step_kernel() is None and calls == []
+    assert all(torch.isfinite(step.last_hidden_state).all() for step in found)
+    assert model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=3).shape == (1, 6)
 
 
 @pytest.mark.parametrize(("batch", "queries"), [(1, 1), (3, 1), (1, 3), (2, 2), (7, 1)])

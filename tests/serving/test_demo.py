@@ -19,10 +19,11 @@ from viscpm_hf import VisCPMPaint, VisCPMPaintPipeline
 from viscpm_hf.cli import main
 from viscpm_hf.paint import read_record
 from viscpm_hf.serving.demo import browser_language, create_demo, start
-from viscpm_hf.serving.demo_chat import ChatPage, Visit, show_settings
+from viscpm_hf.serving.demo_chat import ChatPage, show_settings
 from viscpm_hf.serving.demo_labels import ERROR_TEXTS, Labels, report, said, status
 from viscpm_hf.serving.demo_paint import PaintPage, painting_status, shown
 from viscpm_hf.serving.demo_texts import LANGUAGES, TEXTS, preferred_language, say
+from viscpm_hf.serving.demo_visit import Visit
 from viscpm_hf.serving.engine import ChatEngine
 from viscpm_hf.serving.paint_engine import PaintEngine
 from viscpm_hf.serving.tickets import EngineBusyError
@@ -168,8 +169,9 @@ def test_a_sample_question_is_asked_of_a_picture_and_else_waits_in_the_box(page)
 
 def test_stop_can_be_pressed_only_while_there_is_something_to_stop(page):
     assert [update[4].get("interactive") for update in ask(page)][:: len(ask(page)) - 1] == [True, False]
-    assert page.stop([])[2]["interactive"] is page.begin(Visit(), [], "cleared")[4]["interactive"] is False
+    assert not asyncio.run(page.begin("cleared", Visit(), []))[4]["interactive"]
     assert ask(page, question=" ")[-1][4] == gr.skip()
+    Visit().stop()
 
 
 def test_a_bad_picture_is_told_of_when_it_comes(page, tmp_path):
@@ -194,23 +196,26 @@ def test_visitors_are_answered_together_and_each_their_own(page, engine):
     steps, rows = engine.statistics.steps, engine.statistics.rows_in_steps
 
     async def together():
-        return await asyncio.gather(*(updates(page, question=question, tokens=40) for question in questions))
+        return await asyncio.gather(*(updates(page, question=question, tokens=40) for question in questions * 6))
 
-    assert [seen[-1][0] for seen in asyncio.run(together())] == alone
+    assert [seen[-1][0] for seen in asyncio.run(together())] == alone * 6
     assert engine.statistics.rows_in_steps - rows > engine.statistics.steps - steps
 
 
-def test_stop_ends_the_engines_work_and_keeps_what_was_said(page, engine):
-    async def leave_early():
-        answering = page.answer(*arguments(page, tokens=1000))
-        async for update in answering:
-            if update[0][-1][1]:
-                break
-        await answering.aclose()
-        return update[0]
+def test_stop_ends_the_engines_work_keeps_what_was_said_and_has_the_last_word(page, engine):
+    visit = Visit()
 
-    turns = asyncio.run(leave_early())
-    assert page.stop(turns)[0][-1]["role"] == "assistant"
+    async def stop_early():
+        seen = []
+        async for update in page.answer_until_stopped(visit, 0, *arguments(page, tokens=1000)):
+            seen.append(update)
+            if update[0][-1][1]:
+                visit.stop()
+        return seen
+
+    *_, before, (turns, conversation, box, told, stop) = asyncio.run(stop_early())
+    assert turns == before[0] and turns[-1][1] and conversation == before[1] and box == gr.skip()
+    assert said("stopped") in told and not stop["interactive"]
     before = engine.statistics.answer_tokens
     ask(page, tokens=12)  # whoever comes next is alone
     assert engine.statistics.answer_tokens - before <= 13
@@ -218,30 +223,69 @@ def test_stop_ends_the_engines_work_and_keeps_what_was_said(page, engine):
 
 def test_another_picture_begins_anew_and_only_then_is_it_said(page):
     visit = Visit()
-    number, turns, conversation, told, _ = page.begin(visit, [("a?", "b")], "new_conversation")
+    number, turns, conversation, told, _ = asyncio.run(page.begin("new_conversation", visit, [("a?", "b")]))
     assert number == visit.conversation == 1
     assert turns == conversation == [] and said("new_conversation") in told
-    assert page.begin(visit, [], "new_conversation")[3] == status("")
+    assert asyncio.run(page.begin("new_conversation", visit, []))[3] == status("")
     assert page.choose(gr.SelectData(None, {"index": 2, "value": None})) is page.samples[2]
 
 
 def test_what_is_cleared_stays_so_whatever_was_being_answered(page):
     visit, given = Visit(), arguments(page, [("first?", "a")], tokens=1000, again=True)
+    told = []
+
+    async def answer():
+        async for update in page.answer_until_stopped(visit, 0, *given):
+            told.append(update)
 
     async def clear_while_answering():
-        seen = []
-        async for update in page.answer_unless_over(visit, 0, *given):
-            seen.append(update)
-            if len(seen) == 2:
-                page.begin(visit, update[0], "cleared")
-        return seen
+        answering = asyncio.ensure_future(answer())
+        while len(told) < 2:
+            await asyncio.sleep(0)
+        await page.begin("cleared", visit, told[-1][0])
+        told.append("cleared")
+        await answering
 
     async def of_conversation(number):
-        return [update async for update in page.answer_unless_over(visit, number, *arguments(page))]
+        return [update async for update in page.answer_until_stopped(visit, number, *arguments(page))]
 
-    assert len(asyncio.run(clear_while_answering())) == 2
+    asyncio.run(clear_while_answering())
+    assert told.index("cleared") == len(told) - 1
     assert asyncio.run(of_conversation(0)) == []  # clicked before, begun after
     assert asyncio.run(of_conversation(1))[-1][0] == ask(page)[-1][0]
+
+
+def test_who_begins_another_work_ends_those_before():
+    visit, seen = Visit(), []
+
+    async def work(name):
+        while True:
+            yield name
+            await asyncio.sleep(0)
+
+    async def read(name):
+        async for update in visit.until_stopped(work(name)):
+            seen.append(update)
+            if update == "c":
+                visit.stop()
+
+    async def all_at_once():
+        await asyncio.wait_for(asyncio.gather(*(read(name) for name in "abc")), 60)
+
+    asyncio.run(all_at_once())
+    assert visit.is_stopped and seen == sorted(seen) and seen.count("c") == 1
+
+
+def test_errors_of_a_work_come_to_its_reader():
+    async def work():
+        yield 1
+        raise ValueError("why")
+
+    async def read():
+        return [update async for update in Visit().until_stopped(work())]
+
+    with pytest.raises(ValueError, match="why"):
+        asyncio.run(read())
 
 
 @pytest.mark.parametrize(("kind", "key"), ERROR_TEXTS)
@@ -330,6 +374,24 @@ def test_flagged_pictures_are_words_not_black_boxes(easel):
     pictures, files, status = paint(easel(**safety_checker(is_strict=True)), number=2)
     assert not pictures and not files
     assert status.count("did not pass the safety check") == 2 and "seed 3" in status and "status-error" in status
+
+
+def test_stop_ends_a_drawing_and_has_the_last_word(easel):
+    page, visit = easel(), Visit()
+
+    async def stop_early():
+        seen = []
+        drawing = page.paint_until_stopped(visit, "一只猫", "", 200, 5.0, 16, 8, False, 3, "en")
+        async for update in drawing:
+            seen.append(update)
+            if "<progress" in update[3]:
+                visit.stop()
+        return seen
+
+    begun, *progress, (*pictures, told, stop) = asyncio.run(stop_early())
+    assert said("starting") in begun[3] and len(progress) == 1
+    assert pictures == [gr.skip()] * 3 and said("stopped") in told and not stop["interactive"]
+    assert page.engine.close() and page.engine.num_images == 0
 
 
 def test_refused_and_impossible_prompts_are_told_of(easel, tmp_path):

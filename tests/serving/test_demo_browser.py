@@ -18,6 +18,7 @@ import axe_core_python
 import PIL.Image
 import pytest
 from browser_support import needs_browser
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -144,7 +145,11 @@ class Page:
         )
 
     def wait(self, condition, message=""):
-        return WebDriverWait(self.browser, PATIENCE, poll_frequency=0.1).until(lambda _: condition(), message)
+        waiting = WebDriverWait(self.browser, PATIENCE, poll_frequency=0.1)
+        try:
+            return waiting.until(lambda _: condition())
+        except TimeoutException as error:
+            raise AssertionError(f"{message} After {PATIENCE} s the page says: {self.text('body')}") from error
 
     def is_shown(self, selector):
         """Whether there is such a picture and it has been loaded."""
@@ -300,11 +305,12 @@ def test_painting(page):
 def test_painting_can_be_stopped(page):
     page.open_tab("paint")
     page.set_paint("steps", "200")
+    page.set_paint("candidates", "8")  # a machine that is never so slow draws no picture before the click
     page.find("#prompt textarea")[0].send_keys("a blue star", Keys.ENTER)
     page.wait(lambda: page.find("#paint-status progress"))
     page.find("#halt")[0].click()
-    page.wait(lambda: say("en", "stopped") in page.text("#paint-status"))
-    assert not page.find("#gallery img")
+    page.wait(lambda: page.text("#paint-status") == say("en", "stopped"))
+    assert not page.find("#gallery img") and not page.find("#halt")[0].is_enabled()
 
 
 def test_four_candidates_are_seen_whole(page):

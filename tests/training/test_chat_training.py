@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from viscpm_hf import VisCPMChat, VisCPMChatForConditionalGeneration
 from viscpm_hf.training import ChatTrainingConfig, merge_adapter, train_chat
-from viscpm_hf.training.chat import check_same_run
+from viscpm_hf.training.chat import IDENTITY, check_same_run
 from viscpm_hf.training.records import BadRowError
 
 
@@ -359,7 +359,7 @@ def test_resuming_another_run_is_refused(golden, rows, tmp_path):
     facts = json.loads((tmp_path / "out" / "checkpoints" / "training.json").read_text("utf-8"))["facts"]
     assert (facts["samples"], facts["processes"]) == (18, 1)
     with pytest.raises(ValueError, match="processes: 1 then, 2 now"):
-        check_same_run(config, {**facts, "processes": 2}, tmp_path / "out")
+        check_same_run(config, {**facts, "processes": 2}, tmp_path / "out", IDENTITY)
     # The same model somewhere else is the same, and a run may last longer than was said.
     model = model.rename(tmp_path / "moved")
     longer = dataclasses.replace(again, model=str(model / golden.weights.name), max_steps=3)

@@ -162,6 +162,3 @@ def image_name(identifier: str | int) -> str:
         return f"{text}.png"
     digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', text)[:64]}-{digest}.png"
-
-
-__all__ = ["ChatRows", "PaintRows"]

@@ -249,6 +249,3 @@ class AnswerStreamer(BaseStreamer):
     def _tell(self, piece: str) -> None:
         if piece:
             self.on_text(piece)
-
-
-__all__ = ["AnswerStreamer", "ChatRequest", "answer_batch", "prompt_of"]

@@ -99,6 +99,3 @@ def read_message(message: Any, number: int) -> tuple[str, Any, list[Any]]:
         else:
             raise ValueError(f"message {number} has a part that is neither text nor a picture of the user.")
     return speaker, text, images
-
-
-__all__ = ["ASSISTANT", "HUMAN", "check_marks", "messages_of", "named_images", "read_message", "without_marks"]

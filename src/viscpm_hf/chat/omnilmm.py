@@ -102,6 +102,3 @@ def _with_usual_name(message: dict[str, Any]) -> dict[str, Any]:
 
 # Its later name.
 MiniCPMVChat = OmniLMMChat
-
-
-__all__ = ["IMAGE_ERROR", "MiniCPMVChat", "OmniLMMChat", "img2base64"]

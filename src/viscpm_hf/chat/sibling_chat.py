@@ -8,7 +8,6 @@ from typing import Any
 
 import PIL.Image
 
-from ..modeling.chat_processing import EncodedImage
 from .chat import VisCPMChat
 
 
@@ -31,6 +30,3 @@ class SiblingChat(VisCPMChat):
         **options: Any,
     ):
         super().__init__(model_path, None, image_safety_checker, **options)
-
-
-__all__ = ["EncodedImage", "SiblingChat"]

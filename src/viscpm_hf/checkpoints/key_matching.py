@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 
 from ..families.key_maps import AS_MATRIX, THIRDS, TOKEN_ROWS, TRANSPOSED, WITHOUT_BATCH, Entry, KeyMap
 from ..modeling.token_ids_cpm_bee import padded_vocab_size
@@ -83,7 +82,3 @@ class KeyMatcher:
             if re.fullmatch(pattern, name):
                 return entry.reason
         return None
-
-    def covers(self, names: Iterable[str]) -> bool:
-        """Whether any of the names is of this map."""
-        return any(self.match(name) for name in names)

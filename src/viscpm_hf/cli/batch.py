@@ -10,9 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import GENERATION_OPTIONS, add_decoding_options, generation_options, positive
-from .eval_running import check_place
-from .model_options import add_model_options, hub_options, load_chat, load_paint
+from .chat import GENERATION_OPTIONS, generation_options
+from .eval_running import (
+    add_chat_options,
+    add_paint_options,
+    add_process_options,
+    chat_mode,
+    check_place,
+    paint_options,
+    paint_rows,
+)
+from .model_options import add_model_options, hub_options, load_chat
 from .words import count as count_of
 
 
@@ -21,7 +29,6 @@ if TYPE_CHECKING:
     from ..batch.results import Results
     from ..batch.runner import RowProcessor
 
-BATCH_SIZE = 8
 # Of one kind of model alone; None, or False, unless given.
 CHAT_OPTIONS = ("mode", *GENERATION_OPTIONS, "images", "quantize_vision", "quantize_embedding", "vision_config")
 PAINT_OPTIONS = ("images_out", "steps", "guidance", "size", "scheduler", "candidates", "quantize_unet", "vae")
@@ -44,12 +51,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("model", metavar="MODEL", help="Chat or Paint: folder, Hub id, or original file / 模型")
     parser.add_argument("input", metavar="INPUT", help="JSONL of rows, each with an id / 输入文件")
     parser.add_argument("output", metavar="OUTPUT", help="JSONL of results, in the same order / 输出文件")
-    parser.add_argument(
-        "--batch-size", type=positive(int), default=BATCH_SIZE, help=f"rows at once ({BATCH_SIZE}) / 批大小"
-    )
-    parser.add_argument(
-        "--num-processes", type=positive(int), default=1, help="processes, one a GPU (1) / 进程数，每个 GPU 一个"
-    )
+    add_process_options(parser)
     parser.add_argument(
         "--engine",
         choices=("local", "ray"),
@@ -57,21 +59,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="ray: --num-processes workers on a Ray cluster, or on a local one / 执行引擎",
     )
     parser.add_argument("--retry-errors", action="store_true", help="do failed rows again / 重试出错的行")
-    parser.add_argument("--overwrite", action="store_true", help="start over / 重新开始")
     parser.add_argument(
         "--seed", type=int, help="of the first row, the others' follow; or a row's own / 首行的随机种子，其余依次加一"
     )
-    chat = parser.add_argument_group("Chat / 对话")
+    chat, paint = add_chat_options(parser), add_paint_options(parser)
     chat.add_argument("--images", metavar="DIR", help="where the rows' pictures are (beside INPUT) / 图片目录")
-    chat.add_argument("--mode", choices=("reference", "generate"), help="decoding (reference) / 解码方式")
-    add_decoding_options(chat)
-    paint = parser.add_argument_group("Paint / 绘画")
     paint.add_argument("--images-out", metavar="DIR", help="where to write the images / 图片输出目录")
-    paint.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")
-    paint.add_argument("--guidance", type=float, help="weight of the prompt (7.5) / 引导系数")
-    paint.add_argument("--size", type=positive(int), help="height and width in pixels (512) / 图片边长")
-    paint.add_argument("--scheduler", metavar="NAME", help="ddpm, dpm++, euler, ddim, unipc, ... / 采样器")
-    paint.add_argument("--candidates", type=positive(int), help="images drawn per prompt, with ranking (4) / 候选数")
     add_model_options(parser, paint=True)
     parser.add_argument(
         "--quantize-vision", action="store_true", help="Chat: the vision tower too / 同时量化视觉编码器"
@@ -126,10 +119,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def finished_rows(results: Results, arguments: argparse.Namespace) -> set[str]:
-    return {key for key, place in results.finished().items() if not (place.is_error and arguments.retry_errors)}
-
-
 def process_rows(arguments: argparse.Namespace, kind: str, results: Results, share: Share) -> None:
     """Runs the unfinished rows of this process."""
     from tqdm import tqdm
@@ -138,7 +127,8 @@ def process_rows(arguments: argparse.Namespace, kind: str, results: Results, sha
     from ..batch.rows import read_rows
     from ..batch.runner import BatchRunner
 
-    finished = finished_rows(results, arguments)
+    redone = arguments.retry_errors
+    finished = {key for key, place in results.finished().items() if not (place.is_error and redone)}
 
     def todo():
         for row in share.rows(read_rows(arguments.input), arguments.batch_size):
@@ -185,25 +175,7 @@ def load_processor(arguments: argparse.Namespace, kind: str) -> RowProcessor:
             arguments.seed,
             generation_options(arguments, mode),
         )
-    options = {"scheduler": arguments.scheduler, "candidates": arguments.candidates}
-    painter = load_paint(arguments, **{name: value for name, value in options.items() if value is not None})
-    painter.pipeline.set_progress_bar_config(disable=True)
-    folder = Path(arguments.images_out)
-    folder.mkdir(parents=True, exist_ok=True)
-    return PaintRows(painter, folder, arguments.seed, paint_options(arguments))
-
-
-def chat_mode(arguments: argparse.Namespace) -> str:
-    return arguments.mode or ("reference" if arguments.top_p is None else "generate")
-
-
-def paint_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {
-        "num_inference_steps": arguments.steps,
-        "guidance_scale": arguments.guidance,
-        "image_size": arguments.size,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    return paint_rows(PaintRows, arguments, Path(arguments.images_out))
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -16,7 +16,7 @@ from .eval_running import (
     chat_settings,
     counts_of,
     generation_of,
-    load_painter,
+    paint_rows,
     paint_settings,
 )
 from .model_options import add_model_options, load_chat
@@ -96,11 +96,7 @@ def run_fid(arguments: argparse.Namespace) -> int:
     results = Results(folder / RESULTS_NAME, IMAGE_FIELDS)
     run = ModelRun(arguments, "fid", "paint", results, settings)
 
-    def load() -> RowProcessor:
-        painter, options = load_painter(arguments)
-        return PaintRows(painter, folder, arguments.seed, options)
-
-    if not run.run(rows, load):
+    if not run.run(rows, lambda: paint_rows(PaintRows, arguments, folder)):
         return 0
     lines = run.lines(rows)
     figures = measure(
@@ -206,10 +202,7 @@ def run_shapes(arguments: argparse.Namespace) -> int:
         if is_chat:
             mode, generation = settings["mode"], generation_of(settings)
             return shapes.ShapesChatRows(load_chat(arguments), mode, arguments.seed, generation)
-        folder = Path(arguments.images)
-        folder.mkdir(parents=True, exist_ok=True)
-        painter, options = load_painter(arguments)
-        return shapes.ShapesPaintRows(painter, folder, arguments.seed, options)
+        return paint_rows(shapes.ShapesPaintRows, arguments, Path(arguments.images))
 
     if not run.run(rows, load):
         return 0

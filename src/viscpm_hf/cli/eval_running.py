@@ -1,4 +1,4 @@
-"""What the evaluations of models share: their options, and runs that go on where they ended."""
+"""What `batch` and the evaluations of models share: their options, and runs that go on where they ended."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .words import count
 
 
 if TYPE_CHECKING:
+    from ..batch.processing import PaintRows
     from ..batch.results import Results
     from ..batch.rows import InputRow
     from ..batch.runner import RowProcessor
@@ -27,37 +28,47 @@ REPORT_HELP = "report (beside the output, .report.json) / 评测报告"
 # ------------------------------------------------------------------------------------------------------------- options
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_process_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive(int), default=BATCH_SIZE, help=f"rows at once ({BATCH_SIZE}) / 批大小"
     )
     parser.add_argument(
         "--num-processes", type=positive(int), default=1, help="processes, one a GPU (1) / 进程数，每个 GPU 一个"
     )
+    parser.add_argument("--overwrite", action="store_true", help="start over / 重新开始")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    add_process_options(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first row, the others' follow (0) / 首行的随机种子，其余依次加一"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start over / 重新开始")
     parser.add_argument("--report", metavar="JSON", help=REPORT_HELP)
 
 
-def add_chat_options(parser: argparse.ArgumentParser) -> None:
+def add_chat_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("Chat / 对话")
     group.add_argument("--mode", choices=("reference", "generate"), help="decoding (reference) / 解码方式")
     add_decoding_options(group)
+    return group
 
 
-def add_paint_options(parser: argparse.ArgumentParser) -> None:
+def add_paint_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("Paint / 绘画")
     group.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")
     group.add_argument("--guidance", type=float, help="weight of the prompt (7.5) / 引导系数")
     group.add_argument("--size", type=positive(int), help="height and width in pixels (512) / 图片边长")
     group.add_argument("--scheduler", metavar="NAME", help="ddpm, dpm++, euler, ddim, unipc, ... / 采样器")
-    group.add_argument("--candidates", type=positive(int), help="images drawn per prompt, with --rank (4) / 候选数")
+    group.add_argument("--candidates", type=positive(int), help="images drawn per prompt, with ranking (4) / 候选数")
+    return group
+
+
+def chat_mode(arguments: argparse.Namespace) -> str:
+    return arguments.mode or ("reference" if arguments.top_p is None else "generate")
 
 
 def chat_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    mode = arguments.mode or ("reference" if arguments.top_p is None else "generate")
+    mode = chat_mode(arguments)
     return {
         "mode": mode,
         **generation_options(arguments, mode),
@@ -105,17 +116,22 @@ def _identity(path: str | None) -> str | None:
     return fingerprint(Path(path)) if path is not None and Path(path).exists() else path
 
 
-def load_painter(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The model, and the options of `paint_batch`."""
+def paint_rows(rows_class: type[PaintRows], arguments: argparse.Namespace, folder: Path) -> PaintRows:
+    """The model, and what it makes of rows in a folder."""
     options = {"scheduler": arguments.scheduler, "candidates": arguments.candidates}
     painter = load_paint(arguments, **{name: value for name, value in options.items() if value is not None})
     painter.pipeline.set_progress_bar_config(disable=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return rows_class(painter, folder, arguments.seed, paint_options(arguments))
+
+
+def paint_options(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {
         "num_inference_steps": arguments.steps,
         "guidance_scale": arguments.guidance,
         "image_size": arguments.size,
     }
-    return painter, {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 # ----------------------------------------------------------------------------------------------------------- every run

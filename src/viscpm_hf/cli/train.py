@@ -6,12 +6,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..names import full_dtype_name
-from ..training.chat_config import ChatTrainingConfig
-from ..training.options import add_config_options, config_from_arguments
+from ..training.chat_config import MODES, ChatTrainingConfig
+from ..training.options import config_from_arguments
 from . import train_paint
 from .errors import EXIT_INTERRUPTED
 from .model_options import add_hub_options, hub_options
-from .words import count
 
 
 if TYPE_CHECKING:
@@ -48,14 +47,7 @@ def _add_chat(kinds: argparse._SubParsersAction) -> None:
         description="Fine-tune Chat on conversations about pictures. Several GPUs: accelerate launch -m viscpm_hf.cli "
         "train chat ... / 用图文对话微调 Chat；多卡训练用 accelerate launch 启动。",
     )
-    parser.add_argument("--config", metavar="YAML", help="these options in a file; given ones go first / 配置文件")
-    mode = parser.add_mutually_exclusive_group()
-    for name in ("lora", "qlora", "full"):
-        mode.add_argument(
-            f"--{name}", dest="mode", action="store_const", const=name, default=argparse.SUPPRESS,
-            help=f"--mode {name}",
-        )  # fmt: skip
-    add_config_options(parser, ChatTrainingConfig)
+    train_paint.add_training_options(parser, ChatTrainingConfig, MODES)
     parser.set_defaults(run=run_chat)
 
 
@@ -104,13 +96,5 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 def describe(result: ChatTrainingResult) -> str:
     """For people."""
-    lines = []
-    if result.skipped.total:
-        lines.append(f"not trained: {result.skipped}")
-    if result.is_interrupted:
-        lines.append(f"stopped after step {result.steps}; the same command with --resume goes on from there")
-        return "\n".join(lines)
-    if result.eval_loss is not None:
-        best = f", best at step {result.best_step}" if result.best_step is not None else ""
-        lines.append(f"loss on held-out data {result.eval_loss:.4f}{best}")
-    return "\n".join([*lines, f"wrote {result.output}: {count(result.steps, 'step')}, {result.seconds:.1f} s"])
+    lines = [f"not trained: {result.skipped}"] if result.skipped.total else []
+    return "\n".join([*lines, *train_paint.describe_run(result)])

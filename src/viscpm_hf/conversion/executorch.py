@@ -245,6 +245,3 @@ def _compare(model: MiniCPMVForConditionalGeneration, folder: Path, tolerance: f
             f"and {tolerance * largest:.3g} was allowed."
         )
     return largest, difference
-
-
-__all__ = ["Export", "export_executorch"]

@@ -123,6 +123,3 @@ class ExportedModel:
     def chat(self, image: PIL.Image.Image | None, question: str, max_new_tokens: int = 64) -> str:
         """The answer to one question."""
         return self.processor.answer_text(self.generate(**self.inputs(image, question), max_new_tokens=max_new_tokens))
-
-
-__all__ = ["ExportedModel"]

@@ -115,6 +115,3 @@ class Budget:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self.spent), "cost": self.limits.cost(self.spent)}
-
-
-__all__ = ["Budget", "BudgetSpentError", "Limits", "Usage"]

@@ -328,20 +328,3 @@ def measure(
             figures["clip_score"] = mean(own, seed).as_dict()
         results[group] = figures
     return results
-
-
-__all__ = [
-    "IMAGE_FIELDS",
-    "RESULTS_NAME",
-    "ClipScorer",
-    "check_folder",
-    "check_inception",
-    "clip_scores",
-    "frechet_distance",
-    "import_torchmetrics",
-    "inception_features",
-    "list_images",
-    "measure",
-    "read_captions",
-    "vision_features",
-]

@@ -327,16 +327,3 @@ def read_places(finished: Mapping[str, Place]) -> dict[str, dict[str, Any]]:
             file.seek(place.offset)
             lines[key] = json.loads(file.readline())
     return lines
-
-
-__all__ = [
-    "JUDGEMENT_FIELDS",
-    "Judge",
-    "JudgeError",
-    "JudgeSettings",
-    "Outcome",
-    "Verdict",
-    "earlier_usage",
-    "judge_all",
-    "read_places",
-]

@@ -85,6 +85,3 @@ def summarize(answers: Iterable[dict[str, Any]], seed: int = 0) -> dict[str, Any
         for language in LANGUAGES
         if language in groups
     }
-
-
-__all__ = ["ANSWER_FIELDS", "BenchRows", "summarize"]

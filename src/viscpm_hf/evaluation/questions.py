@@ -82,6 +82,3 @@ def in_order(categories: Iterable[str]) -> list[str]:
     """LLaVA's categories first, in the order of its table, then others as they come."""
     found = list(dict.fromkeys(categories))
     return [*(name for name in CATEGORIES if name in found), *(name for name in found if name not in CATEGORIES)]
-
-
-__all__ = ["CATEGORIES", "LANGUAGES", "in_order", "language_of", "read_questions"]

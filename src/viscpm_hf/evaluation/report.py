@@ -117,6 +117,3 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
 def report_path(output: Path) -> Path:
     """Where the report of an output lies: `answers.jsonl` -> `answers.report.json`."""
     return output.with_name(f"{output.stem}.report.json")
-
-
-__all__ = ["fingerprint", "make_report", "model_identity", "report_path", "versions", "write_report"]

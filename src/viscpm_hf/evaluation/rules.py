@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .questions import CATEGORIES, LANGUAGES
+from .questions import LANGUAGES
 from .running import Faults, read_identified
 
 
@@ -185,15 +185,3 @@ def parse_scores(review: str) -> tuple[float, float] | None:
         if len(numbers) != 1:
             return None
     return None
-
-
-__all__ = [
-    "CATEGORIES",
-    "Comparison",
-    "Rule",
-    "Rules",
-    "make_comparisons",
-    "parse_scores",
-    "read_answers",
-    "read_contexts",
-]

@@ -112,6 +112,3 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)
-
-
-__all__ = ["Faults", "read_identified", "read_results", "run_rows", "text_fault", "unfinished"]

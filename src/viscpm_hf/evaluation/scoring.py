@@ -89,6 +89,3 @@ def table(scores: dict[str, dict[str, dict[str, Estimate]]]) -> str:
             cells = [by_category[category].text() if category in by_category else "–" for category in columns]
             lines.append(f"| {model} | {language} | {' | '.join(cells)} | {by_category['average'].count} |")
     return "\n".join(lines)
-
-
-__all__ = ["CATEGORIES", "HEADINGS", "read_judgements", "score", "table"]

@@ -165,6 +165,3 @@ def summarize(rows: Sequence[InputRow], lines: Mapping[str, dict[str, Any]], par
         }
         for language, by_name in groups.items()
     }
-
-
-__all__ = ["CHAT_PARTS", "PAINT_PARTS", "ShapesChatRows", "ShapesPaintRows", "chat_rows", "paint_rows", "summarize"]

@@ -74,6 +74,3 @@ def ratio_of_means(
         drawn[index] = above[rows].sum() / max(below[rows].sum(), np.finfo(np.float64).tiny)
     low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(float(above.mean() / below.mean()), float(low), float(high), len(above))
-
-
-__all__ = ["CONFIDENCE", "RESAMPLES", "Estimate", "mean", "proportion", "ratio_of_means"]

@@ -364,8 +364,9 @@ def _kernel_for(model: nn.Module, modules: list[nn.Module]) -> tuple[Any, int]:
         or any(weight.dtype != dtype or len(weight) != config.hidden_size for weight in norms)
     ):
         return None, 0
-    library, kind = step_kernel(), f"_int{bits}" if bits else ""
-    return getattr(library, f"{NUMBERS[dtype]}{kind}_steps", None), MAX_PACKED_ROWS.get(bits, MAX_ROWS)
+    kind = f"_int{bits}" if bits else ""
+    function = getattr(step_kernel(), f"{NUMBERS[dtype]}{kind}_steps", None)  # no compiler, or no VNNI
+    return (None, 0) if function is None else (function, MAX_PACKED_ROWS.get(bits, MAX_ROWS))
 
 
 def _sizes_of(layer: nn.Module, config: Any) -> list[tuple[nn.Module, int, int]]:

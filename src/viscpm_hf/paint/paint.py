@@ -675,6 +675,3 @@ def image_grid(images: Sequence[PIL.Image.Image], captions: Sequence[str] | None
         if captions is not None:
             draw.text((corner[0] + 2, corner[1] + height + 2), captions[index], fill="black")
     return grid
-
-
-__all__ = ["PRESETS", "EncodedPrompt", "PaintResult", "VisCPMPaint", "image_grid", "make_scheduler"]

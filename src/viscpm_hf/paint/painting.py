@@ -111,6 +111,3 @@ def paint_batch(
             result = painter.rank(requests[index].prompt, output.images[own], seeds, flags, reasons[own])
             results[index] = replace(result, negative_prompt=requests[index].negative_prompt, settings=settings)
     return results
-
-
-__all__ = ["PaintRequest", "check_paint_request", "paint_batch"]

@@ -146,6 +146,3 @@ def read_record(path: str | os.PathLike) -> Record:
     if not 1 <= record.steps <= MAX_STEPS or not math.isfinite(record.guidance_scale):
         raise fail(f"{record.steps} steps with guidance {record.guidance_scale} make no sense")
     return record
-
-
-__all__ = ["Record", "RecordError", "call_settings", "png_bytes", "png_info", "read_record"]

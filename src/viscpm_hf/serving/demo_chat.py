@@ -6,7 +6,7 @@ import html
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..shapes import draw, make_scene
 from ..tiny.embedded import EMBEDDED_NAME
 from .demo_labels import EXPECTED_ERRORS, Labels, report, said, status, stop_button
 from .demo_texts import say
+from .demo_visit import Visit
 from .engine import ChatEngine
 from .sampling import SamplingSettings
 from .tickets import Finished, TextPiece
@@ -38,14 +39,6 @@ SAMPLE_SIZE = 224
 
 # Every change redraws the conversation, which browsers needn't do for every token.
 SECONDS_BETWEEN_UPDATES = 0.05
-
-
-@dataclass
-class Visit:
-    """What a visitor's events have in common while they run; all else they get as it was at the click."""
-
-    conversation: int = 0
-    """The number of the conversation that is on: it grows when another one begins."""
 
 
 class ChatPage:
@@ -137,25 +130,25 @@ class ChatPage:
             setting.change(show_settings, [mode, temperature], [temperature, top_p], show_progress="hidden")
         samples.select(self.choose, None, picture, show_progress="hidden")
         # One event, so that a visitor has one answer at a time.
-        answering = gr.on(
+        gr.on(
             [question.submit, send.click, self.retry.click, conversation.example_select],
-            self.answer_unless_over,
+            self.answer_until_stopped,
             [visit, number, turns, picture, question, mode, length, temperature, top_p],
             [turns, conversation, question, state, stop],
             concurrency_limit=None,
             show_progress="hidden",
         )
-        stop.click(self.stop, turns, [conversation, state, stop], cancels=[answering], show_progress="hidden")
+        stop.click(Visit.stop, visit, None, queue=False, show_progress="hidden")
         for event, key in (
             (clear.click, "cleared"),
             (conversation.clear, "cleared"),
             (picture.change, "new_conversation"),
         ):
             beginning = event(
-                lambda visit, turns, key=key: self.begin(visit, turns, key),
+                partial(self.begin, key),
                 [visit, turns],
                 [number, turns, conversation, state, stop],
-                cancels=[answering],
+                concurrency_limit=None,
                 show_progress="hidden",
             )
             if key == "new_conversation":
@@ -163,7 +156,7 @@ class ChatPage:
 
     # ---------------------------------------------------------------------------------------------------------- events
 
-    async def answer_unless_over(
+    async def answer_until_stopped(
         self,
         visit: Visit,
         number: int,
@@ -176,16 +169,17 @@ class ChatPage:
         top_p: float,
         event: gr.EventData,
     ) -> AsyncIterator[tuple[Turns, list[dict[str, Any]], Any, str, Any]]:
-        """[`answer`], until another conversation begins than the one it was asked for, which has the given number.
-
-        gradio's `cancels` does not reach what has only just been clicked.
-        """
-        given = (turns, picture, question, mode, max_new_tokens, temperature, top_p, event)
-        async with aclosing(self.answer(*given)) as updates:
+        """[`answer`], until a click on Stop, after which what there is of the answer stays, or until another
+        conversation begins than the one it was asked for, which has the given number."""
+        if visit.conversation != number:
+            return
+        answer = self.answer(turns, picture, question, mode, max_new_tokens, temperature, top_p, event)
+        async with aclosing(visit.until_stopped(answer)) as updates:
             async for update in updates:
-                if visit.conversation != number:
-                    return
+                turns = update[0]
                 yield update
+        if visit.is_stopped:
+            yield turns, messages(turns), gr.skip(), status(said("stopped")), stop_button(False)
 
     async def answer(
         self,
@@ -249,13 +243,10 @@ class ChatPage:
         lines = (hint, "" if text else said("empty"), *summary(end, time.perf_counter() - begin))
         yield now, messages(now), gr.skip(), status(*lines), stop_button(False)
 
-    def stop(self, turns: Turns) -> tuple[list[dict[str, Any]], str, Any]:
-        """What there is of the answer stays."""
-        return messages(turns), status(said("stopped")), stop_button(False)
-
-    def begin(self, visit: Visit, turns: Turns, key: str) -> tuple[int, Turns, list, str, Any]:
+    async def begin(self, key: str, visit: Visit, turns: Turns) -> tuple[int, Turns, list, str, Any]:
         """A new conversation; `key` says why, if there was one before."""
         visit.conversation += 1
+        await visit.end()
         return visit.conversation, [], [], status(said(key) if turns else ""), stop_button(False)
 
     async def look(self, picture: str | None, now: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..paint.record import png_bytes
 from ..tiny.embedded import EMBEDDED_NAME
 from .demo_labels import EXPECTED_ERRORS, Labels, report, said, status, stop_button
 from .demo_texts import say
+from .demo_visit import Visit
 from .paint_engine import Drawing, DrawingSettings, PaintEngine
 from .waiting import Places
 
@@ -33,8 +35,6 @@ SIZE_STEP = 8
 IDEAS = ("idea_cat", "idea_river", "idea_train")
 TINY_IDEAS = ("idea_circle", "idea_star", "idea_square")
 
-# A progress that was on its way to the page when Stop was clicked would stay there if it came after the last word.
-SECONDS_TO_STOP = 0.5
 SECONDS_BETWEEN_UPDATES = 0.2
 
 
@@ -64,7 +64,7 @@ class PaintPage:
         """Lays out the page and ties its events."""
         side = max(self.engine.painter.pipeline.default_size())
         candidates = 4 if self.engine.painter.pipeline.ranker is not None else 1
-        painted = gr.State([])
+        visit, painted = gr.State(Visit()), gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 prompt = labels.make(
@@ -141,14 +141,15 @@ class PaintPage:
                 )
 
         work = {
-            "fn": self.paint,
-            "inputs": [prompt, negative, steps, guidance, size, number, is_random, seed, language, preset],
+            "fn": self.paint_until_stopped,
+            "inputs": [visit, prompt, negative, steps, guidance, size, number, is_random, seed, language, preset],
             "outputs": [painted, self.gallery, downloads, state, stop],
             "concurrency_limit": None,
             "show_progress": "hidden",
         }
-        painting = [gr.on([prompt.submit, negative.submit, draw.click], **work)]
-        painting += [idea.click(str, idea, prompt, show_progress="hidden").then(**work) for idea in ideas]
+        gr.on([prompt.submit, negative.submit, draw.click], **work)
+        for idea in ideas:
+            idea.click(str, idea, prompt, show_progress="hidden").then(**work)
         preset.input(
             lambda key: [preset_of(key)[name] for name in ("num_inference_steps", "guidance_scale")],
             preset,
@@ -156,19 +157,16 @@ class PaintPage:
             show_progress="hidden",
         )
         is_random.change(lambda is_on: gr.update(visible=not is_on), is_random, seed, show_progress="hidden")
-
-        async def stopped() -> tuple[str, Any]:
-            await asyncio.sleep(SECONDS_TO_STOP)
-            return status(said("stopped")), stop_button(False)
-
-        stop.click(
-            stopped,
-            None,
-            [state, stop],
-            cancels=painting,
-            show_progress="hidden",
-        )
+        stop.click(Visit.stop, visit, None, queue=False, show_progress="hidden")
         language.change(shown, [painted, language], self.gallery, show_progress="hidden", queue=False)
+
+    async def paint_until_stopped(self, visit: Visit, *given: Any) -> AsyncIterator[tuple[Any, Any, Any, str, Any]]:
+        """[`paint`], until a click on Stop."""
+        async with aclosing(visit.until_stopped(self.paint(*given))) as updates:
+            async for update in updates:
+                yield update
+        if visit.is_stopped:
+            yield gr.skip(), gr.skip(), gr.skip(), status(said("stopped")), stop_button(False)
 
     async def paint(
         self,

@@ -35,6 +35,7 @@ from .chat_dataset import ChatDataset, Draws, MixtureSampler, SampleLimits, Skip
 from .collator import ChatCollator
 from .data_files import DataPart
 from .muon import MUON, MUON_TORCH, muon_factory
+from .options import TrainingOptions
 from .output import CHECKPOINTS, MARKS, PARTIAL, last_checkpoint, written_whole
 
 
@@ -53,9 +54,9 @@ IDENTITY = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ChatTrainingResult:
-    """What came of a run."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """What came of a run, of either model."""
 
     output: Path
     steps: int
@@ -64,12 +65,16 @@ class ChatTrainingResult:
     eval_loss: float | None
     """Of the model that was kept; None without evaluation data."""
     best_step: int | None
-    skipped: SkippedRows
     seconds: float
     log: list[dict[str, Any]]
     """Losses, learning rates and evaluations by step, from the beginning of the run."""
     is_interrupted: bool = False
     """Stopped by a signal after writing a checkpoint: go on with `resume`. There is no result in `output` yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTrainingResult(TrainingResult):
+    skipped: SkippedRows
     is_main_process: bool = True
     """Of several processes that trained together, one reports."""
 
@@ -189,13 +194,7 @@ def train_chat(
     arguments = training_arguments(config, output, has_eval=bool(config.eval_data) or eval_dataset is not None)
     if arguments.process_index == 0:
         check_output(config, output)
-    images = None
-    if config.images is not None:
-        images = Path(config.images).expanduser()
-        if not images.is_dir():
-            raise FileNotFoundError(f"There is no images folder {config.images}.")
-    if train_dataset is None and not config.data:
-        raise ValueError("There is no training data: name at least one file (--data).")
+    images = images_folder(config, needs_data=train_dataset is None)
     # Before minutes of loading the model.
     train_parts = [DataPart.open(text) for text in config.data] if train_dataset is None else []
     eval_parts = [DataPart.open(text) for text in config.eval_data] if eval_dataset is None else []
@@ -239,38 +238,38 @@ def train_chat(
         config, arguments, model, processor, train_dataset, eval_dataset, limits, callbacks, stopper
     )
 
-    checkpoint = last_checkpoint(output / CHECKPOINTS) if config.resume else None
     facts = run_facts(model_name, "chat", output, len(train_dataset), arguments.world_size)
-    if checkpoint is not None:
-        check_same_run(config, facts, output)
-    elif arguments.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CHECKPOINTS / SUMMARY, {"config": config.recorded(), "facts": facts})
-    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-    # Ranks that are told at different times would wait for each other forever.
-    can_stop = arguments.world_size == 1 and threading.current_thread() is threading.main_thread()
-    with stopper.listening() if can_stop else contextlib.nullcontext():
-        outcome = trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint is not None else None)
+    checkpoint = begin_run(config, facts, arguments, output, IDENTITY)
+    made = train(trainer, stopper, checkpoint, output)
     if not stopper.is_asked:
         save_result(trainer, output)
     result = ChatTrainingResult(
-        output=output,
-        steps=trainer.state.global_step,
-        train_loss=outcome.training_loss if outcome.global_step > first_step else None,
-        eval_loss=kept_eval_loss(trainer),
-        best_step=trainer.state.best_global_step,
+        **made,
         skipped=skipped,
         seconds=time.perf_counter() - begin,
-        log=list(trainer.state.log_history),
-        is_interrupted=stopper.is_asked,
         is_main_process=trainer.is_world_process_zero(),
     )
     if arguments.should_save and not stopper.is_asked:
-        write_json(output / SUMMARY, summary(config, result))
+        write_summary(config, result)
     return result
 
 
-def check_libraries(config: ChatTrainingConfig) -> None:
+def images_folder(config: TrainingOptions, needs_data: bool = True) -> Path | None:
+    """Where the data's pictures are, if that is said.
+
+    Raises:
+        FileNotFoundError: if it isn't there.
+        ValueError: if files of data are needed, and there are none.
+    """
+    images = None if config.images is None else Path(config.images).expanduser()
+    if images is not None and not images.is_dir():
+        raise FileNotFoundError(f"There is no images folder {config.images}.")
+    if needs_data and not config.data:
+        raise ValueError("There is no training data: name at least one file (--data).")
+    return images
+
+
+def check_libraries(config: TrainingOptions) -> None:
     from importlib.util import find_spec
 
     needed = ["peft"] if config.mode != "full" else []
@@ -284,7 +283,7 @@ def check_libraries(config: ChatTrainingConfig) -> None:
         require(torch=MUON_TORCH)
 
 
-def check_output(config: ChatTrainingConfig, output: Path) -> None:
+def check_output(config: TrainingOptions, output: Path) -> None:
     """Raises `ValueError` if the output can't be written, or holds something that isn't asked to be gone on with."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"The output {output} exists and is no folder.")
@@ -314,9 +313,28 @@ def run_facts(model: str | None, kind: str, output: Path, num_samples: int, num_
     return {"model": model, "samples": num_samples, "processes": num_processes}
 
 
-def check_same_run(
-    config: ChatTrainingConfig, facts: dict[str, Any], output: Path, identity: Sequence[str] = IDENTITY
-) -> None:
+def begin_run(
+    config: TrainingOptions,
+    facts: dict[str, Any],
+    arguments: TrainingArguments,
+    output: Path,
+    identity: Sequence[str],
+) -> Path | None:
+    """The checkpoint to go on from; a run that begins notes its options and `facts`.
+
+    Raises:
+        ValueError: as [`check_same_run`].
+    """
+    checkpoint = last_checkpoint(output / CHECKPOINTS) if config.resume else None
+    if checkpoint is not None:
+        check_same_run(config, facts, output, identity)
+    elif arguments.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / CHECKPOINTS / SUMMARY, {"config": config.recorded(), "facts": facts})
+    return checkpoint
+
+
+def check_same_run(config: TrainingOptions, facts: dict[str, Any], output: Path, identity: Sequence[str]) -> None:
     """Raises `ValueError` if the run to resume had other options or facts that its weights or its order depend on."""
     try:
         known = json.loads((output / CHECKPOINTS / SUMMARY).read_text("utf-8"))
@@ -333,7 +351,7 @@ def check_same_run(
         raise ValueError(f"{output} is another run ({'; '.join(changed)}), so it can't be resumed with these options.")
 
 
-def training_arguments(config: ChatTrainingConfig, output: Path, *, has_eval: bool) -> TrainingArguments:
+def training_arguments(config: TrainingOptions, output: Path, *, has_eval: bool) -> TrainingArguments:
     """`config` in the `Trainer`'s words."""
     precision = config.precision or default_precision()
     eval_steps = config.eval_steps or config.save_steps
@@ -459,6 +477,24 @@ def save_result(trainer: ChatTrainer, output: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def train(trainer: Trainer, stopper: Stopper, checkpoint: Path | None, output: Path) -> dict[str, Any]:
+    """Trains, and says what came of it in the fields of a [`TrainingResult`]."""
+    first_step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    # Ranks that are told at different times would wait for each other forever.
+    can_stop = trainer.args.world_size == 1 and threading.current_thread() is threading.main_thread()
+    with stopper.listening() if can_stop else contextlib.nullcontext():
+        outcome = trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint is not None else None)
+    return {
+        "output": output,
+        "steps": trainer.state.global_step,
+        "train_loss": outcome.training_loss if outcome.global_step > first_step else None,
+        "eval_loss": kept_eval_loss(trainer),
+        "best_step": trainer.state.best_global_step,
+        "log": list(trainer.state.log_history),
+        "is_interrupted": stopper.is_asked,
+    }
+
+
 def kept_eval_loss(trainer: ChatTrainer) -> float | None:
     if trainer.args.load_best_model_at_end and trainer.state.best_metric is not None:
         return trainer.state.best_metric
@@ -466,9 +502,9 @@ def kept_eval_loss(trainer: ChatTrainer) -> float | None:
     return losses[-1] if losses else None
 
 
-def summary(config: ChatTrainingConfig, result: ChatTrainingResult) -> dict[str, Any]:
+def write_summary(config: TrainingOptions, result: TrainingResult) -> None:
     outcome = dataclasses.asdict(result) | {"output": os.fspath(result.output)}
-    return {"config": config.recorded(), "result": outcome}
+    write_json(result.output / SUMMARY, {"config": config.recorded(), "result": outcome})
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -52,15 +52,46 @@ class HubOptions:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainingOptions(HubOptions):
-    """What the options of both models' training have in common besides their names."""
+    """The options that the training of both models has."""
 
     adapter_learning_rate: typing.ClassVar[float]
+
+    images: str | None = option(None, "where the data's pictures lie (beside the data) / 图片文件夹", metavar="DIR")
+    lora_rank: int = option(16, "rank of the adapter (16) / LoRA 秩")
+    epochs: float = option(5.0, "passes over the data (5) / 训练轮数")
+    max_steps: int | None = option(None, "stop after so many steps instead / 最大步数")
+    eval_batch_size: int | None = option(None, "(as batch-size) / 验证批大小")
+    accumulation: int = option(1, "steps whose gradients are summed (1) / 梯度累积")
+    warmup: float = option(0.03, "steps, or below 1 their share (0.03) / 预热步数或比例")
+    scheduler: str = option("cosine", "of the learning rate, transformers' names (cosine) / 学习率调度")
+    weight_decay: float = option(0.01, "(0.01) / 权重衰减")
+    max_grad_norm: float = option(1.0, "clips gradients; 0 does not (1) / 梯度裁剪")
+    precision: str | None = option(
+        None, "of the computation (bf16 on a GPU, else fp32) / 计算精度", choices=PRECISIONS
+    )
+    gradient_checkpointing: bool = option(False, "saves memory, costs a third more time / 梯度检查点")
+    bad_rows: str = option("skip", "rows that can't be used: report and skip, or fail / 坏数据处理", choices=BAD_ROWS)
+    save_steps: int | None = option(None, "between checkpoints (an epoch) / 保存间隔")
+    eval_steps: int | None = option(None, "between evaluations (as save-steps) / 验证间隔")
+    log_steps: int = option(10, "between reports of the loss (10) / 日志间隔")
+    save_total_limit: int = option(2, "checkpoints kept, the best one included (2) / 保留检查点数")
+    keep_best: bool = option(True, "with eval-data: the best checkpoint is the result / 保留最佳检查点")
+    resume: bool = option(False, "go on from OUT's last checkpoint, if there is one / 断点续训")
+    tensorboard: bool = option(True, "write OUT/checkpoints/runs / TensorBoard 日志")
 
     def _check(self) -> None:
         """Brings every field to its type; see [`check_types`]."""
         if self.output is None:
             raise ValueError("Say where the result goes: output (--output OUT).")
         check_types(self)
+        self._check_at_least("epochs", 1e-9)
+        for name in (
+            "lora_rank", "lora_alpha", "max_steps", "batch_size", "eval_batch_size", "accumulation", "image_size",
+            "save_steps", "eval_steps", "log_steps", "save_total_limit",
+        ):  # fmt: skip
+            self._check_at_least(name, 1)
+        for name in ("learning_rate", "warmup", "weight_decay", "max_grad_norm", "workers", "seed"):
+            self._check_at_least(name, 0)
         if self.save_steps and self.eval_steps and self.eval_data and self.save_steps % self.eval_steps:
             raise ValueError(
                 f"save_steps {self.save_steps} must be a multiple of eval_steps {self.eval_steps}: a checkpoint is "
@@ -94,12 +125,11 @@ def _value_type(annotation: Any) -> tuple[type, bool]:
     return annotation, False
 
 
-def add_config_options(parser: argparse._ActionsContainer, config_class: type, skip: tuple[str, ...] = ()) -> None:
-    """Adds an option for every field; only given ones end up among the arguments (see [`config_from_arguments`])."""
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        if field.name in skip:
-            continue
+def add_config_options(parser: argparse._ActionsContainer, config_class: type) -> None:
+    """Adds an option for every field, those of the class itself first; only given ones end up among the arguments
+    (see [`config_from_arguments`])."""
+    hints, own = typing.get_type_hints(config_class), config_class.__annotations__
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         kind, is_list = _value_type(hints[field.name])
         settings: dict[str, Any] = {"default": argparse.SUPPRESS}
         settings |= {name: value for name, value in field.metadata.items() if name != "help"}

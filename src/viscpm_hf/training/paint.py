@@ -6,15 +6,11 @@ Before training, prompts and pictures go through the text encoder and the VAE on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -29,20 +25,21 @@ from ..tiny.embedded import resolve_model
 from ..version import OLDEST, require
 from .chat import (
     DTYPES,
-    SUMMARY,
     EpochSetter,
     Stopper,
+    TrainingResult,
+    begin_run,
     check_libraries,
     check_output,
-    check_same_run,
     default_precision,
-    kept_eval_loss,
+    images_folder,
     run_facts,
+    train,
     training_arguments,
-    write_json,
+    write_summary,
 )
 from .chat_dataset import MixtureSampler
-from .output import CHECKPOINTS, last_checkpoint, written_whole
+from .output import written_whole
 from .paint_cache import TensorCache, text_key
 from .paint_config import LORA_TARGETS, PaintTrainingConfig
 from .paint_data import CaptionDataset, open_part
@@ -75,27 +72,13 @@ IDENTITY = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PaintTrainingResult:
-    """What came of a run."""
-
-    output: Path
-    steps: int
-    train_loss: float | None
-    """Mean over the steps of this call; None if it made none."""
-    eval_loss: float | None
-    """Of the model that was kept; None without evaluation data."""
-    best_step: int | None
+@dataclass(frozen=True, kw_only=True)
+class PaintTrainingResult(TrainingResult):
     num_skipped: int
     """Rows that could not be used."""
     num_encoded_prompts: int
     num_encoded_images: int
     """What was not in the cache yet."""
-    seconds: float
-    log: list[dict[str, Any]]
-    """Losses, learning rates and evaluations by step, from the beginning of the run."""
-    is_interrupted: bool = False
-    """Stopped by a signal after writing a checkpoint: go on with `resume`. There is no result in `output` yet."""
 
 
 @dataclass
@@ -138,13 +121,7 @@ def train_paint(config: PaintTrainingConfig, *, callbacks: Sequence[TrainerCallb
     if arguments.process_index == 0:
         check_output(config, output)
     model = model_folder(config)
-    images = None
-    if config.images is not None:
-        images = Path(config.images).expanduser()
-        if not images.is_dir():
-            raise FileNotFoundError(f"There is no images folder {config.images}.")
-    if not config.data:
-        raise ValueError("There is no training data: name at least one file (--data).")
+    images = images_folder(config)
 
     tokenizing = text_pipeline(model)
     datasets = {
@@ -158,13 +135,8 @@ def train_paint(config: PaintTrainingConfig, *, callbacks: Sequence[TrainerCallb
         if names
     }
     size = config.image_size or default_size(model)
-    checkpoint = last_checkpoint(output / CHECKPOINTS) if config.resume else None
     facts = run_facts(config.model, "paint", output, len(datasets["train"]), arguments.world_size)
-    if checkpoint is not None:
-        check_same_run(config, facts, output, IDENTITY)
-    elif arguments.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CHECKPOINTS / SUMMARY, {"config": config.recorded(), "facts": facts})
+    checkpoint = begin_run(config, facts, arguments, output, IDENTITY)
 
     cache_folder = Path(config.cache).expanduser() if config.cache else output / CACHE
     prompts = prompt_cache(cache_folder, model, is_projected=not config.train_projection)
@@ -207,27 +179,16 @@ def train_paint(config: PaintTrainingConfig, *, callbacks: Sequence[TrainerCallb
                 seed=config.seed,
             )
         )
-    # Ranks that are told at different times would wait for each other forever.
-    can_stop = arguments.world_size == 1 and threading.current_thread() is threading.main_thread()
-    with stopper.listening() if can_stop else contextlib.nullcontext():
-        outcome = trainer.train(resume_from_checkpoint=os.fspath(checkpoint) if checkpoint is not None else None)
     result = PaintTrainingResult(
-        output=output,
-        steps=trainer.state.global_step,
-        train_loss=outcome.training_loss if outcome.global_step else None,
-        eval_loss=kept_eval_loss(trainer),
-        best_step=trainer.state.best_global_step,
+        **train(trainer, stopper, checkpoint, output),
         num_skipped=sum(part.num_skipped for part in data.values()),
         num_encoded_prompts=num_prompts,
         num_encoded_images=sum(part.num_encoded for part in data.values()),
         seconds=time.perf_counter() - begin,
-        log=list(trainer.state.log_history),
-        is_interrupted=stopper.is_asked,
     )
     if arguments.should_save and not stopper.is_asked:
         save_result(trainer, config, model, output)
-        outcome = dataclasses.asdict(result) | {"output": os.fspath(output)}
-        write_json(output / SUMMARY, {"config": config.recorded(), "result": outcome})
+        write_summary(config, result)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -389,6 +350,3 @@ def save_result(trainer: PaintTrainer, config: PaintTrainingConfig, model: Path,
             save_adapter(folder, trained.unet, trained.projection)
         else:
             save_pipeline(folder, model, None if config.freeze_unet else trained.unet, trained.projection)
-
-
-__all__ = ["PaintTrainingResult", "train_paint"]

@@ -108,6 +108,3 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
                 file.seek(HEAD_BYTES + (size - HEAD_BYTES) * number // SAMPLED_BLOCKS)
                 digest.update(file.read(BLOCK_BYTES))
     return digest.hexdigest()
-
-
-__all__ = ["TensorCache", "files_fingerprint", "text_key"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .options import BAD_ROWS, PRECISIONS, TrainingOptions, option
+from .options import TrainingOptions, option
 
 
 MODES = ("full", "lora")
@@ -34,13 +34,11 @@ class PaintTrainingConfig(TrainingOptions):
         metavar="DATA",
     )
     eval_data: list[str] = option([], "held-out captions, likewise / 验证数据", metavar="DATA")
-    images: str | None = option(None, "where the data's pictures lie (beside the data) / 图片文件夹", metavar="DIR")
     cache: str | None = option(None, "encoded prompts and pictures (OUT/cache) / 编码缓存文件夹", metavar="DIR")
 
     mode: str = option("full", "the whole UNet, or an adapter on it / 训练方式", choices=MODES)
     freeze_unet: bool = option(False, "train the projection alone / 冻结 UNet，仅训练投影层")
     train_projection: bool = option(False, "train the text encoder's projection too / 同时训练文本投影层")
-    lora_rank: int = option(16, "rank of the adapter (16) / LoRA 秩")
     lora_alpha: int = option(16, "its scale is alpha / rank (16) / LoRA 缩放")
     lora_targets: list[str] = option([], f"layers that get one ({', '.join(LORA_TARGETS)}) / LoRA 目标层")
 
@@ -53,25 +51,12 @@ class PaintTrainingConfig(TrainingOptions):
     ema_decay: float = option(0.0, "averages the weights, 0.9999 or so; 0 does not (0) / 权重滑动平均")
 
     learning_rate: float | None = option(None, "at its peak (1e-5, adapters 1e-4) / 学习率")
-    epochs: float = option(5.0, "passes over the data (5) / 训练轮数")
-    max_steps: int | None = option(None, "stop after so many steps instead / 最大步数")
     batch_size: int = option(1, "pictures a step and device (1) / 每设备批大小")
-    eval_batch_size: int | None = option(None, "(as batch-size) / 验证批大小")
-    accumulation: int = option(1, "steps whose gradients are summed (1) / 梯度累积")
-    warmup: float = option(0.03, "steps, or below 1 their share (0.03) / 预热步数或比例")
-    scheduler: str = option("cosine", "of the learning rate, transformers' names (cosine) / 学习率调度")
     optimizer: str = option("adamw_torch", "transformers' name (adamw_torch) / 优化器")
-    weight_decay: float = option(0.01, "(0.01) / 权重衰减")
     adam_beta2: float = option(0.999, "(0.999) / Adam 的 beta2")
-    max_grad_norm: float = option(1.0, "clips gradients; 0 does not (1) / 梯度裁剪")
-    precision: str | None = option(
-        None, "of the computation (bf16 on a GPU, else fp32) / 计算精度", choices=PRECISIONS
-    )
-    gradient_checkpointing: bool = option(False, "saves memory, costs a third more time / 梯度检查点")
     encode_batch_size: int = option(8, "prompts or pictures encoded at once (8) / 编码批大小")
     seed: int = option(42, "of order, noise, adapter / 随机种子")
 
-    bad_rows: str = option("skip", "rows that can't be used: report and skip, or fail / 坏数据处理", choices=BAD_ROWS)
     workers: int = option(0, "processes that read the cache (0) / 数据进程数")
 
     validation_prompts: list[str] = option(
@@ -81,25 +66,11 @@ class PaintTrainingConfig(TrainingOptions):
     inference_steps: int = option(50, "denoising steps of these drawings (50) / 绘制采样步数")
     guidance: float = option(7.5, "weight of the prompt in these drawings (7.5) / 绘制引导系数")
 
-    save_steps: int | None = option(None, "between checkpoints (an epoch) / 保存间隔")
-    eval_steps: int | None = option(None, "between evaluations (as save-steps) / 验证间隔")
-    log_steps: int = option(10, "between reports of the loss (10) / 日志间隔")
-    save_total_limit: int = option(2, "checkpoints kept, the best one included (2) / 保留检查点数")
-    keep_best: bool = option(True, "with eval-data: the best checkpoint is the result / 保留最佳检查点")
-    resume: bool = option(False, "go on from OUT's last checkpoint, if there is one / 断点续训")
-    tensorboard: bool = option(True, "write OUT/checkpoints/runs / TensorBoard 日志")
-
     def __post_init__(self):
         self._check()
-        for name in (
-            "lora_rank", "lora_alpha", "max_steps", "batch_size", "eval_batch_size", "accumulation", "image_size",
-            "encode_batch_size", "inference_steps", "validation_steps", "save_steps", "eval_steps", "log_steps",
-            "save_total_limit",
-        ):  # fmt: skip
+        for name in ("encode_batch_size", "inference_steps", "validation_steps"):
             self._check_at_least(name, 1)
-        for name in ("learning_rate", "warmup", "weight_decay", "max_grad_norm", "workers", "seed", "snr_gamma"):
-            self._check_at_least(name, 0)
-        self._check_at_least("epochs", 1e-9)
+        self._check_at_least("snr_gamma", 0)
         self._check_shares("prompt_dropout", "ema_decay", "adam_beta2")
         if self.freeze_unet and not self.train_projection:
             raise ValueError("freeze_unet leaves nothing to train; with train_projection the projection is.")

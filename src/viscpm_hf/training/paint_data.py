@@ -150,6 +150,3 @@ def load_square(image: ImageSource, size: int) -> PIL.Image.Image:
     processor = VisCPMImageProcessor()
     picture = processor.process_image(processor.fetch_images(image), do_convert_rgb=True)
     return PIL.ImageOps.fit(picture, (size, size), PIL.Image.Resampling.LANCZOS)
-
-
-__all__ = ["CaptionDataset", "CaptionedImage", "load_square", "open_part", "read_caption"]

@@ -209,16 +209,3 @@ def _read(path: Path, name: str) -> torch.Tensor:
 def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for begin in range(0, len(items), size):
         yield items[begin : begin + size]
-
-
-__all__ = [
-    "PADDING",
-    "PromptProjection",
-    "Share",
-    "encode_pictures",
-    "encode_prompts",
-    "picture_cache",
-    "projection_files",
-    "prompt_cache",
-    "text_pipeline",
-]

@@ -112,6 +112,3 @@ class PaintTrainingModel(nn.Module):
         if kind == "epsilon":
             return clipped / snr
         return clipped if kind == "sample" else clipped / (snr + 1)
-
-
-__all__ = ["PaintTrainingModel"]

@@ -86,6 +86,3 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def _projection_tensors(projection: PromptProjection) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in projection.state_dict().items()}
-
-
-__all__ = ["load_projection", "save_adapter", "save_pipeline"]

@@ -261,6 +261,3 @@ class DrawingCallback(TrainerCallback):
         pipeline.vae.to("cpu")
         model.train(was_training)
         return images
-
-
-__all__ = ["DrawingCallback", "PaintBatchShape", "PaintDraws", "PaintTrainer", "collate"]
