@@ -227,8 +227,8 @@ struct Tiles {
 };
 
 // Of all rows; sums have a multiple of 16 lines.
-static inline void add_products(const Tiles& tiles, const __m512i* codes, const Digits& digits, long group, long groups,
-                                __m512i (*sums)[4], bool fresh) {
+static inline void add_products(const Tiles& tiles, const __m512i* codes, const Digits& digits, long group,
+                                long groups, __m512i (*sums)[4], bool fresh) {
   for (long m = 0; m < digits.rows;) {
     const long left = digits.rows - m;
     __m512i(*mine)[4] = sums + 2 * m;
@@ -278,9 +278,11 @@ struct Int8 {
           add_dots(fine[m], codes, _mm512_load_si512(lines + (2 * m + 1) * next));
         }
       }
-      for (int m = 0; m < ROWS; m++)
-        put(_mm512_reduce_add_epi32((__m512i)coarse[m]), _mm512_reduce_add_epi32((__m512i)fine[m]), number(scales[i]), y, n, first + m,
-            i);
+      for (int m = 0; m < ROWS; m++) {
+        const int whole = _mm512_reduce_add_epi32((__m512i)coarse[m]);
+        const int rest = _mm512_reduce_add_epi32((__m512i)fine[m]);
+        put(whole, rest, number(scales[i]), y, n, first + m, i);
+      }
     }
   }
   template <class Out>
