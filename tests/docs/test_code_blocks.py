@@ -25,7 +25,8 @@ from viscpm_hf.shapes import draw, make_scene
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+# What is in Chinese has the same code (`test_translations.py`).
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if ".zh" not in page.suffixes)]
 BLOCK = re.compile(r"((?:^<!-- (?:not run|given): .*?-->\n)*)^```(python|bash)\n(.*?)^```", re.S | re.M)
 MARK = re.compile(r"<!-- (not run|given): (.*?) *-->", re.S)
 # What stands for a GPU here.
