@@ -46,10 +46,6 @@ class TensorHeader:
     def nbytes(self) -> int:
         return self.numel * ITEM_SIZES[self.dtype]
 
-    @property
-    def is_floating_point(self) -> bool:
-        return "float" in self.dtype
-
 
 def safetensors_header(path: str | os.PathLike) -> dict[str, TensorHeader]:
     """Names, dtypes and shapes of a safetensors file; its values aren't read.

@@ -84,6 +84,9 @@ class CheckpointProblems:
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.misshaped or self.mistyped)
 
+    def __add__(self, other: CheckpointProblems) -> CheckpointProblems:
+        return CheckpointProblems(*(own + vars(other)[name] for name, own in vars(self).items()))
+
     def __str__(self) -> str:
         def sample(names: list[str]) -> str:
             return ", ".join(map(plain, names[:3])) + (", ..." if len(names) > 3 else "")
@@ -175,6 +178,12 @@ def key_map_of(kind: str, names: Mapping[str, Any]) -> key_maps.KeyMap:
     if any(name.startswith("cpmbee.") for name in names):
         return key_maps.CPM_BEE_SAVED
     return key_maps.CPM_BEE_WITHIN if any(name.startswith("llm.") for name in names) else key_maps.CPM_BEE
+
+
+def paint_parts(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What of VisCPM-Paint's original file is its text encoder's, and what the UNet's."""
+    of_unet = {name: tensor for name, tensor in tensors.items() if name.startswith("unet.")}
+    return {name: tensor for name, tensor in tensors.items() if name not in of_unet}, of_unet
 
 
 def dtype_of(tensor: torch.Tensor | TensorHeader) -> str:

@@ -100,7 +100,8 @@ class CpmBeeReader(Reader):
 
     def state_dict(self, tensors, model_class, config, source):
         check_original_weights(tensors, model_class, config, source)
-        return needed_tensors(tensors, model_class)
+        matcher = KeyMatcher(key_map_of(_wanted_kind(model_class), tensors))
+        return {name: tensor for name, tensor in tensors.items() if matcher.dropped_reason(name) is None}
 
 
 def check_original_weights(
@@ -153,14 +154,6 @@ def _check_tied(state_dict: Mapping[str, torch.Tensor], path: str | os.PathLike)
     raise OriginalCheckpointError(
         f"{path} has lm_head.weight besides the embedding, and its values are others: CPM-Bee's head is the embedding."
     )
-
-
-def needed_tensors(
-    state_dict: Mapping[str, torch.Tensor], model_class: type[PreTrainedModel]
-) -> dict[str, torch.Tensor]:
-    """A checked state dict without what the model has no use for."""
-    matcher = KeyMatcher(key_map_of(_wanted_kind(model_class), state_dict))
-    return {name: tensor for name, tensor in state_dict.items() if matcher.dropped_reason(name) is None}
 
 
 def _wanted_kind(model_class: type[PreTrainedModel]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import pickle
 import zipfile
@@ -52,16 +51,10 @@ FIELD_HEADER_BYTES = 4
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(TensorHeader):
     """A tensor to be written."""
 
-    name: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -38,6 +38,7 @@ from ..checkpoints.original import (
     chat_sizes,
     check_state_dict,
     key_map_of,
+    paint_parts,
     read_json,
     text_config,
     text_encoder_config,
@@ -110,9 +111,9 @@ def compare_original(location: Location, kind: str, headers: Headers, llm_config
     if kind == PAINT:
         from .paint import check_original_paint
 
-        missing, surplus, shapes = check_original_paint(location, config, headers)
-        return Compared(config, missing, surplus, problems + shapes)
-    found = original_problems(kind, headers, config)
+        found = check_original_paint(location, config, headers)
+    else:
+        found = original_problems(kind, headers, config)
     return Compared(config, found.missing, found.unexpected, problems + found.misshaped + found.mistyped)
 
 
@@ -135,11 +136,10 @@ def _is_as_known(location: Location, kind: str, headers: Headers, sizes: SimpleN
     if kind != PAINT:
         return not check_state_dict(headers, key_map_of(kind, headers), expected)
     unet = unet_shapes(original_unet_config(location))
-    of_unet = {name: header for name, header in headers.items() if name.startswith("unet.")}
-    others = {name: header for name, header in headers.items() if name not in of_unet}
+    of_encoder, of_unet = paint_parts(headers)
     return (
         unet is not None
-        and not check_state_dict(others, key_maps.PAINT_TEXT_ENCODER, expected)
+        and not check_state_dict(of_encoder, key_maps.PAINT_TEXT_ENCODER, expected)
         and not check_state_dict(of_unet, key_maps.PAINT_UNET, unet)
     )
 

@@ -31,9 +31,10 @@ from ..checkpoints.stored_quantization import stored_quantization
 from ..checkpoints.tensor_files import ArchiveWriter, SafetensorsWriter, dtype_name, named_dtype, sha256_of
 from ..checkpoints.transfer import converted_pieces, one_torch_thread
 from ..families.family import FAMILIES
+from ..loading import placement
 from ..version import __version__
-from .export import export_original_folder, export_paint_folder, export_transformers_folder
-from .paint import verify_loading_paint
+from .export import export_original_folder, export_transformers_folder
+from .paint import export_paint_folder, verify_loading_paint
 from .plan import Checkpoint, ConversionPlan
 from .planning import open_converted, open_original, plan_conversion, plan_original
 from .source_files import SourceChangedError, SourceFiles
@@ -46,8 +47,6 @@ logger = logging.get_logger(__name__)
 TO_HUGGINGFACE, TO_ORIGINAL = "huggingface", "original"
 KEEP_DTYPE = "keep"
 MANIFEST_FORMAT = 1
-SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
 # Configurations, code and vocabulary come on top of the weights.
 SPARE_BYTES = 16 * 2**20
 
@@ -493,16 +492,7 @@ def parse_size(size: int | str) -> int:
     Raises:
         ValueError: for what is no size, or none above zero.
     """
-    value = 0.0
-    if isinstance(size, int):
-        value = size
-    else:
-        text = size.strip().upper()
-        unit = next((unit for unit in sorted(SIZE_UNITS, key=len, reverse=True) if text.endswith(unit)), "")
-        try:
-            value = float(text.removesuffix(unit)) * SIZE_UNITS.get(unit, 1)
-        except ValueError:
-            value = 0.0
-    if not 1 <= value < float("inf"):
-        raise ValueError(f"A shard size is a number of bytes or text such as 5GB, got {size!r}.")
-    return int(value)
+    num_bytes = placement.parse_size(size, "A shard size")
+    if num_bytes < 1:
+        raise ValueError(f"A shard size is at least a byte, got {size!r}.")
+    return num_bytes

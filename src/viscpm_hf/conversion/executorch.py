@@ -77,16 +77,20 @@ def export_executorch(
     if quantization is not None:
         _quantize(model, quantization)
     language = LanguagePart(model, context)
-    fingerprint = {
+    description = {
         "format": "executorch",
-        "quantization": quantization,
+        "model": title_of(model.config),
+        "quantization": quantization or "none",
         "views": [list(view) for view in views],
         "context": context,
+        "chunk": min(CHUNK, context),
+        "eos_token_id": processor.tokenizer.eos_token_id,
+        "image_token_id": model.config.image_token_id,
     }
     sources = [Path(name)] if (name := model.config.name_or_path) and Path(name).exists() else []
     workspace = Workspace(output, sources, resume=None, overwrite=overwrite)
-    with workspace.open(fingerprint), torch.no_grad():
-        tokens = torch.export.Dim("tokens", min=1, max=min(CHUNK, context))
+    with workspace.open(description), torch.no_grad():
+        tokens = torch.export.Dim("tokens", min=1, max=description["chunk"])
         seen = torch.zeros(1, 3, model.config.text_config.hidden_size)
         graphs = {}
         for height, width in views:
@@ -108,16 +112,6 @@ def export_executorch(
         for part in PARTS:
             lower(part, programs.pop(part), workspace.path / f"{part}.pte")
         processor.save_pretrained(workspace.path)
-        description = {
-            "format": "executorch",
-            "model": title_of(model.config),
-            "quantization": quantization or "none",
-            "views": [list(view) for view in views],
-            "context": context,
-            "chunk": min(CHUNK, context),
-            "eos_token_id": processor.tokenizer.eos_token_id,
-            "image_token_id": model.config.image_token_id,
-        }
         write_json(workspace.path / DESCRIPTION_NAME, description)
         sizes = {part: (workspace.path / f"{part}.pte").stat().st_size for part in PARTS}
         differences = _compare(model, workspace.path, TOLERANCE[quantization]) if verify else ()

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..checkpoints.location import MANIFEST_NAME, json_object
@@ -27,8 +28,9 @@ from ..checkpoints.original import (
 )
 from ..checkpoints.processors import load_processor
 from ..checkpoints.tensor_files import dtype_name
-from .folder_files import save_code, write_index, write_json
+from .folder_files import write_index, write_json
 from .model_card import card
+from .paint import copy_diffusion_parts
 from .verify import empty_model
 
 
@@ -56,7 +58,7 @@ def export_transformers_folder(
             part.dtype = config.dtype
     config.name_or_path = ""
     config.auto_map = auto_map(config, AUTO_CLASSES.get(checkpoint.kind, VISION_LANGUAGE))
-    save_code(model, folder)
+    custom_object_save(model, folder)
     config.save_pretrained(folder)
     checkpoint.set_generation(model)
     model.generation_config.save_pretrained(folder)
@@ -117,8 +119,6 @@ def export_original_folder(folder: Path, checkpoint: Checkpoint, manifest: Mappi
     shutil.copyfile(checkpoint.vocab, folder / VOCAB_NAME)
     write_json(folder / MANIFEST_NAME, manifest)
     if checkpoint.kind == PAINT:
-        from .paint import copy_diffusion_parts
-
         copy_diffusion_parts(checkpoint, folder)
 
 
@@ -139,13 +139,3 @@ def _original_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.kind == PAINT:
         sizes["unet_cross_attention_dim"] = config.projection_dim
     return sizes
-
-
-def export_paint_folder(
-    folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]
-) -> None:
-    """Completes a folder of weights to one that `DiffusionPipeline.from_pretrained` loads."""
-    from .paint import export_parts
-
-    export_parts(folder, checkpoint, plan, manifest)
-    write_json(folder / MANIFEST_NAME, manifest)

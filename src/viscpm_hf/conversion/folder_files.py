@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
 
 def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def save_code(model: Any, folder: Path) -> None:
-    """Copies the files of a model's class and of all that they import from beside them."""
-    custom_object_save(model, folder)
 
 
 def write_index(folder: Path, plan: ConversionPlan, weights_name: str, part: str = "") -> None:

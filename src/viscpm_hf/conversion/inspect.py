@@ -15,7 +15,6 @@ from ..checkpoints.json_files import load_json
 from ..checkpoints.location import (
     ADAPTER,
     DIFFUSERS_FOLDER,
-    ORIGINAL_FILE,
     ORIGINAL_FOLDER,
     Location,
     find_original,
@@ -100,7 +99,6 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
         missing.append("vocab.txt")
     if kind == PAINT and not any((location.folder / name).exists() for name in ("vae", "vae.bin")):
         missing.append("vae/ (the original file has none; openbmb/VisCPM-Paint has it in a folder)")
-    name = location.name if location.layout == ORIGINAL_FILE else f"{location.name.rstrip('/')}"
     return inspection(
         location,
         kind,
@@ -110,7 +108,7 @@ def _inspect_original(location: Location, weights: Path, llm_config, vision_conf
         missing=missing,
         surplus=found.surplus,
         problems=found.problems,
-        next_command=convert_command(name, missing),
+        next_command=convert_command(location.name.rstrip("/"), missing),
     )
 
 
@@ -204,8 +202,6 @@ def _inspect_alternatives(location: Location, files: list[Path]) -> Inspection:
         kind=known.pop() if len(known) == 1 else None,
         layout=location.layout,
         files=sizes,
-        num_bytes=sum(sizes.values()),
-        num_parameters=0,
         problems=problems,
         alternatives=[file.name for file in files],
         next_command=shlex.join(["viscpm-hf", "inspect", f"{location.name.rstrip('/')}/{usable}"]),
@@ -222,8 +218,6 @@ def _inspect_without_weights(location: Location) -> Inspection:
         kind=kind,
         layout=location.layout,
         files={},
-        num_bytes=0,
-        num_parameters=0,
         sizes=sizes_of(config),
         missing=[f"weights ({' or '.join(ORIGINAL_SUFFIXES)})"],
         next_command=convert_command(location.name, []),
@@ -255,8 +249,6 @@ def _inspect_peft_adapter(adapter: AdapterFolder, name: str) -> Inspection:
         kind=None,
         layout=f"{plain(config.get('peft_type') or 'PEFT').replace('LORA', 'LoRA')} adapter",
         files=files,
-        num_bytes=sum(files.values()),
-        num_parameters=count,
         parameters={"adapter": count} if count else {},
         dtypes=dict(dtypes),
         sizes={key: config[key] for key in ("r", "lora_alpha") if isinstance(config.get(key), int)},

@@ -6,19 +6,13 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.headers import TensorHeader
-from ..checkpoints.location import (
-    Location,
-)
-from ..checkpoints.original import (
-    CHAT,
-    CPM_BEE,
-    PAINT,
-)
+from ..checkpoints.location import Location
+from ..checkpoints.original import CHAT, CPM_BEE, PAINT
 from ..families.family import COMPOSITE_FORM, FAMILIES
 from ..families.systems import system_of
 from ..tiny.embedded import FOLDER
@@ -32,13 +26,8 @@ KINDS = {CHAT: "VisCPM-Chat", PAINT: "VisCPM-Paint", CPM_BEE: "CPM-Bee"}
 
 # What a weight takes once quantised by bitsandbytes: int8, and 4 bits with a scale for every 64 values.
 INT8_BYTES = 1.0
-
-
 NF4_BYTES = 0.5 + 4 / 64
-
-
 HALF_BYTES = 2.0
-
 
 # Parts whose linear layers quantisation takes on; the rest stays in half precision.
 QUANTISED_PARTS = ("language model", "text encoder")
@@ -55,8 +44,6 @@ class Inspection:
     layout: str
     files: dict[str, int]
     """Files of weights and their sizes in bytes."""
-    num_bytes: int
-    num_parameters: int
     parameters: dict[str, int] = field(default_factory=dict)
     """By part."""
     dtypes: dict[str, int] = field(default_factory=dict)
@@ -81,6 +68,14 @@ class Inspection:
     """The name of the released system, and its version."""
     licence: str = ""
     """Of the weights."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.files.values())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameters.values())
 
     @property
     def is_complete(self) -> bool:
@@ -121,8 +116,6 @@ def inspection(location: Location, kind: str | None, files: dict[str, int], part
         kind=kind,
         layout=location.layout,
         files=files,
-        num_bytes=sum(files.values()),
-        num_parameters=sum(parameters.values()),
         parameters=dict(parameters),
         dtypes=dict(dtypes),
         sizes=sizes_of(config),
@@ -174,6 +167,5 @@ def _memory(parts: list[tuple[str, TensorHeader]]) -> dict[str, int]:
 
 def as_dict(inspection: Inspection) -> Mapping[str, Any]:
     """For JSON."""
-    from dataclasses import asdict
-
-    return {**asdict(inspection), "is_complete": inspection.is_complete}
+    computed = ("num_bytes", "num_parameters", "is_complete")
+    return {**asdict(inspection), **{name: getattr(inspection, name) for name in computed}}

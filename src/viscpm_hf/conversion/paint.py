@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from ..checkpoints.configurations import read_config, without_weights
 from ..checkpoints.errors import ConversionError, OriginalCheckpointError
+from ..checkpoints.headers import TensorHeader
 from ..checkpoints.location import (
     MANIFEST_NAME,
     Location,
@@ -27,8 +29,10 @@ from ..checkpoints.original import (
     DIFFUSION_CONFIG_NAME,
     PAINT,
     VOCAB_NAME,
+    CheckpointProblems,
     check_state_dict,
     load_state_dict,
+    paint_parts,
     read_json,
     text_encoder_config,
 )
@@ -42,9 +46,10 @@ from ..modeling.configuration_viscpm_paint import VisCPMPaintTextEncoderConfig
 from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..modeling.tokenization_cpm_bee import CpmBeeTokenizer
 from ..pipelines.saving_viscpm_paint import save_code as save_pipeline_code
+from .folder_files import write_index, write_json
 from .model_card import card
 from .plan import DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS, Checkpoint, Part, check_vocabulary, extra_tensors
-from .verify import LoadingReport, check_weights
+from .verify import LoadingReport, check_weights, empty_model, shapes_of
 
 
 if TYPE_CHECKING:
@@ -113,7 +118,7 @@ def open_original_paint(
         scheduler=given.get("scheduler"),
         prompt_checker=checker if checker.is_dir() else None,
     )
-    unet_tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("unet.")}
+    _, unet_tensors = paint_parts(tensors)
     for part, model_class, sizes, own, where in (
         (PARTS[1], UNet2DConditionModel, diffusion.unet, unet_tensors, weights),
         (PARTS[2], AutoencoderKL, diffusion.vae, vae_tensors, vae_file),
@@ -147,42 +152,29 @@ def empty_part(model_class: type, config: Mapping[str, Any]) -> torch.nn.Module:
     return without_weights(lambda: model_class.from_config(dict(config)))
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
 def check_original_paint(
-    location: Location, config: VisCPMPaintTextEncoderConfig, state_dict: Mapping[str, torch.Tensor]
-) -> tuple[list[str], list[str], list[str]]:
-    """Missing, unknown and misshaped tensors of an original file, for `inspect`."""
+    location: Location, config: VisCPMPaintTextEncoderConfig, headers: Mapping[str, TensorHeader]
+) -> CheckpointProblems:
+    """Compares an original file's tensors with the models of its configurations."""
+    of_encoder, of_unet = paint_parts(headers)
     unet = empty_part(UNet2DConditionModel, original_unet_config(location))
-    encoder = without_weights(lambda: VisCPMPaintTextEncoder(config))
-    of_unet = {name: tensor for name, tensor in state_dict.items() if name.startswith("unet.")}
-    others = {name: tensor for name, tensor in state_dict.items() if name not in of_unet}
-    found = [
-        check_state_dict(tensors, part.key_map, shapes_of(model))
-        for tensors, part, model in ((others, PARTS[0], encoder), (of_unet, PARTS[1], unet))
-    ]
-    return (
-        [name for problems in found for name in problems.missing],
-        [name for problems in found for name in problems.unexpected],
-        [text for problems in found for text in problems.misshaped],
-    )
+    of_encoder = check_state_dict(of_encoder, PARTS[0].key_map, shapes_of(empty_model(config)))
+    return of_encoder + check_state_dict(of_unet, PARTS[1].key_map, shapes_of(unet))
 
 
 # ------------------------------------------------------------------------------------------------------ the new folder
 
 
-def export_parts(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]) -> None:
-    """Everything of a pipeline's folder but the weights."""
-    from .folder_files import save_code, write_index, write_json
-
-    encoder = without_weights(lambda: VisCPMPaintTextEncoder(checkpoint.config))
+def export_paint_folder(
+    folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, manifest: Mapping[str, Any]
+) -> None:
+    """Completes a folder of weights to one that `DiffusionPipeline.from_pretrained` loads."""
+    encoder = empty_model(checkpoint.config)
     config = encoder.config
     config.architectures = [type(encoder).__name__]
     config.dtype = dtype_name(plan.stored_dtype(TEXT_ENCODER))
     config.name_or_path = ""
-    save_code(encoder, folder / TEXT_ENCODER)
+    custom_object_save(encoder, folder / TEXT_ENCODER)
     config.save_pretrained(folder / TEXT_ENCODER)
     for part in checkpoint.parts:
         write_index(folder, plan, part.weights_name, part.folder)
@@ -201,6 +193,7 @@ def export_parts(folder: Path, checkpoint: Checkpoint, plan: ConversionPlan, man
     components |= save_prompt_checker(folder, diffusion.prompt_checker)
     write_json(folder / "model_index.json", model_index(components))
     save_pipeline_code(folder)
+    write_json(folder / MANIFEST_NAME, manifest)
     (folder / "README.md").write_text(card(checkpoint, plan.num_parameters, manifest), "utf-8")
 
 
@@ -248,32 +241,30 @@ def check_paint_folder(folder: Path) -> None:
 
 def empty_parts(folder: Path) -> dict[str, torch.nn.Module]:
     """The models of a converted folder's configurations, without weights."""
-    encoder_config = read_config(folder / TEXT_ENCODER)
-    encoder = without_weights(lambda: VisCPMPaintTextEncoder(encoder_config))
     configs = {part: diffusers_config(folder / part) for part in (UNET, VAE)}
     for part, config in configs.items():
         if config is None:
             raise ConversionError(f"{folder / part} has no configuration of a diffusers model.")
+    return _empty_models(read_config(folder / TEXT_ENCODER), configs[UNET], configs[VAE])
+
+
+def _empty_models(
+    encoder: VisCPMPaintTextEncoderConfig, unet: Mapping[str, Any], vae: Mapping[str, Any]
+) -> dict[str, torch.nn.Module]:
     return {
-        TEXT_ENCODER: encoder,
-        UNET: empty_part(UNet2DConditionModel, configs[UNET]),
-        VAE: empty_part(AutoencoderKL, configs[VAE]),
+        TEXT_ENCODER: empty_model(encoder),
+        UNET: empty_part(UNet2DConditionModel, unet),
+        VAE: empty_part(AutoencoderKL, vae),
     }
 
 
 def verify_loading_paint(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
     """See `verify.verify_loading`; `verify_files` has compared the values."""
     check_paint_folder(folder)
-    encoder = without_weights(lambda: VisCPMPaintTextEncoder(checkpoint.config))
-    direct = {
-        TEXT_ENCODER: encoder,
-        UNET: empty_part(UNet2DConditionModel, checkpoint.diffusion.unet),
-        VAE: empty_part(AutoencoderKL, checkpoint.diffusion.vae),
-    }
+    direct = _empty_models(checkpoint.config, checkpoint.diffusion.unet, checkpoint.diffusion.vae)
     num_parameters = 0
     for part, model in empty_parts(folder).items():
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        if shapes != {name: tensor.shape for name, tensor in direct[part].state_dict().items()}:
+        if shapes_of(model) != shapes_of(direct[part]):
             raise ConversionError(f"The {part} of {folder} isn't the source's: names or shapes differ.")
         num_parameters += sum(parameter.numel() for parameter in model.parameters())
     return LoadingReport(num_parameters, None)
@@ -305,8 +296,6 @@ def copy_diffusion_parts(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.copyfile(source / UNET / "config.json", folder / UNET / "config.json")
     before = json_object(source / MANIFEST_NAME).get("original_configs") or {}
     if DIFFUSION_CONFIG_NAME in before:
-        from .folder_files import write_json
-
         write_json(folder / DIFFUSION_CONFIG_NAME, before[DIFFUSION_CONFIG_NAME])
     for name in CONVERTED_PROMPT_CHECKER:
         if (source / name).is_dir():

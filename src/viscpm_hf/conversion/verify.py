@@ -157,7 +157,7 @@ def verify_loading(checkpoint: Checkpoint, folder: Path) -> LoadingReport:
     """
     direct = empty_model(checkpoint.config)
     converted = check_transformers_folder(folder)
-    expected, actual = _shapes(direct), _shapes(converted)
+    expected, actual = shapes_of(direct), shapes_of(converted)
     if expected != actual:
         raise ConversionError(
             "The model of the new folder isn't the source's: "
@@ -205,7 +205,7 @@ def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> No
     if stored_quantization(folder) is not None:
         layers = {name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Embedding))}
         for name, spec in stored.items():
-            if name not in expected or not spec.is_floating_point:
+            if name not in expected or "float" not in spec.dtype:
                 quantized |= layers & _modules_around(name)
 
     def of_other_layers(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def check_weights(model: torch.nn.Module, folder: Path, weights_name: str) -> No
 def stored_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's weights as a file has them: what is tied is stored once."""
     tied = set(getattr(model, "all_tied_weights_keys", ()))
-    return {name: shape for name, shape in _shapes(model).items() if name not in tied}
+    return {name: shape for name, shape in shapes_of(model).items() if name not in tied}
 
 
 def _modules_around(tensor: str) -> set[str]:
@@ -245,7 +245,7 @@ def _modules_around(tensor: str) -> set[str]:
     return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
 
 
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

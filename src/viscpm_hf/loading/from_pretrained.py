@@ -370,7 +370,7 @@ def _model_from_pretrained(
         path, kwargs = None, {key: value for key, value in kwargs.items() if key not in _SOURCE}
     source = {key: kwargs[key] for key in _SOURCE if key in kwargs and key != "adapter_kwargs"}
     shape = config or cls.config_class.from_pretrained(path, **source)
-    if needs_placement(shape, kwargs):
+    if kwargs.get("device_map") is not None or _is_quantized(shape, kwargs):
         loaded = load_placed(stock, cls, path, config=config, shape=shape, state_dict=state_dict, **kwargs)
     else:
         if state_dict is not None:
@@ -421,11 +421,6 @@ def _read(
     files = [] if original.layout == ADAPTER else original.weight_files
     source = files[0] if len(files) == 1 else original.folder
     return config, reader.state_dict(tensors, model_class, config, source)
-
-
-def needs_placement(config: PreTrainedConfig, kwargs: Mapping[str, Any]) -> bool:
-    """Whether [`load_placed`] has something to do."""
-    return kwargs.get("device_map") is not None or _is_quantized(config, kwargs)
 
 
 def load_placed(

@@ -36,10 +36,12 @@ from ..checkpoints.original import (
     ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
     PAINT,
+    VOCAB_NAME,
     OriginalCheckpointError,
     check_state_dict,
     checkpoint_kind,
     load_state_dict,
+    paint_parts,
     read_json,
     text_encoder_config,
 )
@@ -54,7 +56,6 @@ from .from_pretrained import load_original_text_encoder
 
 logger = logging.get_logger(__name__)
 
-VOCAB_NAME = "vocab.txt"
 VAE_NAME = "vae.bin"
 VAE_ADVICE = (
     "VisCPM-Paint's VAE is that of Stable Diffusion 2.1 and not in the checkpoint. It lies in `vae/` of "
@@ -234,7 +235,7 @@ def load_original(
             )
         if unet is None:
             unet_config = configs.get("unet") or _config_of(folder / "unet") or UNET_CONFIG
-            part = {name: tensor for name, tensor in state_dict.items() if name.startswith("unet.")}
+            _, part = paint_parts(state_dict)
             unet = load_original_part(
                 UNet2DConditionModel, unet_config, part, key_maps.PAINT_UNET, file, _dtype_of("unet", dtype)
             )

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..checkpoints.configurations import read_config, without_weights
+from ..checkpoints.configurations import read_config
 from ..checkpoints.errors import OriginalCheckpointError
 from ..checkpoints.location import (
     HUB_ID,
@@ -187,13 +187,14 @@ class ModelSizes:
     @property
     def linear_layers(self) -> list[nn.Linear]:
         """Those of the layers."""
-        return [module for module in self.language_model.layers.modules() if _is_linear(module)]
+        return [module for module in self.language_model.layers.modules() if isinstance(module, nn.Linear)]
 
     def _tensors(self, dtype: torch.dtype, quantization: str | None):
         """Yields `(name, bytes)` of all tensors; a tied head is its embedding."""
         kept, tied = kept_modules(), set(getattr(self.model, "all_tied_weights_keys", ()))
         for module_name, module in self.model.named_modules():
-            is_quantized = quantization is not None and _is_linear(module) and should_convert_module(module_name, kept)
+            is_linear = isinstance(module, nn.Linear)
+            is_quantized = quantization is not None and is_linear and should_convert_module(module_name, kept)
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 name = f"{module_name}.{name}"
                 if name in tied:
@@ -202,10 +203,6 @@ class ModelSizes:
                     yield name, quantized_bytes(*tensor.shape, quantization)
                 else:
                     yield name, tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def _part(name: str) -> str:
@@ -290,11 +287,10 @@ def _chat(name: str, config: VisCPMChatConfig | VisionResamplerConfig | CpmBeeCo
 def _paint(name: str, config: VisCPMPaintTextEncoderConfig, unet: dict, vae: dict) -> ModelSizes:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    encoder = without_weights(lambda: VisCPMPaintTextEncoder(config).eval())
     return ModelSizes(
         name,
         PAINT,
-        encoder,
+        empty_model(config).eval(),
         empty_part(UNet2DConditionModel, unet or UNET_CONFIG).eval(),
         empty_part(AutoencoderKL, vae or VAE_CONFIG).eval(),
     )

@@ -269,7 +269,9 @@ class VisCPMPaint:
                 dtype=text_encoder_dtype,
                 **self.options.from_pretrained_arguments(text_encoder_dtype, quantized),
             )
-            pipeline = VisCPMPaintPipeline.from_pretrained(path, **_load_dtype(dtype), **own, **parts)
+            # Without a dtype diffusers loads its own models in fp32 and the text encoder as it was saved.
+            own |= {} if dtype is None else {"dtype": dtype}
+            pipeline = VisCPMPaintPipeline.from_pretrained(path, **own, **parts)
         self.pipeline: VisCPMPaintPipeline = pipeline
         if dtype is None and self.device.type != "cpu" and stored in (torch.float16, torch.bfloat16):
             # The released UNet is stored in fp32, but half precision is what it needs.
@@ -623,11 +625,6 @@ def stored_text_encoder_dtype(path: Path) -> torch.dtype:
     file = find_original_file(path) if path.is_dir() else path
     tensors = (tensor for name, tensor in load_state_dict(file).items() if name.startswith("llm."))
     return next((tensor.dtype for tensor in tensors), torch.float32)
-
-
-def _load_dtype(dtype: torch.dtype | None) -> dict[str, Any]:
-    # Without a dtype diffusers loads its own models in fp32 and the text encoder as it was saved.
-    return {} if dtype is None else {"dtype": dtype}
 
 
 # ---------------------------------------------------------------------------------------------------------- scheduler

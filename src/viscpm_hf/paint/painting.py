@@ -32,18 +32,9 @@ def check_paint_request(painter: VisCPMPaint, request: PaintRequest) -> int:
     Raises:
         ValueError: for one that can't.
     """
-    tokenizer = painter.pipeline.tokenizer
     if not request.prompt.strip():
         raise ValueError("The prompt is empty: say what to draw.")
-    lengths = [
-        len(tokenizer.encode_document({"caption": tokenizer.escape(text), "objects": ""}))
-        for text in (request.prompt, request.negative_prompt or "")
-    ]
-    if max(lengths) > tokenizer.model_max_length:
-        raise ValueError(
-            f"The longest prompt has {max(lengths):,} tokens, but the text encoder takes "
-            f"{tokenizer.model_max_length:,} at most."
-        )
+    lengths, _ = painter.pipeline.tokenize_prompts([request.prompt, request.negative_prompt or ""])
     return max(lengths)
 
 
