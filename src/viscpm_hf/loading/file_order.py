@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..checkpoints.transfer import one_torch_thread
-from ..modeling.huge_pages import advise_huge_pages
+from ..modeling.huge_pages import empty_in_huge_pages
 
 
 # Linux's number for taking pages out of memory that can be read again.
@@ -24,7 +24,7 @@ MADV_PAGEOUT = 21
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of that shape and dtype in memory; the given one may be on the meta device."""
     # Making and reading so much memory takes far less time so.
-    return advise_huge_pages(torch.empty_like(tensor, device="cpu"))
+    return empty_in_huge_pages(tensor.shape, tensor.dtype)
 
 
 def quantize_in_file_order(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -18,17 +20,40 @@ PAGE, HUGE_PAGE = 2**12, 2**21
 MADV_COLLAPSE = 25
 # Weights so near to each other are one piece of memory: what lies in between are the allocator's notes.
 GAP = 2**16
-# Bytes of copied weights that lie in one piece of memory, at least.
-ROOM = 2**28
+# Bytes of a piece of memory that weights share, since most of them are of a few huge pages at best.
+ROOM = 2**26
 
-_gathering = threading.Lock()
+_gathering, _taking = threading.Lock(), threading.Lock()
 
 
-def advise_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Has the system back a tensor on the CPU, that nothing was written to yet, by huge pages, which costs nothing."""
-    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.device.type == "cpu":
-        _advise(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, PAGE, mmap.MADV_HUGEPAGE)
-    return tensor
+class _Shared:
+    """The piece of memory that the next weights are cut from; it is there for as long as a weight in it."""
+
+    memory: Callable[[], mmap.mmap | None] = staticmethod(lambda: None)
+    left = range(0)
+
+
+def empty_in_huge_pages(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor for weights on the CPU, in huge pages where the system has them, which costs nothing."""
+    count = math.prod(shape)
+    size = -(-count * dtype.itemsize // 64) * 64
+    if not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    with _taking:
+        memory, left = _Shared.memory(), _Shared.left
+        if memory is None or size > len(left):
+            memory, left = _new_memory(max(size, ROOM))
+        if size < ROOM:
+            _Shared.memory, _Shared.left = weakref.ref(memory), left[size:]
+    return torch.frombuffer(memory, dtype=dtype, offset=left.start, count=count).view(shape)
+
+
+def _new_memory(size: int) -> tuple[mmap.mmap, range]:
+    """Of which these places, so many, are in huge pages."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+    _advise(begin, begin + size + HUGE_PAGE, PAGE, mmap.MADV_HUGEPAGE)
+    return memory, range(-begin % HUGE_PAGE, -begin % HUGE_PAGE + size)
 
 
 def put_into_huge_pages(parameters: Iterable[nn.Parameter]) -> None:
@@ -72,18 +97,9 @@ def _neighbours(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def _move(weights: list[nn.Parameter]) -> None:
-    """Copies weights into new memory, so many bytes at a time that little of huge pages stays empty."""
-    while weights:
-        group, size = [], 0
-        while weights and size < ROOM:
-            group.append((weights[0], size))
-            size += -(-weights.pop(0).nbytes // 64) * 64
-        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        begin = -torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr() % HUGE_PAGE
-        advise_huge_pages(torch.frombuffer(memory, dtype=torch.uint8, offset=begin))
-        for weight, offset in group:
-            place = torch.frombuffer(memory, dtype=weight.dtype, offset=begin + offset, count=weight.numel())
-            weight.data = place.view(weight.shape).copy_(weight.detach())
+    """Copies weights into new memory."""
+    for weight in weights:
+        weight.data = empty_in_huge_pages(weight.shape, weight.dtype).copy_(weight.detach())
 
 
 def available_bytes() -> int:
@@ -107,4 +123,4 @@ def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-__all__ = ["advise_huge_pages", "gather_weights", "put_into_huge_pages"]
+__all__ = ["empty_in_huge_pages", "gather_weights", "put_into_huge_pages"]

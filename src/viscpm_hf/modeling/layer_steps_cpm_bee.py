@@ -54,6 +54,7 @@ struct Step {
   long count, width, inner, heads, head_dim, batch, queries, past, places;
 };
 struct Factors { float eps, residual, scaling; };
+static const long SOON = 10;  // so many places ahead keys and values are asked for
 static const float HIDDEN = -1e30f;  // no score or bias of a place that is seen is as low
 
 // exp of 16 numbers that are at most 0, to 2 units in the last place
@@ -69,6 +70,18 @@ static inline Floats exponential(Floats x) {
     y = y * r + c;
   y = y * r * r + r + 1.f;
   return y * (Floats)((whole + 127) << 23);
+}
+
+// of 16 numbers, to a unit in the last place
+static inline Floats error_function(Floats x) {
+  Floats size = x < 0.f ? -x : x, square = x * x, near = Floats{} - 6.090496186e-4f, far = Floats{} + 1.993654760e-4f;
+  for (float c : {5.011993371e-3f, -2.677893388e-2f, 1.128214171e-1f, -3.761252341e-1f, 1.283791539e-1f})
+    near = near * square + c;
+  size = size > 3.95f ? Floats{} + 3.95f : size;  // from where on it is 1
+  for (float c : {-3.076820083e-3f, 2.236074426e-2f, -1.042088878e-1f, -6.368667901e-1f, -1.127862574f, -1.505505e-4f})
+    far = far * size + c;
+  far = 1.f - exponential(far);
+  return size < 0.9f ? x + x * near : x < 0.f ? -far : far;
 }
 
 template <class Given, class Number>
@@ -112,6 +125,7 @@ static void attend(const Step& step, const Cached& cached, const float* q, const
       if (mine < HIDDEN) continue;
       Floats score = {};
       for (long i = 0; i < size / 32; i++) {
+        __builtin_prefetch(keys + (place + SOON) * key_stride + 32 * i);
         Pair key = load(keys + place * key_stride + 32 * i);
         score += key.even * query[i].even + key.odd * query[i].odd;
       }
@@ -133,6 +147,7 @@ static void attend(const Step& step, const Cached& cached, const float* q, const
       const float weight = weights[place];
       if (weight == 0) continue;
       for (long i = 0; i < size / 32; i++) {
+        __builtin_prefetch(values + (place + SOON) * value_stride + 32 * i);
         Pair value = load(values + place * value_stride + 32 * i);
         sums[i].even += value.even * weight, sums[i].odd += value.odd * weight;
       }
@@ -142,6 +157,16 @@ static void attend(const Step& step, const Cached& cached, const float* q, const
       const float found = (lane < 16 ? sums[i / 32].even : sums[i / 32].odd)[lane % 16];
       out[at + i] = whole > 0 ? found / whole : 0;  // who sees nothing gets nothing
     }
+  }
+}
+
+// `gate`, in whole 16 of numbers, becomes gelu(gate) * up.
+static void activate(float* gate, const float* up, Range range) {
+  for (long i = range.from; i < range.to; i += 16) {
+    Floats x, factor;
+    memcpy(&x, gate + i, sizeof x), memcpy(&factor, up + i, sizeof factor);
+    x = x * 0.5f * (1 + error_function(x * 0.70710678f)) * factor;
+    memcpy(gate + i, &x, sizeof x);
   }
 }
 
@@ -192,9 +217,7 @@ static void steps(const Step& step, const Factors& factors, const Number* x, Num
         prepare_normal(layer->mlp_norm);
         product.multiply(layer->gate.weight, layer->gate.scale, gate, step.inner, wide);
         product.multiply(layer->up.weight, layer->up.scale, up, step.inner, wide);
-        for (long m = 0; m < rows; m++)
-          for (long i = m * step.inner + wide.from; i < m * step.inner + wide.to; i++)
-            gate[i] = gate[i] * 0.5f * (1 + std::erf(gate[i] * 0.70710678f)) * up[i];
+        for (long m = 0; m < rows; m++) activate(gate + m * step.inner, up + m * step.inner, wide);
 #pragma omp barrier
         product.prepare(gate, rows, step.inner);
         product.multiply(layer->down.weight, layer->down.scale, made, width, mine);

@@ -82,6 +82,15 @@ class CpmBeePositionBias(nn.Module):
         bucket = torch.where(magnitude < exact, magnitude, (exact + logarithmic.long()).clamp(max=half - 1))
         return bucket + (distance > 0) * half
 
+    def last_buckets(self, num_keys: int, device: torch.device) -> torch.Tensor:
+        """Of all keys as the last of them sees them, `(1, 1, keys)`; a step would take as long to make them anew as
+        for a layer."""
+        known = self.__dict__.get("_last_buckets")
+        if known is None or len(known) < num_keys or known.device != device:
+            distances = torch.arange(1 - 2 * max(num_keys, 512), 1, device=device)
+            known = self.__dict__["_last_buckets"] = self.distance_bucket(distances)
+        return known[None, None, -num_keys:]
+
     def forward(
         self,
         query_positions: torch.Tensor,
@@ -89,17 +98,20 @@ class CpmBeePositionBias(nn.Module):
         query_segments: torch.Tensor | None = None,
         key_segments: torch.Tensor | None = None,
         segment_relations: torch.Tensor | None = None,
+        bucket: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
             query_positions, key_positions: `(batch or 1, queries)` and `(batch or 1, keys)`.
             query_segments, key_segments: segment ids of the same; None where everything is one segment.
             segment_relations: `(batch, segments, segments)`.
+            bucket: of all distances, `(batch or 1, queries, keys)`, if it is known.
 
         Returns:
             `(batch or 1, heads, queries, keys)`.
         """
-        bucket = self.distance_bucket(key_positions[:, None, :] - query_positions[:, :, None])
+        if bucket is None:
+            bucket = self.distance_bucket(key_positions[:, None, :] - query_positions[:, :, None])
         if query_segments is not None:
             num_segments = segment_relations.shape[-1]
             pair = query_segments[:, :, None] * num_segments + key_segments[:, None, :]
@@ -590,12 +602,19 @@ class CpmBeeModel(CpmBeePreTrainedModel):
             missing = num_keys - segment_ids.shape[1]
             key_segments = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], 1)
             query_segments = key_segments[:, query_index]
+        is_step = num_queries == 1 and isinstance(num_past, int) and num_keys == num_past + 1
+        is_step = is_step and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        bucket = self.position_bias.last_buckets(num_keys, device) if is_step else None
         # Only differences of positions within a segment count, so the places in the cache serve as positions.
-        bias = self.position_bias(query_index[None], key_index[None], query_segments, key_segments, segment_relations)
+        bias = self.position_bias(
+            query_index[None], key_index[None], query_segments, key_segments, segment_relations, bucket
+        )
 
         if attention_mask is not None and attention_mask.ndim == 4:
             is_bool = attention_mask.dtype == torch.bool
             visible = (attention_mask if is_bool else attention_mask >= 0)[:, 0].to(device)
+        elif is_step and attention_mask is not None and attention_mask.shape[1] == num_keys:
+            visible = attention_mask.to(device).bool()[:, None]  # and all places are the past's
         else:
             attention_mask = None if attention_mask is None else attention_mask.to(device)
             visible = self.visible_keys(attention_mask, token_type_ids, query_index, num_keys)

@@ -13,7 +13,7 @@ import functools
 import torch
 
 from .cpp_kernels import COMMON, load_library
-from .huge_pages import advise_huge_pages
+from .huge_pages import empty_in_huge_pages
 
 
 # Of a 4-bit weight: columns that share scale and zero point; rows that lie side by side, as AVX-512 reads them.
@@ -228,12 +228,13 @@ def quantize_weight(weight: torch.Tensor, bits: int, factor: float = 1.0) -> tup
     """
     outputs, inputs = weight.shape
     if bits == 8:
-        packed = torch.empty(outputs, inputs, dtype=torch.int8, device=weight.device)
-        scale = torch.empty(outputs, dtype=torch.bfloat16, device=weight.device)
+        kinds = ((outputs, inputs), torch.int8), ((outputs,), torch.bfloat16)
     else:
-        packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=weight.device)
-        scale = torch.empty(inputs // GROUP, outputs, 2, dtype=torch.bfloat16, device=weight.device)
-    quantize_into(weight, advise_huge_pages(packed), advise_huge_pages(scale), factor)
+        kinds = ((outputs, inputs // 2), torch.uint8), ((inputs // GROUP, outputs, 2), torch.bfloat16)
+    is_on_cpu = weight.device.type == "cpu"
+    empty = empty_in_huge_pages if is_on_cpu else functools.partial(torch.empty, device=weight.device)
+    packed, scale = (empty(shape, dtype=dtype) for shape, dtype in kinds)
+    quantize_into(weight, packed, scale, factor)
     return packed, scale
 
 
