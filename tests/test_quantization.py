@@ -302,6 +302,12 @@ def test_quantised_otherwise_already(quantized, tmp_path):
     VisCPMChat(tmp_path, device="cpu", quantization="8bit")
 
 
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
+def test_fast_decoding_of_bitsandbytes_on_a_cpu_is_refused(quantized, name):
+    with pytest.raises(ValueError, match=r"bitsandbytes' weights on a CPU.*without --fast.*'8bit'"):
+        quantized[name].ask(None, "^", max_new_tokens=2, fast=True)
+
+
 def test_any_4_bits_are_4bit(quantized, tmp_path):
     chat = quantized["nf4"]
     chat.model.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """How the command line explains itself: examples that hold, suggestions, completion."""
 
 import os
+import re
 import shlex
 import subprocess
 
@@ -53,12 +54,20 @@ def test_common_help_is_a_screen_and_rare_options_are_named(capsys, monkeypatch,
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])
     short = capsys.readouterr().out
-    assert len(short.splitlines()) <= 50
+    assert len(short.splitlines()) <= 35
     if "--help-all" in short:
         with pytest.raises(SystemExit):
             main([*command.split(), "--help-all"])
-        assert len(capsys.readouterr().out.splitlines()) > len(short.splitlines())
+        every = capsys.readouterr().out
+        assert len(every.splitlines()) > len(short.splitlines())
+        assert all(name in short for name in re.findall(r"^  (--[a-z[][][a-z-]+)", every, re.M))
     assert command != "serve" or "--cors-origin ORIGIN" in short  # what an option takes is told, whatever is left out
+
+
+def test_one_mode_of_training(capsys):
+    for words in (["--full"], ["--mode", "full"]):
+        assert build_parser().parse_args(["train", "chat", *words]).mode == "full"
+    assert "there is one mode, lora or full" in complaint(capsys, "train", "chat", "--lora", "--full")
 
 
 @pytest.mark.parametrize(

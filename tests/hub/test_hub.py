@@ -9,6 +9,8 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import transformers
+from packaging.version import Version
 from replicas import REPLICAS
 from sibling_folders import write_folder
 from stub_hub import COMMIT, stub_hub
@@ -149,7 +151,10 @@ def test_commands_take_files_and_releases_of_the_hub(repositories, tmp_path):
     beside = ("someone/ranker", "someone/prompts", "someone/images", "clip-vit-large-patch14", "alpaca-plus-7b")
     assert all(name.endswith(beside) for name in asked)
     # The libraries list the files of a tokenizer's repository without it.
-    assert "Bearer hf_words" in tokens and not any("/resolve/" in path for path in tokens.get(None, ()))
+    without = {path for path in tokens.get(None, ()) if "/resolve/" in path}
+    if Version(transformers.__version__) < Version("5.22"):  # whose configurations forget it: here those of checkers
+        without = {path for path in without if not (path.startswith("someone/") and path.endswith("/config.json"))}
+    assert "Bearer hf_words" in tokens and not without
     assert list(cache.glob("models--openbmb--VisCPM-*")) and not list(tmp_path.glob("home/hub/models--*"))
 
 

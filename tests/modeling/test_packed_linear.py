@@ -1,9 +1,11 @@
 """Products with packed weights: every way of making them gives the same."""
 
+import functools
+
 import pytest
 import torch
 
-from viscpm_hf.modeling import packed_linear, row_products
+from viscpm_hf.modeling import cpp_kernels, packed_linear, row_products
 from viscpm_hf.modeling.packed_linear import FEW_ROWS, PACKED_CLASSES, Int8Embedding, PackedConfig, quantize_weight
 from viscpm_hf.modeling.row_products import MAX_PACKED_ROWS, row_product, unpack_int4
 
@@ -87,6 +89,20 @@ def test_our_kernel(bits, inputs, outputs, rows):
     ours = row_product(half, layer.weight, layer.scale, kind)
     assert relative_error(ours, exact) <= max(0.003, relative_error(theirs, exact))
     assert relative_error(ours, theirs.float()) <= 0.005
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
+@pytest.mark.skipif(not row_products.has_packed_products(row_products.kernel()), reason="needs VNNI, VBMI, a compiler")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_are_the_same_without_amx(bits, monkeypatch):
+    layer, _ = layer_of(bits, 192, 320)
+    kind, hidden = f"_int{bits}", torch.randn(MAX_PACKED_ROWS[bits], 192)
+    counts = range(1, len(hidden) + 1)
+    by_amx = [row_product(hidden[:rows], layer.weight, layer.scale, kind) for rows in counts]
+    monkeypatch.setattr(cpp_kernels, "FLAGS", (*cpp_kernels.FLAGS, "-mno-amx-int8"))
+    monkeypatch.setattr(row_products, "kernel", functools.cache(row_products.kernel.__wrapped__))
+    for rows, found in zip(counts, by_amx, strict=True):
+        assert torch.equal(found, row_product(hidden[:rows], layer.weight, layer.scale, kind))
 
 
 @pytest.mark.skipif(row_products.kernel() is None, reason="needs a compiler")

@@ -71,7 +71,7 @@ def test_draws_depend_on_their_number_alone_and_differ_between_passes(model, tmp
     data = CaptionDataset([open_part(write_captions(tmp_path / "data", 4))])
     pictures, prompts = picture_cache(tmp_path, model, 16), prompt_cache(tmp_path, model, is_projected=True)
     encode_prompts(data.captions, prompts, model, CPU, is_projected=True, batch_size=2)
-    keys, count = encode_pictures(data, pictures, model, 16, CPU, batch_size=3, bad_rows="fail")
+    keys, count = encode_pictures(data, pictures, model, 16, CPU, batch_size=3)
     assert count == 4 and None not in keys
     draws = PaintDraws(data.captions, keys, prompts, pictures, PaintBatchShape("1", 1000, 0.5, 0.5, 0.1))
     first, again, next_pass = draws[1], draws[1], draws[1 + len(draws)]
@@ -85,7 +85,7 @@ def test_draws_depend_on_their_number_alone_and_differ_between_passes(model, tmp
 def test_latents_are_those_of_the_vae(model, tmp_path):
     data = CaptionDataset([open_part(write_captions(tmp_path / "data", 3))])
     pictures = picture_cache(tmp_path, model, 16)
-    keys, _ = encode_pictures(data, pictures, model, 16, CPU, batch_size=2, bad_rows="fail")
+    keys, _ = encode_pictures(data, pictures, model, 16, CPU, batch_size=2)
     pipeline = VisCPMPaintPipeline.from_pretrained(model)
     for index, key in enumerate(keys):
         from viscpm_hf.training.paint_data import load_square

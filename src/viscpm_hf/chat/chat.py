@@ -52,8 +52,9 @@ class VisCPMChat:
         device_map: `"auto"`, `"balanced"` or `{module: device}`, as of `from_pretrained`.
         max_memory: `{device: "8GB"}`: the most that `device_map` may put there.
         offload_folder: for weights that `device_map` leaves on the disk.
-        fast: decode with a static cache and compiled graphs (`docs/speed.md`): the first answer takes long, all others
-            are fast. Projections of the same input are fused where the weights are plain.
+        fast: decode with a static cache and compiled graphs, whose first answer takes long, or on a CPU whose kernels
+            read the weights, from huge pages (`docs/speed.md`). Where graphs are compiled, projections of the same
+            input are fused if the weights are plain.
         revision: of the model's Hub repository.
         token, cache_dir: of the Hub, for the safety checker too.
 
@@ -217,7 +218,7 @@ class VisCPMChat:
                 `"generate"` with everything that transformers' `generate` offers.
             seed: makes sampling repeatable.
             on_text: called with every new piece of the answer (`"generate"` with one beam only).
-            fast: decode with compiled graphs; if None, as the model was loaded.
+            fast: see the class; if None, as the model was loaded.
             generation: `num_beams`, `max_new_tokens`, `temperature`, `repetition_penalty`, `length_penalty`, ...
 
         Raises:

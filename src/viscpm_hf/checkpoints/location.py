@@ -175,6 +175,22 @@ def original_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in ORIGINAL_SUFFIXES and file.is_file())
 
 
+def only_original_file(folder: Path, lacked: str) -> Path:
+    """The one original file of a folder that has no `lacked`.
+
+    Raises:
+        OriginalCheckpointError: if there is none, or several that are alternatives.
+    """
+    files = [file for file in original_files(folder) if file.name not in VAE_NAMES]
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise OriginalCheckpointError(
+            f"{folder} has no {lacked}, so it should hold one original .pt or .bin file; it holds: {names}. Give the "
+            "path of the file."
+        )
+    return files[0]
+
+
 def original_weight_files(location: Location, except_for: Path | None = None) -> list[Path]:
     """The files of weights of an original location: one, or the shards that an index names; see [`original_weights`].
 

@@ -41,8 +41,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             "viscpm-hf batch viscpm-tiny questions.jsonl answers.jsonl",
             "viscpm-hf batch openbmb/VisCPM-Paint prompts.jsonl images.jsonl --images-out images",
         ),
-        rare="--seed --num-beams --temperature --top-p --guidance --size --scheduler --candidates --dtype --rank "
-        "--check-prompt --check-image",
+        rare="--seed --max-new-tokens --overwrite --num-beams --temperature --top-p --guidance --size "
+        "--scheduler --candidates --dtype --rank --check-prompt --check-image",
         help="answer or draw every row of a file / 批量推理",
         description='Answers questions ({"id", "image", "question"}), or draws prompts ({"id", "prompt"}), one JSON '
         "object a line. Run again, it goes on where it ended. / "

@@ -50,13 +50,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--quantize-embedding", action="store_true", help="with --quantize, embedding and head too / 词嵌入与输出层"
     )
+    add_writing_options(parser)
+    add_hub_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """How OUT is written."""
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (5GB) / 分片大小")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done / 仅预览")
     parser.add_argument("--resume", action="store_true", help="go on after an interruption / 断点续转")
-    parser.add_argument("--verify", action="store_true", help="read all again and compare / 转换后逐一核对")
+    parser.add_argument("--verify", action="store_true", help="make all again and compare / 完成后逐一核对")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT / 覆盖已有检查点")
-    add_hub_options(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 # A bare number below this is one of gigabytes.
 MOST_GIGABYTES = 1000
-# Of the work, by the option's name.
-CHAT_WORK = {"length": "length", "prompt_length": "prompt_length", "beams": "beams"}
-PAINT_WORK = {"size": "size", "steps": "steps", "candidates": "candidates"}
+# Options of the work.
+CHAT_WORK = ("length", "prompt_length", "beams")
+PAINT_WORK = ("size", "steps", "candidates")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -68,8 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..memory import Machine, memory_plan
     from ..plain_text import size_text
 
-    names = {**CHAT_WORK, **PAINT_WORK, "batch": "batch"}
-    given = {name: getattr(arguments, option) for option, name in names.items()}
+    given = {name: getattr(arguments, name) for name in (*CHAT_WORK, *PAINT_WORK, "batch")}
     work = {name: value for name, value in given.items() if value is not None}
     machine = Machine.detect(arguments.gpu, arguments.ram)
     plan = memory_plan(arguments.model, machine=machine, work=work, kind=arguments.kind, **hub_options(arguments))

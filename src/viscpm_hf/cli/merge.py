@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ..names import full_dtype_name
-from .convert import describe
+from .convert import add_writing_options, describe
 from .model_options import HUB_OPTIONS, add_hub_options
 
 
@@ -54,11 +54,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default="float16",
         help="of OUT (float16) / 精度",
     )
-    visualcla.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file (5GB) / 分片大小")
-    visualcla.add_argument("--dry-run", action="store_true", help="only say what would be done / 仅预览")
-    visualcla.add_argument("--resume", action="store_true", help="go on after an interruption / 断点续转")
-    visualcla.add_argument("--verify", action="store_true", help="compute all again and compare / 合并后逐一核对")
-    visualcla.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT / 覆盖已有检查点")
+    add_writing_options(visualcla)
     add_hub_options(visualcla, "the adapter")
     visualcla.set_defaults(run=run)
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..paint.paint import VisCPMPaint
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def device_map(text: str) -> str | dict[str, Any]:
     """`auto`, `balanced` ... or a JSON object `{module: device}`."""
     if not text.startswith("{"):
@@ -42,10 +45,18 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
     group = parser.add_argument_group("model / 模型")
     group.add_argument("--device", help="cuda, cuda:1, mps, cpu ... / 设备")
     group.add_argument(
-        "--dtype", type=full_dtype_name, choices=("float32", "bfloat16", "float16"), help="of the weights / 精度"
+        "--dtype",
+        type=full_dtype_name,
+        choices=DTYPES,
+        metavar="DTYPE",
+        help=f"{', '.join(DTYPES)}: of the weights / 精度",
     )
-    what = "text encoder" if paint else "language model"
-    group.add_argument("--quantization", choices=tuple(QUANTIZATIONS), help=f"precision of the {what} / 量化")
+    group.add_argument(
+        "--quantization",
+        choices=tuple(QUANTIZATIONS),
+        metavar="NAME",
+        help=f"{', '.join(QUANTIZATIONS)}: of the language model / 量化",
+    )
     part = "unet" if paint else "vision"
     group.add_argument(
         f"--quantize-{part}",
@@ -65,7 +76,9 @@ def add_model_options(parser: argparse.ArgumentParser, paint: bool = False) -> N
         "--max-memory", type=max_memory, metavar="LIST", help="with --device-map, 0=8GB,cpu=20GB / 各设备内存上限"
     )
     group.add_argument("--offload-folder", metavar="FOLDER", help="for weights left on the disk / 磁盘卸载目录")
-    group.add_argument("--fast", action="store_true", help="compile; slow to start, fast to run / 编译加速")
+    group.add_argument(
+        "--fast", action="store_true", help="decode or draw faster, after a slower start / 加速，起步较慢"
+    )
     group.add_argument(
         "--config", metavar="JSON", help="original file: the language model's configuration / 语言模型配置"
     )

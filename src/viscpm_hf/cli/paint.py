@@ -31,6 +31,7 @@ OF_THE_RECORD = (
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "paint",
+        rare="--guidance --scheduler",
         examples=(
             'viscpm-hf paint viscpm-tiny "a red circle on the left" -o circle.png',
             'viscpm-hf paint openbmb/VisCPM-Paint "人闲桂花落，夜静春山空" -o night.png --preset fast',
@@ -44,7 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="folder, Hub id, or original .pt/.bin file; with --from only if it is another place than then / 模型",
+        help="folder, Hub id, or original file; with --from only if it lies elsewhere now / 模型",
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to draw / 提示词")
     parser.add_argument("-o", "--output", metavar="PNG", required=True, help="image to write / 输出图片")
@@ -60,8 +61,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESET_NAMES),
-        help="scheduler, steps and guidance in one: fast (12 steps of DPM++ 2M Karras), quality (25), reference "
-        "(the original's 50 of DDPM) / 预设",
+        metavar="NAME",
+        help="fast, quality: 12, 25 steps of DPM++ 2M Karras; reference: the original's 50 / 预设",
     )
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw / 反向提示词")
     parser.add_argument("--steps", type=positive(int), help="denoising steps (50) / 采样步数")
@@ -247,6 +248,7 @@ def finish(
 ) -> None:
     """Writes and reports images."""
     from ..paint.paint import image_grid
+    from ..paint.record import save_whole
 
     places = [output]
     if arguments.save_all:
@@ -254,7 +256,8 @@ def finish(
     for index, place in enumerate(places):
         result.save(place, index, arguments.model)
     if sheet is not None:
-        image_grid(result.images, captions=[caption(result, index) for index in range(len(result.images))]).save(sheet)
+        captions = [caption(result, index) for index in range(len(result.images))]
+        save_whole(image_grid(result.images, captions=captions), sheet)
     if arguments.json:
         print(json.dumps(as_dict(result, places, seconds), ensure_ascii=False), flush=True)
     else:

@@ -37,6 +37,11 @@ class Formatter(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120) - 2)
 
+    def _format_action_invocation(self, action):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return f"--[no-]{action.option_strings[0].removeprefix('--')}"
+        return super()._format_action_invocation(action)
+
     def _get_default_metavar_for_optional(self, action):
         kind = getattr(action.type, "__name__", None)
         return METAVARS.get(kind) or super()._get_default_metavar_for_optional(action)
@@ -76,9 +81,9 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self, everything: bool = False) -> str:
         rare = self._rare() if self._has_rare and not everything else []
-        helps = [(action, action.help) for action in rare]
+        helps = [(action, action.help) for action in self._actions if action in rare or isinstance(action, _HelpAll)]
         try:
-            for action in rare:
+            for action, _ in helps:
                 action.help = argparse.SUPPRESS
             text = super().format_help()
         finally:
@@ -91,6 +96,9 @@ class Parser(argparse.ArgumentParser):
             text += "\n" + _wrapped(f"--help-all explains also / 更多选项见 --help-all: {names}").replace("\0", " ")
         if self.examples:
             text += "\nexamples / 示例:\n" + "".join(f"  {example}\n" for example in self.examples)
+        if rare:  # on one screen, which empty lines between the groups would spoil
+            usage, about, *groups = text.split("\n\n")
+            text = "\n\n".join([usage, about, "\n".join(groups)])
         return text
 
     def parse_known_args(self, args=None, namespace=None):

@@ -42,7 +42,7 @@ def _add_chat(kinds: argparse._SubParsersAction) -> None:
             "viscpm-hf train chat --config examples/train.yaml --qlora",
         ),
         rare=f"{train_paint.RARE_IN_TRAINING} --lora-alpha --lora-dropout --lora-targets --freeze-llm --train-patches "
-        "--weights --group-by-length --min-image-side --augment",
+        "--weights --group-by-length --min-image-side --augment --image-size --freeze-vision",
         help="fine-tune Chat / 微调 Chat",
         description="Fine-tune Chat on conversations about pictures. Several GPUs: accelerate launch -m viscpm_hf.cli "
         "train chat ... / 用图文对话微调 Chat；多卡训练用 accelerate launch 启动。",

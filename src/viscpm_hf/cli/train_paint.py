@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Of both kinds of training, see `parsing.Parser`.
 RARE_IN_TRAINING = (
-    "--mode --max-steps --eval-batch-size --warmup --scheduler --optimizer --weight-decay --adam-beta2 "
+    "--mode --max-steps --accumulation --eval-batch-size --warmup --scheduler --optimizer --weight-decay --adam-beta2 "
     "--max-grad-norm --gradient-checkpointing --seed --bad-rows --workers --save-steps --eval-steps --log-steps "
     "--save-total-limit --keep-best --tensorboard"
 )
@@ -43,14 +43,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def add_training_options(parser: argparse.ArgumentParser, config_class: type, modes: tuple[str, ...]) -> None:
+    """Adds every field of a configuration, a file of them, and its modes by their names."""
     parser.add_argument("--config", metavar="YAML", help="these options in a file; given ones go first / 配置文件")
-    mode = parser.add_mutually_exclusive_group()
-    for name in modes:
-        mode.add_argument(
-            f"--{name}", dest="mode", action="store_const", const=name, default=argparse.SUPPRESS,
-            help=f"--mode {name}",
-        )  # fmt: skip
+    what = config_class.__dataclass_fields__["mode"].metadata["help"]
+    parser.add_argument(*(f"--{name}" for name in modes), action=_Mode, nargs=0, dest="mode", help=what)
     add_config_options(parser, config_class)
+
+
+class _Mode(argparse.Action):
+    """`--full` for `--mode full`."""
+
+    def __init__(self, option_strings, dest, **settings):
+        super().__init__(option_strings, dest, default=argparse.SUPPRESS, **settings)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        name = option_string.removeprefix("--")
+        given = getattr(namespace, self.dest, name)
+        if given != name:
+            raise argparse.ArgumentError(self, f"there is one mode, {given} or {name}")
+        setattr(namespace, self.dest, name)
 
 
 def run(arguments: argparse.Namespace) -> int:

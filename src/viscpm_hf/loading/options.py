@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..checkpoints.location import original_files
+from ..checkpoints.location import only_original_file
 from ..checkpoints.original import (
     ORIGINAL_SUFFIXES,
     ORIGINAL_WEIGHTS_NAME,
-    VAE_NAMES,
-    OriginalCheckpointError,
     load_state_dict,
 )
 from ..checkpoints.tensor_files import named_dtype
@@ -204,11 +202,4 @@ def find_original_file(model_path: str | os.PathLike) -> Path | None:
         return None
     if (path / "config.json").is_file():
         return None
-    files = [file for file in original_files(path) if file.name not in VAE_NAMES]
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise OriginalCheckpointError(
-            f"{path} has no config.json, so it should hold one original .pt or .bin file; it holds: {names}. Give the "
-            "path of the file."
-        )
-    return files[0]
+    return only_original_file(path, "config.json")

@@ -27,7 +27,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from transformers.utils import logging
 
 from ..checkpoints.key_matching import KeyMatcher
-from ..checkpoints.location import find_repository_file, kind_of, variant_name
+from ..checkpoints.location import find_repository_file, kind_of, only_original_file, variant_name
 from ..checkpoints.original import (
     CHAT,
     CPM_BEE,
@@ -142,14 +142,7 @@ def find_original_file(folder: Path, variant: str | None = None) -> Path:
         return weights
     if variant is not None:
         raise OriginalCheckpointError(f"{folder} has no {weights.name}, the variant {variant!r} of its weights.")
-    files = sorted(file for file in folder.iterdir() if file.suffix in ORIGINAL_SUFFIXES and file.name != VAE_NAME)
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
-        raise OriginalCheckpointError(
-            f"{folder} has no {DiffusionPipeline.config_name} of a VisCPM-Paint pipeline, so it should hold one "
-            f"original .pt or .bin file; it holds: {names}. Give the path of the file."
-        )
-    return files[0]
+    return only_original_file(folder, f"{DiffusionPipeline.config_name} of a VisCPM-Paint pipeline")
 
 
 def find_beside(folder: Path, *names: str) -> Path | None:

@@ -15,6 +15,9 @@ from .packed_linear import PackedLinear
 from .row_products import has_packed_products, is_for_kernel, kernel
 
 
+_BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
+
+
 def has_kernel(*modules: nn.Module) -> bool:
     """Whether all products of these modules are those of our kernels, beside which compilation gains nothing."""
     layers = [
@@ -63,7 +66,8 @@ def check_fast_decoding(*modules: nn.Module) -> None:
     """Checks that a language model, in one or several modules, can be decoded by graphs and kernels.
 
     Raises:
-        ValueError: for a model that is spread over several devices or offloaded.
+        ValueError: for a model that is spread over several devices or offloaded, that has hooks, or that
+            bitsandbytes quantised on a CPU: uncompiled, as it is there, its steps over fixed shapes are slower.
     """
     devices = {parameter.device for module in modules for parameter in module.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
@@ -73,10 +77,17 @@ def check_fast_decoding(*modules: nn.Module) -> None:
             "Load it without device_map, or quantised so that it fits, or decode with fast=False."
         )
     for name, module in modules[0].named_modules():
+        if type(module).__name__ in _BITSANDBYTES and module.weight.device.type == "cpu":
+            raise ValueError(
+                "Fast decoding gains nothing from bitsandbytes' weights on a CPU, where nothing compiles them and our "
+                f"kernels don't read them, but {name} is a {type(module).__name__}. Decode with fast=False (without "
+                "--fast), or quantise to packed '8bit' or, with AVX-512, '4bit'."
+            )
         if hasattr(module, "_hf_hook") or (name and (module._forward_pre_hooks or module._forward_hooks)):
             raise ValueError(
-                f"Fast decoding can't run what offloading and streaming do between layers, but {name or 'the model'} "
-                "has hooks. Load it without device_map and layer streaming, or decode with fast=False."
+                "Fast decoding runs no hooks (of offloading, of streamed layers, or your own), but "
+                f"{name or 'the model'} has hooks. Load it without device_map and layer streaming, take the hooks "
+                "away, or decode with fast=False."
             )
 
 

@@ -27,7 +27,7 @@ KINDS = ("", "_int8", "_int4")
 
 SOURCE = (
     COMMON
-    + f"static const long MAX_INT4_ROWS = {MAX_PACKED_ROWS[4]};"
+    + f"static const long MAX_INT8_ROWS = {MAX_PACKED_ROWS[8]}, MAX_INT4_ROWS = {MAX_PACKED_ROWS[4]};"
     + r"""
 #include <omp.h>
 
@@ -112,171 +112,316 @@ typedef int32_t Codes __attribute__((vector_size(64)));
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define HAS_PACKED
 #include <immintrin.h>
+#ifdef __AMX_INT8__
+#include <sys/syscall.h>
+#include <unistd.h>
+// Linux lets a process use the registers of AMX that asks for them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+static const bool HAS_TILES = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+static const bool HAS_TILES = false;
+#endif
 
-// Rows are step * (coarse + fine / 254) with two digits of 8 bits; counts are multiples of 16.
-static inline void digits_of(const float* x, long count, float step, int8_t* coarse, int8_t* fine) {
-  const __m512 inverse = _mm512_set1_ps(1 / step);
-  for (long i = 0; i < count; i += 16) {
-    __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse), whole = _mm512_roundscale_ps(scaled, 0);
-    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, whole), _mm512_set1_ps(254));
-    _mm_storeu_si128((__m128i*)(coarse + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(whole)));
-    _mm_storeu_si128((__m128i*)(fine + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest)));
+// Rows are step * (coarse + fine / 254) with two digits of 8 bits: lines of every row's coarse digits and of its fine
+// ones, of each group of columns all lines together, sixteen or a multiple if there are many, or one after another.
+struct Digits {
+  struct alignas(64) Line { int8_t digits[GROUP]; };
+  std::vector<Line> lines;
+  long rows, groups, group_stride, line_stride;
+
+  void resize(long count, long width, bool in_groups) {
+    rows = count, groups = width / GROUP;
+    group_stride = !in_groups ? 1 : rows > 4 ? (2 * rows + 15) / 16 * 16 : 2 * rows;
+    line_stride = in_groups ? 1 : groups;
+    lines.resize(in_groups ? group_stride * groups : 2 * rows * groups);
   }
-}
+  const Line* at(long group, long line) const { return lines.data() + group * group_stride + line * line_stride; }
+  void fill(long group, long row, const float* x, float step) {
+    Line *coarse = (Line*)at(group, 2 * row), *fine = coarse + line_stride;
+    const __m512 inverse = _mm512_set1_ps(1 / step);
+    for (long i = 0; i < GROUP; i += 16) {
+      __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse), whole = _mm512_roundscale_ps(scaled, 0);
+      __m512 rest = _mm512_mul_ps(_mm512_sub_ps(scaled, whole), _mm512_set1_ps(254));
+      _mm_store_si128((__m128i*)(coarse->digits + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(whole)));
+      _mm_store_si128((__m128i*)(fine->digits + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(rest)));
+    }
+  }
+};
 static inline float step_of(const float* x, long count) {
   __m512 largest = _mm512_set1_ps(1e-30f);
   for (long i = 0; i < count; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
   return _mm512_reduce_max_ps(largest) / 127;
 }
 
+// Sums of this type stay where they are; of the intrinsic's own one compilers make copies.
+static inline void add_dots(Codes& sums, __m512i codes, __m512i digits) {
+  sums = (Codes)_mm512_dpbusd_epi32((__m512i)sums, codes, digits);
+}
+
+// Codes of 64 outputs, without signs: (groups, 4, 16) vectors, each of four columns of 16 outputs. Here their products
+// with some rows' digits are added to sums, four vectors a line, which begin at 0 if they are fresh.
+template <int LINES>
+static inline void add_some(const __m512i* codes, const Digits& digits, long group, long groups, long row,
+                            __m512i (*sums)[4], bool fresh) {
+  Codes found[LINES][4];
+#pragma GCC unroll 6
+  for (int l = 0; l < LINES; l++)
+    for (int q = 0; q < 4; q++) found[l][q] = fresh ? Codes{} : (Codes)sums[l][q];
+  for (const __m512i* last = codes + groups * 64; codes < last; codes += 64) {
+    const Digits::Line* lines = digits.at(group++, 2 * row);
+#pragma GCC unroll 1
+    for (int j = 0; j < 16; j++)
+#pragma GCC unroll 6
+      for (int l = 0; l < LINES; l++) {
+        int four;
+        memcpy(&four, lines[l].digits + 4 * j, 4);
+        for (int q = 0; q < 4; q++) add_dots(found[l][q], codes[q * 16 + j], _mm512_set1_epi32(four));
+      }
+  }
+#pragma GCC unroll 6
+  for (int l = 0; l < LINES; l++)
+    for (int q = 0; q < 4; q++) sums[l][q] = (__m512i)found[l][q];
+}
+
+// The same by AMX, of eight rows.
+struct Tiles {
+  const bool used;
+#ifdef __AMX_INT8__
+  explicit Tiles(bool wanted) : used(wanted && HAS_TILES) {
+    alignas(64) uint8_t all[64] = {1};  // eight of 16 lines of 64 bytes
+    for (int i = 0; i < 8; i++) all[16 + 2 * i] = 64, all[48 + i] = 16;
+    if (used) _tile_loadconfig(all);
+  }
+  ~Tiles() { if (used) _tile_release(); }
+  static inline void add(const __m512i* codes, const Digits& digits, long group, long groups, long row,
+                         __m512i (*sums)[4], bool fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (!fresh) {
+      _tile_loadd(0, sums[0], 256);
+      _tile_loadd(1, sums[0] + 1, 256);
+      _tile_loadd(2, sums[0] + 2, 256);
+      _tile_loadd(3, sums[0] + 3, 256);
+    }
+    for (const __m512i* last = codes + groups * 64; codes < last; codes += 64) {
+      _tile_loadd(4, digits.at(group++, 2 * row), 64);
+      _tile_loadd(5, codes, 64);
+      _tile_dpbsud(0, 4, 5);
+      _tile_loadd(6, codes + 16, 64);
+      _tile_dpbsud(1, 4, 6);
+      _tile_loadd(7, codes + 32, 64);
+      _tile_dpbsud(2, 4, 7);
+      _tile_loadd(5, codes + 48, 64);
+      _tile_dpbsud(3, 4, 5);
+    }
+    _tile_stored(0, sums[0], 256);
+    _tile_stored(1, sums[0] + 1, 256);
+    _tile_stored(2, sums[0] + 2, 256);
+    _tile_stored(3, sums[0] + 3, 256);
+  }
+#else
+  explicit Tiles(bool) : used(false) {}
+  static void add(const __m512i*, const Digits&, long, long, long, __m512i (*)[4], bool) {}
+#endif
+};
+
+// Of all rows; sums have a multiple of 16 lines.
+static inline void add_products(const Tiles& tiles, const __m512i* codes, const Digits& digits, long group,
+                                long groups, __m512i (*sums)[4], bool fresh) {
+  for (long m = 0; m < digits.rows;) {
+    const long left = digits.rows - m;
+    __m512i(*mine)[4] = sums + 2 * m;
+    if (tiles.used) Tiles::add(codes, digits, group, groups, m, mine, fresh), m += 8;
+    else if (left == 1) add_some<2>(codes, digits, group, groups, m, mine, fresh), m += 1;
+    else if (left == 2 || left == 4) add_some<4>(codes, digits, group, groups, m, mine, fresh), m += 2;
+    else add_some<6>(codes, digits, group, groups, m, mine, fresh), m += 3;
+  }
+}
 // 8-bit weights: (n, k) codes, `scales` (n,) in bf16.
 struct Int8 {
-  static const long UNIT = 16;
-  std::vector<int8_t> digits;  // of each row the coarse ones, then the fine ones
+  static const long UNIT = 64, CHUNK = 4, FEW = 6;
+  Digits digits;
   std::vector<float> steps;
   std::vector<int32_t> sums;
-  long rows, k;
 
-  void prepare(const float* x, long count, long width) {
-    rows = count, k = width;
-    digits.resize(2 * rows * k), steps.resize(rows), sums.resize(2 * rows);
+  void prepare(const float* x, long rows, long k) {
+    digits.resize(rows, k, rows > FEW), steps.resize(rows), sums.assign(2 * rows, 0);
     for (long m = 0; m < rows; m++) {
-      int8_t* mine = digits.data() + 2 * m * k;
       steps[m] = step_of(x + m * k, k);
-      digits_of(x + m * k, k, steps[m], mine, mine + k);
-      for (int fine = 0; fine < 2; fine++) {
-        int32_t sum = 0;
-        for (long j = 0; j < k; j++) sum += mine[fine * k + j];
-        sums[2 * m + fine] = sum;
-      }
-    }
-  }
-  template <int ROWS, class Out>
-  void multiply_rows(const uint8_t* w, const uint16_t* scales, Out* y, long n, Range range, long first) const {
-    const __m512i middle = _mm512_set1_epi8((char)128);
-    const int8_t* xs = digits.data() + 2 * first * k;
-    for (long i = range.from; i < range.to; i++) {
-      __m512i coarse[ROWS] = {}, fine[ROWS] = {};
-      const uint8_t* row = w + i * k;
-      for (long j = 0; j < k; j += 64) {
-        __builtin_prefetch(row + j + AHEAD);
-        // The instruction wants one side without signs.
-        const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(row + j), middle);
-        for (int m = 0; m < ROWS; m++) {
-          coarse[m] = _mm512_dpbusd_epi32(coarse[m], codes, _mm512_loadu_si512(xs + 2 * m * k + j));
-          fine[m] = _mm512_dpbusd_epi32(fine[m], codes, _mm512_loadu_si512(xs + (2 * m + 1) * k + j));
-        }
-      }
-      for (int m = 0; m < ROWS; m++) {
-        const int32_t* sum = sums.data() + 2 * (first + m);
-        float whole = _mm512_reduce_add_epi32(coarse[m]) - 128 * sum[0];
-        float rest = _mm512_reduce_add_epi32(fine[m]) - 128 * sum[1];
-        store((whole + rest / 254) * steps[first + m] * number(scales[i]), y + (first + m) * n + i);
+      for (long g = 0; g < k / GROUP; g++) {
+        digits.fill(g, m, x + m * k + g * GROUP, steps[m]);
+        for (long line = 2 * m; line < 2 * m + 2; line++)
+          for (int8_t digit : digits.at(g, line)->digits) sums[line] += digit;
       }
     }
   }
   template <class Out>
-  void multiply(const void* weight, const void* scale, Out* y, long n, Range all) const {
+  void put(int32_t coarse, int32_t fine, float scale, Out* y, long n, long m, long i) const {
+    float whole = coarse - 128 * sums[2 * m], rest = fine - 128 * sums[2 * m + 1];
+    store((whole + rest / 254) * steps[m] * scale, y + m * n + i);
+  }
+  template <int ROWS, class Out>
+  void multiply_rows(const uint8_t* w, const uint16_t* scales, Out* y, long n, Range range, long first) const {
+    const __m512i middle = _mm512_set1_epi8((char)128);
+    const long k = digits.groups * GROUP, next = digits.line_stride;
+    for (long i = range.from; i < range.to; i++) {
+      Codes coarse[ROWS] = {}, fine[ROWS] = {};
+      const uint8_t* row = w + i * k;
+      const Digits::Line* lines = digits.at(0, 2 * first);
+      for (long j = 0; j < k; j += GROUP, lines += digits.group_stride) {
+        __builtin_prefetch(row + j + AHEAD);
+        // The instruction wants one side without signs.
+        const __m512i codes = _mm512_xor_si512(_mm512_loadu_si512(row + j), middle);
+        for (int m = 0; m < ROWS; m++) {
+          add_dots(coarse[m], codes, _mm512_load_si512(lines + 2 * m * next));
+          add_dots(fine[m], codes, _mm512_load_si512(lines + (2 * m + 1) * next));
+        }
+      }
+      for (int m = 0; m < ROWS; m++) {
+        const int whole = _mm512_reduce_add_epi32((__m512i)coarse[m]);
+        const int rest = _mm512_reduce_add_epi32((__m512i)fine[m]);
+        put(whole, rest, number(scales[i]), y, n, first + m, i);
+      }
+    }
+  }
+  template <class Out>
+  void multiply(const void* weight, const void* scale, Out* y, long n, Range range) const {
     const uint8_t* w = (const uint8_t*)weight;
     const uint16_t* scales = (const uint16_t*)scale;
-    // Of many rows some at a time, while the weights of some outputs are in the cache.
-    const long piece = rows > 4 ? UNIT : n;
-    for (Range range{all.from, 0}; range.from < all.to; range.from = range.to) {
-      range.to = std::min(all.to, range.from + piece);
-      for (long m = 0; m < rows; m += 4)
-        switch (rows - m) {
-          case 1: multiply_rows<1>(w, scales, y, n, range, m); break;
-          case 2: multiply_rows<2>(w, scales, y, n, range, m); break;
-          case 3: multiply_rows<3>(w, scales, y, n, range, m); break;
-          default: multiply_rows<4>(w, scales, y, n, range, m);
-        }
+    if (digits.rows > FEW) range.from = multiply_blocks(w, scales, y, n, range);
+    for (long m = 0; m < digits.rows; m += FEW)
+      switch (digits.rows - m) {
+        case 1: multiply_rows<1>(w, scales, y, n, range, m); break;
+        case 2: multiply_rows<2>(w, scales, y, n, range, m); break;
+        case 3: multiply_rows<3>(w, scales, y, n, range, m); break;
+        case 4: multiply_rows<4>(w, scales, y, n, range, m); break;
+        case 5: multiply_rows<5>(w, scales, y, n, range, m); break;
+        default: multiply_rows<FEW>(w, scales, y, n, range, m);
+      }
+  }
+  // Of many rows 64 outputs at a time; returns where there are fewer left.
+  template <class Out>
+  long multiply_blocks(const uint8_t* w, const uint16_t* scales, Out* y, long n, Range range) const {
+    const long k = digits.groups * GROUP, rows = digits.rows;
+    const Tiles tiles(true);
+    __m512i found[2 * MAX_INT8_ROWS][4];
+    const __m512i middle = _mm512_set1_epi8((char)128);
+    // Of two vectors, what comes of turn about
+    __m512i low, high;
+    for (int lane = 0; lane < 16; lane++) {
+      ((int32_t*)&low)[lane] = lane / 2 + lane % 2 * 16;
+      ((int32_t*)&high)[lane] = lane / 2 + lane % 2 * 16 + 8;
     }
+    long i = range.from;
+    if (i + 64 <= range.to)
+      for (long line = 0; line < 64 * k; line += 64) __builtin_prefetch(w + i * k + line, 0, 2);
+    for (; i + 64 <= range.to; i += 64) {
+      const uint8_t* later = w + (i + 64) * k;
+      const bool goes_on = i + 128 <= range.to;
+      for (long g = 0; g < digits.groups; g += CHUNK) {
+        const long groups = std::min(CHUNK, digits.groups - g);
+        __m512i codes[CHUNK * 64];
+        for (long c = 0; c < groups; c++)
+          for (int q = 0; q < 4; q++) {
+            __m512i some[16], others[16];
+            for (int r = 0; r < 16; r++) {
+              some[r] = _mm512_loadu_si512(w + (i + 16 * q + r) * k + (g + c) * GROUP);
+              if (goes_on) __builtin_prefetch(later, 0, 2);
+              later += 64;
+            }
+            for (int turn = 0; turn < 2; turn++) {
+              for (int r = 0; r < 8; r++) {
+                others[2 * r] = _mm512_permutex2var_epi32(some[r], low, some[r + 8]);
+                others[2 * r + 1] = _mm512_permutex2var_epi32(some[r], high, some[r + 8]);
+              }
+              for (int r = 0; r < 8; r++) {
+                some[2 * r] = _mm512_permutex2var_epi32(others[r], low, others[r + 8]);
+                some[2 * r + 1] = _mm512_permutex2var_epi32(others[r], high, others[r + 8]);
+              }
+            }
+            for (int r = 0; r < 16; r++) codes[c * 64 + q * 16 + r] = _mm512_xor_si512(some[r], middle);
+          }
+        add_products(tiles, codes, digits, g, groups, found, g == 0);
+      }
+      for (long m = 0; m < rows; m++)
+        for (int o = 0; o < 64; o++)
+          put(((const int32_t*)found[2 * m])[o], ((const int32_t*)found[2 * m + 1])[o], number(scales[i + o]), y, n, m,
+              i + o);
+    }
+    return i;
   }
 };
 
 struct Int4 {
-  static const long UNIT = 64;
-  struct Group {
-    int8_t coarse[GROUP], fine[GROUP];
-    float step, sum;
-  };
-  std::vector<Group> digits;
-  long rows, k;
+  static const long UNIT = 64, FEW = 4;
+  Digits digits;
+  std::vector<float> steps, sums;  // (rows, groups)
 
-  void prepare(const float* x, long count, long width) {
-    rows = count, k = width;
-    digits.resize(rows * k / GROUP);
-    for (long i = 0; i < rows * k / GROUP; i++) {
-      Group& group = digits[i];
+  void prepare(const float* x, long rows, long k) {
+    digits.resize(rows, k, true), steps.resize(rows * digits.groups), sums.resize(rows * digits.groups);
+    for (long i = 0; i < rows * digits.groups; i++) {
       const float* from = x + i * GROUP;
-      group.step = step_of(from, GROUP);
-      digits_of(from, GROUP, group.step, group.coarse, group.fine);
+      steps[i] = step_of(from, GROUP);
+      digits.fill(i % digits.groups, i / digits.groups, from, steps[i]);
       __m512 sum = _mm512_setzero_ps();
       for (long j = 0; j < GROUP; j += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + j));
-      group.sum = _mm512_reduce_add_ps(sum);
+      sums[i] = _mm512_reduce_add_ps(sum);
     }
   }
   template <class Out>
   void multiply(const void* weight, const void* scale, Out* y, long n, Range range) const {
     const uint8_t* w = (const uint8_t*)weight;
     const uint32_t* scales = (const uint32_t*)scale;
-    const long groups = k / GROUP;
-    const Group* xs = digits.data();
+    const long groups = digits.groups, k = groups * GROUP, rows = digits.rows;
+    const Tiles tiles(rows > FEW);
     // Two inputs of 32 outputs each -> pairs of inputs, so that four of them come together for an output below.
     alignas(64) uint8_t places[64];
     for (int i = 0; i < 64; i++) places[i] = i / 16 * 4 + i / 2 % 4 + i / 8 % 2 * 16 + i % 2 * 32;
     const __m512i order = _mm512_load_si512(places), low = _mm512_set1_epi8(15);
     for (long b = range.from / 64; b < range.to / 64; b++) {
-      __m512 sums[MAX_INT4_ROWS][4];
+      __m512 made[MAX_INT4_ROWS][4];
       for (long m = 0; m < rows; m++)
-        for (int q = 0; q < 4; q++) sums[m][q] = _mm512_setzero_ps();
+        for (int q = 0; q < 4; q++) made[m][q] = _mm512_setzero_ps();
       for (long g = 0; g < groups; g++) {
-        const uint8_t* codes = w + (b * k + g * GROUP) * 32;
-        __m512i values[GROUP];
-        for (long j = 0; j < GROUP; j += 4) {
-          __m512i one = _mm512_loadu_si512(codes + 32 * j), other = _mm512_loadu_si512(codes + 32 * j + 64);
-          __builtin_prefetch(codes + 32 * j + AHEAD);
-          __builtin_prefetch(codes + 32 * j + AHEAD + 64);
+        const uint8_t* from = w + (b * k + g * GROUP) * 32;
+        __m512i codes[64];
+        for (long j = 0; j < 16; j++) {
+          __m512i one = _mm512_loadu_si512(from + 128 * j), other = _mm512_loadu_si512(from + 128 * j + 64);
+          __builtin_prefetch(from + 128 * j + AHEAD);
+          __builtin_prefetch(from + 128 * j + AHEAD + 64);
           one = _mm512_permutexvar_epi8(order, one), other = _mm512_permutexvar_epi8(order, other);
           __m512i first = _mm512_unpacklo_epi16(one, other), second = _mm512_unpackhi_epi16(one, other);
-          values[j] = _mm512_and_si512(first, low), values[j + 1] = _mm512_and_si512(second, low);
-          values[j + 2] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
-          values[j + 3] = _mm512_and_si512(_mm512_srli_epi16(second, 4), low);
+          codes[j] = _mm512_and_si512(first, low), codes[j + 16] = _mm512_and_si512(second, low);
+          codes[j + 32] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
+          codes[j + 48] = _mm512_and_si512(_mm512_srli_epi16(second, 4), low);
         }
+        __m512i found[2 * MAX_INT4_ROWS][4];
+        add_products(tiles, codes, digits, g, 1, found, true);
         __m512 factor[4], least[4];
         const long later = g + 2 < groups ? (g + 2) * n : (g + 2 - groups) * n + 64;  // perhaps in the next block
         const uint32_t* soon = scales + later + b * 64;
         for (int q = 0; q < 4; q++) {
-          const uint32_t* from = scales + g * n + b * 64 + 16 * q;
+          const uint32_t* pairs = scales + g * n + b * 64 + 16 * q;
           __builtin_prefetch(soon + 16 * q);
-          __m512i both = _mm512_loadu_si512(from);
+          __m512i both = _mm512_loadu_si512(pairs);
           factor[q] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
           __m512 zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(0xffff0000)));
           least[q] = _mm512_fnmadd_ps(_mm512_set1_ps(8), factor[q], zero);
         }
         for (long m = 0; m < rows; m++) {
-          const Group& mine = xs[m * groups + g];
-          __m512i coarse[4] = {}, fine[4] = {};
-          for (long j = 0; j < GROUP; j += 4) {
-            int four[2];
-            memcpy(four, mine.coarse + j, 4), memcpy(four + 1, mine.fine + j, 4);
-            for (int q = 0; q < 4; q++) {
-              coarse[q] = _mm512_dpbusd_epi32(coarse[q], values[j + q], _mm512_set1_epi32(four[0]));
-              fine[q] = _mm512_dpbusd_epi32(fine[q], values[j + q], _mm512_set1_epi32(four[1]));
-            }
-          }
-          const __m512 step = _mm512_set1_ps(mine.step), sum = _mm512_set1_ps(mine.sum);
+          const __m512 step = _mm512_set1_ps(steps[m * groups + g]), sum = _mm512_set1_ps(sums[m * groups + g]);
           for (int q = 0; q < 4; q++) {
-            __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(fine[q]), _mm512_set1_ps(1 / 254.f),
-                                          _mm512_cvtepi32_ps(coarse[q]));
-            sums[m][q] = _mm512_fmadd_ps(_mm512_mul_ps(factor[q], step), both, sums[m][q]);
-            sums[m][q] = _mm512_fmadd_ps(least[q], sum, sums[m][q]);
+            __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found[2 * m + 1][q]), _mm512_set1_ps(1 / 254.f),
+                                          _mm512_cvtepi32_ps(found[2 * m][q]));
+            made[m][q] = _mm512_fmadd_ps(_mm512_mul_ps(factor[q], step), both, made[m][q]);
+            made[m][q] = _mm512_fmadd_ps(least[q], sum, made[m][q]);
           }
         }
       }
       for (long m = 0; m < rows; m++) {
         float all[64];
-        memcpy(all, sums[m], sizeof all);
+        memcpy(all, made[m], sizeof all);
         for (int i = 0; i < 64; i++) store(all[i], y + m * n + b * 64 + i);
       }
     }

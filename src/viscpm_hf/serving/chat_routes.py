@@ -145,7 +145,7 @@ def chat_router(
                 )
                 for index, answer in enumerate(answers)
             ],
-            usage=usage_of(prompt, sum(answer.num_tokens for answer in answers)),
+            usage=usage_of(prompt, answers),
         )
 
     @router.post("/viscpm", response_model=ViscpmAnswer, openapi_extra=documented(ViscpmRequest))
@@ -269,7 +269,8 @@ def logprobs_of(body: ChatCompletionRequest, scores: Sequence[TextScore]) -> Log
     )
 
 
-def usage_of(prompt: PreparedPrompt, num_tokens: int) -> Usage:
+def usage_of(prompt: PreparedPrompt, answers: Sequence[Answer]) -> Usage:
+    num_tokens = sum(answer.num_tokens for answer in answers)
     total = prompt.num_tokens + num_tokens
     return Usage(prompt_tokens=prompt.num_tokens, completion_tokens=num_tokens, total_tokens=total)
 
@@ -278,7 +279,7 @@ async def stream_chunks(
     body: ChatCompletionRequest, prompt: PreparedPrompt, events: EventStream, settings: ServerSettings
 ) -> AsyncIterator[str]:
     """Server-sent events; an error on the way is the last of them, as in OpenAI's API."""
-    chunk_id, created, num_tokens = new_id("chatcmpl"), now(), 0
+    chunk_id, created = new_id("chatcmpl"), now()
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     answers = [Answer() for _ in range(events.num_choices)]
 
@@ -291,18 +292,17 @@ async def stream_chunks(
     try:
         async with asyncio.timeout(settings.timeout):
             async for event in events:
+                answers[event.choice].take(event)
                 if isinstance(event, TextPiece):
-                    answers[event.choice].text += event.text
                     logprobs = logprobs_of(body, event.scores)
                     yield chunk([ChunkChoice(index=event.choice, delta=Delta(content=event.text), logprobs=logprobs)])
                 else:
-                    num_tokens += event.num_tokens
                     yield chunk([ChunkChoice(index=event.choice, delta=Delta(), finish_reason=event.reason)])
     except Exception as error:
         yield f"data: {json.dumps(error_answer(error, settings).body)}\n\n"
         return
     if with_usage:
-        yield chunk([], usage=usage_of(prompt, num_tokens))
+        yield chunk([], usage=usage_of(prompt, answers))
     yield "data: [DONE]\n\n"
     log_content(settings, messages=body.model_dump(exclude_none=True)["messages"], answers=answers)
 

@@ -254,16 +254,11 @@ class ChatEngine:
         unfinished = [num_choices]
 
         def listen(event: Event) -> None:
-            if isinstance(event, TextPiece):
-                answers[event.choice].text += event.text
-                answers[event.choice].scores += event.scores
-                return
-            if isinstance(event, Finished):
-                answers[event.choice].reason = event.reason
-                answers[event.choice].num_tokens = event.num_tokens
-                unfinished[0] -= 1
-            else:
+            if isinstance(event, Failed):
                 errors.append(event.error)
+            else:
+                answers[event.choice].take(event)
+                unfinished[0] -= isinstance(event, Finished)
             if errors or not unfinished[0]:
                 over.set()
 

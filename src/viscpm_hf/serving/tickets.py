@@ -96,6 +96,14 @@ class Answer:
     num_tokens: int = 0
     scores: list[TextScore] = dataclasses.field(default_factory=list)
 
+    def take(self, event: TextPiece | Finished) -> None:
+        """Adds what an event tells of it."""
+        if isinstance(event, TextPiece):
+            self.text += event.text
+            self.scores += event.scores
+        else:
+            self.reason, self.num_tokens = event.reason, event.num_tokens
+
 
 class Ticket:
     """A submitted request.

@@ -14,7 +14,7 @@ import anyio
 from fastapi import Request
 
 from ..images import DecodingCancelledError
-from .tickets import Answer, Event, Failed, Finished, TextPiece
+from .tickets import Answer, Event, Failed, Finished
 
 
 T = TypeVar("T")
@@ -154,10 +154,5 @@ class EventStream:
         """All choices whole."""
         answers = [Answer() for _ in range(self.num_choices)]
         async for event in self:
-            if isinstance(event, TextPiece):
-                answers[event.choice].text += event.text
-                answers[event.choice].scores += event.scores
-            else:
-                answers[event.choice].reason = event.reason
-                answers[event.choice].num_tokens = event.num_tokens
+            answers[event.choice].take(event)
         return answers

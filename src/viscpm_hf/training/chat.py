@@ -21,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..batch.results import replace_text
 from ..checkpoints.adapters import ADAPTER_CONFIG
 from ..evaluation.report import known_by
 from ..modeling.compatibility import CHECKPOINTING
@@ -509,6 +510,4 @@ def write_summary(config: TrainingOptions, result: TrainingResult) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(new, path)
+    replace_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

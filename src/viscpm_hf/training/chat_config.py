@@ -34,7 +34,7 @@ class ChatTrainingConfig(TrainingOptions):
     vision_config: str | None = option(None, "original file: the vision tower's sizes / 视觉编码器配置")
     vocab: str | None = option(None, "vocab.txt, if not beside the model / 词表")
 
-    mode: str = option("lora", "adapter, adapter on a 4-bit model, or all weights / 训练方式", choices=MODES)
+    mode: str = option("lora", "an adapter (default), one on a 4-bit model, or all weights / 训练方式", choices=MODES)
     lora_alpha: int = option(32, "its scale is alpha / rank (32) / LoRA 缩放")
     lora_dropout: float = option(0.05, "(0.05) / LoRA dropout")
     lora_targets: list[str] = option(

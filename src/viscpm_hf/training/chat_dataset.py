@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.utils import logging
 
-from .data_files import DataPart, RowSource
+from .data_files import DataPart
 from .encoding import encoding_of
 from .records import BadRowError, ChatRecord, ChatSample, read_record
 
@@ -61,19 +61,82 @@ class SampleLimits:
     bad_rows: str = "skip"
 
 
-class ChatDataset(Dataset):
-    """One [`ChatSample`] for every answered turn of the files' rows.
-
-    All rows are read once in the beginning, to check and measure them and to decode their pictures (one that fails in
-    an evaluation would enter its mean with a loss of 0); after that, only those that are asked for.
+class RowDataset(Dataset):
+    """What can be used of the rows of several files. All are read once in the beginning; after that, only those that
+    are asked for.
 
     Args:
         parts: what to mix.
         images: folder of the pictures; None: beside each file.
+        bad_rows: `"skip"` reports and counts them in `skipped`, `"fail"` raises the first.
 
     Raises:
-        BadRowError: for the first bad row, if limits say so.
-        ValueError: if nothing is left to train.
+        BadRowError: for the first bad row, if they are to fail.
+        ValueError: if nothing of a part can be used.
+    """
+
+    def __init__(self, parts: Sequence[DataPart], images: Path | None, bad_rows: str):
+        self.parts, self.images, self.bad_rows = list(parts), images, bad_rows
+        self.skipped = SkippedRows()
+        self.sizes: list[int] = []
+        """Items of every part."""
+        self._part, self._row = array("H"), array("q")
+        for number, part in enumerate(self.parts):
+            before, num_rows = len(self), 0
+            for row, content in tqdm(part.source.scan(), desc=part.name, unit=" rows", disable=None):
+                num_rows += 1
+                try:
+                    if isinstance(content, BadRowError):
+                        raise content
+                    self._take(number, row, content)
+                except (ValueError, OSError) as error:
+                    self.skip(part.source.where(row), error)
+            self.sizes.append(len(self) - before)
+            logger.info("%s: %d rows, %d samples", part.name, num_rows, self.sizes[-1])
+            if len(self) == before:
+                raise ValueError(self._nothing_left(part.name, num_rows))
+
+    def _take(self, number: int, row: int, content: Any) -> None:
+        """Keeps what can be used of a row of part `number`, or raises `ValueError` or `OSError`."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def skip(self, where: str, error: Exception) -> None:
+        """Notes a bad row; raises [`BadRowError`] if they are to fail."""
+        message = str(error) if isinstance(error, BadRowError) else f"{where}: {error}"
+        if self.bad_rows == "fail":
+            raise BadRowError(message) from None
+        self.skipped.add("bad", message)
+
+    def _item(self, read: Callable[..., Any], index: int) -> Any:
+        number, row = self._part[index], self._row[index]
+        return self._read(read, number, row, self.parts[number].source.row(row))
+
+    def _read(self, read: Callable[..., Any], number: int, row: int, content: Any) -> Any:
+        """A row of part `number` as `read` makes it of its content."""
+        rows = self.parts[number].source
+        return read(
+            content,
+            source=rows.where(row),
+            images_folder=self.images or rows.folder,
+            is_confined=self.images is not None,
+            seed=row,
+        )
+
+    def _nothing_left(self, name: str, num_rows: int) -> str:
+        if not num_rows:
+            return f"{name} has no rows."
+        first = f" The first: {self.skipped.reports[0]}" if self.skipped.reports else ""
+        return f"Nothing of {name} can be trained: of {num_rows} rows, {self.skipped}.{first}"
+
+
+class ChatDataset(RowDataset):
+    """One [`ChatSample`] for every answered turn of the files' rows.
+
+    In the beginning rows are also measured, and their pictures decoded: one that fails in an evaluation would enter
+    its mean with a loss of 0.
     """
 
     def __init__(
@@ -83,70 +146,32 @@ class ChatDataset(Dataset):
         limits: SampleLimits,
         images: Path | None = None,
     ):
-        self.parts, self.images = list(parts), images
         self.processor, self.limits = processor, limits
-        self.skipped = SkippedRows()
-        self.sizes: list[int] = []
-        """Samples of every part."""
-        self.lengths = array("l")
-        self._part, self._row, self._turn = array("H"), array("q"), array("H")
-        for number, part in enumerate(self.parts):
-            before = len(self)
-            num_rows = self._index(number, part)
-            self.sizes.append(len(self) - before)
-            logger.info("%s: %d rows, %d samples", part.name, num_rows, self.sizes[-1])
-            if len(self) == before:
-                raise ValueError(self._nothing_left(part.name, num_rows))
-
-    def __len__(self) -> int:
-        return len(self._row)
+        self.lengths, self._turn = array("l"), array("H")
+        super().__init__(parts, images, limits.bad_rows)
 
     def __getitem__(self, index: int) -> ChatSample:
-        rows, row = self.parts[self._part[index]].source, self._row[index]
-        return self._record(rows, row, rows.row(row)).samples[self._turn[index]]
+        return self._item(read_record, index).samples[self._turn[index]]
 
-    def _record(self, rows: RowSource, row: int, content: Any) -> ChatRecord:
-        return read_record(
-            content,
-            source=rows.where(row),
-            images_folder=self.images or rows.folder,
-            is_confined=self.images is not None,
-            seed=row,
-        )
-
-    def _index(self, number: int, part: DataPart) -> int:
-        """Checks and measures all rows of a part; their number."""
-        num_rows, rows = 0, part.source
-        for row, content in tqdm(rows.scan(), desc=part.name, unit=" rows", disable=None):
-            num_rows += 1
-            try:
-                if isinstance(content, BadRowError):
-                    raise content
-                record = self._record(rows, row, content)
-                is_small = self._has_small_image(record)
-                lengths = [sample_length(self.processor, sample) for sample in record.samples]
-            except (ValueError, OSError) as error:
-                message = str(error) if isinstance(error, BadRowError) else f"{rows.where(row)}: {error}"
-                if self.limits.bad_rows == "fail":
-                    raise BadRowError(message) from None
-                self.skipped.add("bad", message)
-                continue
-            if is_small:
-                self.skipped.add("too_small", f"{record.source}: {is_small}")
-                continue
-            for turn, length in enumerate(lengths):
-                if length > self.limits.max_length:
-                    self.skipped.add(
-                        "too_long",
-                        f"{record.source}: turn {turn + 1} makes {length:,} tokens, more than max_length "
-                        f"{self.limits.max_length:,}",
-                    )
-                    break  # those after it have more before them
-                self._part.append(number)
-                self._row.append(row)
-                self._turn.append(turn)
-                self.lengths.append(length)
-        return num_rows
+    def _take(self, number: int, row: int, content: Any) -> None:
+        record = self._read(read_record, number, row, content)
+        is_small = self._has_small_image(record)
+        lengths = [sample_length(self.processor, sample) for sample in record.samples]
+        if is_small:
+            self.skipped.add("too_small", f"{record.source}: {is_small}")
+            return
+        for turn, length in enumerate(lengths):
+            if length > self.limits.max_length:
+                self.skipped.add(
+                    "too_long",
+                    f"{record.source}: turn {turn + 1} makes {length:,} tokens, more than max_length "
+                    f"{self.limits.max_length:,}",
+                )
+                break  # those after it have more before them
+            self._part.append(number)
+            self._row.append(row)
+            self._turn.append(turn)
+            self.lengths.append(length)
 
     def _has_small_image(self, record: ChatRecord) -> str:
         """What is too small about a record's pictures, as far as files show it; "" if nothing is.
@@ -161,12 +186,6 @@ class ChatDataset(Dataset):
                 if problem:
                     return problem
         return ""
-
-    def _nothing_left(self, name: str, num_rows: int) -> str:
-        if not num_rows:
-            return f"{name} has no rows."
-        first = f" The first: {self.skipped.reports[0]}" if self.skipped.reports else ""
-        return f"Nothing of {name} can be trained: of {num_rows} rows, {self.skipped}.{first}"
 
 
 def too_small(size: tuple[int, int], min_side: int) -> str:

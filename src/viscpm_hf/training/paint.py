@@ -236,7 +236,6 @@ def encode_dataset(
         size,
         arguments.device,
         batch_size=config.encode_batch_size,
-        bad_rows=config.bad_rows,
         share=share,
     )
     everyones = gather_object([keys]) if share.count > 1 else [keys]

@@ -36,7 +36,7 @@ class PaintTrainingConfig(TrainingOptions):
     eval_data: list[str] = option([], "held-out captions, likewise / 验证数据", metavar="DATA")
     cache: str | None = option(None, "encoded prompts and pictures (OUT/cache) / 编码缓存文件夹", metavar="DIR")
 
-    mode: str = option("full", "the whole UNet, or an adapter on it / 训练方式", choices=MODES)
+    mode: str = option("full", "the whole UNet (default), or an adapter on it / 训练方式", choices=MODES)
     freeze_unet: bool = option(False, "train the projection alone / 冻结 UNet，仅训练投影层")
     train_projection: bool = option(False, "train the text encoder's projection too / 同时训练文本投影层")
     lora_alpha: int = option(16, "its scale is alpha / rank (16) / LoRA 缩放")

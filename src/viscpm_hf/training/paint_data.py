@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 
 import PIL.Image
 import PIL.ImageOps
-from tqdm import tqdm
 from transformers.utils import logging
 
 from ..modeling.image_processing_viscpm import VisCPMImageProcessor
-from .chat_dataset import SkippedRows
+from .chat_dataset import RowDataset
 from .data_files import DataPart
 from .records import BadRowError, ChatRecord, ImageSource, read_record
 
@@ -68,18 +66,11 @@ def read_caption(
     return CaptionedImage(record.images[0], caption, source)
 
 
-class CaptionDataset(Sequence[CaptionedImage]):
+class CaptionDataset(RowDataset):
     """The rows of several files that can be used. Captions are kept in memory, pictures are read when asked for.
 
     Args:
-        parts: what to mix.
-        images: folder of the pictures; None: beside each file.
-        bad_rows: `"skip"` reports and counts them in `skipped`, `"fail"` raises the first.
         check_caption: raises `ValueError` for a caption that can't be trained.
-
-    Raises:
-        BadRowError: for the first bad row, if they are to fail.
-        ValueError: if a part has no row that can be used.
     """
 
     def __init__(
@@ -89,56 +80,24 @@ class CaptionDataset(Sequence[CaptionedImage]):
         bad_rows: str = "skip",
         check_caption: Callable[[str], Any] = len,
     ):
-        self.parts, self.images = list(parts), images
-        self.skipped = SkippedRows()
         self.captions: list[str] = []
-        self.sizes: list[int] = []
-        """Rows of every part."""
-        self._part, self._row = array("H"), array("q")
-        for number, part in enumerate(self.parts):
-            before, num_rows = len(self), 0
-            for row, content in tqdm(part.source.scan(), desc=part.name, unit=" rows", disable=None):
-                num_rows += 1
-                try:
-                    if isinstance(content, BadRowError):
-                        raise content
-                    item = self._read(number, row, content)
-                    if isinstance(item.image, Path) and not item.image.is_file():
-                        raise BadRowError(f"{item.source}: there is no picture {item.image}.")
-                    check_caption(item.caption)
-                except ValueError as error:
-                    message = str(error) if isinstance(error, BadRowError) else f"{part.source.where(row)}: {error}"
-                    if bad_rows == "fail":
-                        raise BadRowError(message) from None
-                    self.skipped.add("bad", message)
-                    continue
-                self.captions.append(item.caption)
-                self._part.append(number)
-                self._row.append(row)
-            self.sizes.append(len(self) - before)
-            if len(self) == before:
-                first = f" The first: {self.skipped.reports[0]}" if self.skipped.reports else ""
-                raise ValueError(f"{part.name}: none of its {num_rows} rows can be trained.{first}")
+        self._check_caption = check_caption
+        super().__init__(parts, images, bad_rows)
 
-    def __len__(self) -> int:
-        return len(self._row)
+    def _take(self, number: int, row: int, content: Any) -> None:
+        item = self._read(read_caption, number, row, content)
+        if isinstance(item.image, Path) and not item.image.is_file():
+            raise BadRowError(f"{item.source}: there is no picture {item.image}.")
+        self._check_caption(item.caption)
+        self.captions.append(item.caption)
+        self._part.append(number)
+        self._row.append(row)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        number, row = self._part[index], self._row[index]
-        return self._read(number, row, self.parts[number].source.row(row))
+        return self._item(read_caption, index)
 
     def source(self, index: int) -> str:
         return self.parts[self._part[index]].source.where(self._row[index])
-
-    def _read(self, number: int, row: int, content: Any) -> CaptionedImage:
-        rows = self.parts[number].source
-        return read_caption(
-            content,
-            source=rows.where(row),
-            images_folder=self.images or rows.folder,
-            is_confined=self.images is not None,
-            seed=row,
-        )
 
 
 def load_square(image: ImageSource, size: int) -> PIL.Image.Image:

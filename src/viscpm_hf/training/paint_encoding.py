@@ -20,7 +20,7 @@ from ..modeling.modeling_viscpm_paint import VisCPMPaintTextEncoder
 from ..pipelines.pipeline_viscpm_paint import VisCPMPaintPipeline
 from .paint_cache import TensorCache, files_fingerprint, text_key
 from .paint_data import CaptionDataset, load_square
-from .records import BadRowError, ImageSource
+from .records import ImageSource
 
 
 # Key of the row that all padding of prompts has; no text has it.
@@ -116,7 +116,6 @@ def encode_pictures(
     device: torch.device,
     *,
     batch_size: int,
-    bad_rows: str,
     share: Share = Share(),
 ) -> tuple[list[str | None], int]:
     """Caches what is missing of a dataset's pictures; loads the VAE only for that.
@@ -150,10 +149,7 @@ def encode_pictures(
                 count += 1
             keys[index] = key
         except (ValueError, OSError) as error:
-            message = str(error) if isinstance(error, BadRowError) else f"{dataset.source(index)}: {error}"
-            if bad_rows == "fail":
-                raise BadRowError(message) from None
-            dataset.skipped.add("bad", message)
+            dataset.skip(dataset.source(index), error)
         if len(waiting) == batch_size:
             encode_waiting()
     if waiting:
