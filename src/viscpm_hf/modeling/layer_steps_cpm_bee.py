@@ -267,8 +267,10 @@ _HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 # Ways to attend that give the same; others are somebody's own.
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 _NO_MATRIX = (0, 0)
-# What was looked at in [`looking_once`].
-_known: contextvars.ContextVar[list[LayerSteps] | None] = contextvars.ContextVar("known_layer_steps", default=None)
+# What was looked at in [`looking_once`], and what is kept of it.
+_known: contextvars.ContextVar[list[tuple[LayerSteps, list]] | None] = contextvars.ContextVar(
+    "known_layer_steps", default=None
+)
 
 
 @functools.lru_cache(1)
@@ -302,8 +304,6 @@ class LayerSteps:
         self._entries = list(zip(*entries, strict=True))
         self._weights = [entry for _, _, entry in entries if isinstance(entry, nn.Parameter)]
         self._places = list(map(torch.Tensor.data_ptr, self._weights))
-        # Whoever moves weights while a step reads them doesn't free them.
-        self._storages = list(map(torch.Tensor.untyped_storage, self._weights))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]
         if self.kernel is None:
@@ -317,6 +317,10 @@ class LayerSteps:
         self._last_norm = model.norm.weight
         factors = (config.rms_norm_eps, 1 / config.residual_divisor, config.head_dim**-0.5)
         self._factors = (ctypes.c_float * len(factors))(*factors)
+
+    def storages(self) -> list[torch.UntypedStorage]:
+        """What the kernel reads; whoever keeps them keeps weights that another thread moves from being freed."""
+        return [] if self.kernel is None else list(map(torch.Tensor.untyped_storage, self._weights))
 
     def is_still_right(self) -> bool:
         """Whether modules and weights are those that there were, at the same place."""
@@ -482,12 +486,12 @@ def step_layers(
 def layer_steps(model: nn.Module) -> LayerSteps:
     """The model's, made anew when it has changed."""
     steps, known = model.__dict__.get("_layer_steps"), _known.get()
-    if steps is not None and any(steps is it for it in known or ()):
+    if steps is not None and any(steps is it for it, _ in known or ()):
         return steps
     if steps is None or not steps.is_still_right():
         steps = model.__dict__["_layer_steps"] = LayerSteps(model)
     if known is not None:
-        known.append(steps)
+        known.append((steps, steps.storages()))
     return steps
 
 
