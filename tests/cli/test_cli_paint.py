@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 
 import numpy as np
 import paint_support
@@ -34,6 +35,16 @@ def test_an_image_with_all_it_takes_to_draw_it_again(tmp_path, capsys):
         settings = json.loads(image.text["settings"])
     assert (settings["steps"], settings["scheduler"]) == (2, "EulerDiscreteScheduler")
     assert (settings["guidance"], settings["size"]) == (5.0, [16, 16])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's device that is always full")
+def test_a_full_disk_leaves_what_was_there(tmp_path, capsys):
+    output = tmp_path / "out.png"
+    output.write_bytes(b"of before")
+    (tmp_path / "out.png.tmp").symlink_to("/dev/full")
+    assert main(["paint", MODEL, "蓝色", "-o", str(output), *ALONE]) == 1
+    assert "The disk to write to is full, free some of it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"] and output.read_bytes() == b"of before"
 
 
 def same(first, second):

@@ -84,6 +84,15 @@ def test_alternatives_are_not_shards(golden, original_folder, tmp_path):
     convert(folder / "pytorch_model.v1.bin", tmp_path / "out")
 
 
+def test_a_folder_cut_short_has_nothing_to_go_on_with(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "cut")
+    for file in folder.glob("model*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    found = inspect(folder)
+    assert "cut short" in found.problems[0]
+    assert found.next_command == "" and found.memory_bytes == {}
+
+
 def test_missing_tensor_and_vocabulary(small_original):
     state_dict = torch.load(small_original / "pytorch_model.bin", weights_only=True)
     del state_dict["query"]

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers.generation import BaseStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from viscpm_hf import CpmBeeConfig, CpmBeeForCausalLM
@@ -184,6 +185,33 @@ def test_changed_weights_count_at_once(folder, calls, monkeypatch):
     twin.model.norm.weight.zero_()
     assert decode(twin, 1, 1)[0][-1].last_hidden_state.abs().max() == 0
     torch.testing.assert_close(decode(model, 1, 1)[0][-1].last_hidden_state, before)
+
+
+def test_weights_that_another_moves_while_an_answer_is_generated_stay_readable(folder, calls):
+    model, ids = load(folder), torch.arange(7, 27)[None]
+
+    class Mover(BaseStreamer):
+        moved: list[torch.Tensor] = []
+
+        def put(self, value):
+            for weight in model.model.layers.parameters():
+                place = weight.data_ptr()
+                weight.data = weight.data.clone()
+                assert weight.data_ptr() != place
+                self.moved.append(torch.full_like(weight, torch.nan))  # where memory would be free
+
+        def end(self):
+            pass
+
+    ordinary = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, streamer=Mover()), ordinary)
+    model.model.layers[1].mlp.down_proj.weight.data = torch.zeros_like(model.model.layers[1].mlp.down_proj.weight)
+    calls.clear()
+    changed = model.generate(ids, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert len(calls) == 4
+    prompt = model(ids, use_cache=True)
+    step = model(changed.sequences[:, 20:21], use_cache=True, **{CACHE: cache_of(prompt)})
+    torch.testing.assert_close(changed.logits[1], step.logits[:, -1].detach(), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from ..chat.answering import ChatRequest
 from ..chat.data_rows import ASSISTANT, HUMAN, check_marks, messages_of, named_images, read_message, without_marks
 from ..modeling.processing_viscpm_chat import IMAGE_TOKEN
 from ..paint.painting import PaintRequest, check_paint_request, paint_batch
-from ..paint.record import png_info
+from ..paint.record import png_info, save_whole
 from .rows import InputRow, resolve_image, seed_of, text_of
 from .runner import PreparedRow
 
@@ -148,9 +147,7 @@ class PaintRows:
             for name in ("file", "flagged", "reason"):
                 if found[name] is not None:
                     info.add_itxt(name, str(found[name]))
-            temporary = path.with_name(path.name + ".tmp")
-            result.images[0].save(temporary, "PNG", pnginfo=info)
-            os.replace(temporary, path)
+            save_whole(result.images[0], path, pnginfo=info)
             results.append(found)
         return results
 

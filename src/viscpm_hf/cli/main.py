@@ -30,7 +30,7 @@ from . import (
     train,
 )
 from . import eval as evaluate
-from .errors import EXIT_INTERRUPTED, describe
+from .errors import EXIT_INTERRUPTED, describe, is_full_disk
 from .parsing import Parser, parsers
 
 
@@ -95,7 +95,9 @@ def _explain(error: Exception) -> str:
         # Torch's own words advise to load the file nevertheless.
         return "A file asks for more than tensors, or is damaged, and was not loaded: get it from its source again."
     # A configuration of the wrong types is the first of those that the user can mend, out of GPU memory the last.
-    if isinstance(error, (StrictDataclassError, ValueError, OSError, ImportError, MemoryError, RuntimeError)):
+    if is_full_disk(error) or isinstance(
+        error, (StrictDataclassError, ValueError, OSError, ImportError, MemoryError, RuntimeError)
+    ):
         return describe(error)
     return f"{type(error).__name__}: {describe(error)} (viscpm-hf -v COMMAND ... shows where)"
 

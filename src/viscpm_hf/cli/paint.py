@@ -248,6 +248,7 @@ def finish(
 ) -> None:
     """Writes and reports images."""
     from ..paint.paint import image_grid
+    from ..paint.record import save_whole
 
     places = [output]
     if arguments.save_all:
@@ -255,7 +256,8 @@ def finish(
     for index, place in enumerate(places):
         result.save(place, index, arguments.model)
     if sheet is not None:
-        image_grid(result.images, captions=[caption(result, index) for index in range(len(result.images))]).save(sheet)
+        captions = [caption(result, index) for index in range(len(result.images))]
+        save_whole(image_grid(result.images, captions=captions), sheet)
     if arguments.json:
         print(json.dumps(as_dict(result, places, seconds), ensure_ascii=False), flush=True)
     else:

@@ -304,7 +304,7 @@ def _inspect_converted(location: Location) -> Inspection:
         missing=missing,
         problems=problems + found.problems,
         quantization=quantization,
-        next_command=command,
+        next_command=command if is_whole else "",
     )
 
 

@@ -119,7 +119,7 @@ def inspection(location: Location, kind: str | None, files: dict[str, int], part
         parameters=dict(parameters),
         dtypes=dict(dtypes),
         sizes=sizes_of(config),
-        memory_bytes=_memory(parts),
+        memory_bytes=_memory(parts) if parts else {},
         system=system,
         licence=licence,
         **known,

@@ -25,6 +25,7 @@ from .fast_decoding_cpm_bee import FastDecoder, FastDecodingCache
 from .fused_projections_cpm_bee import fusing_problem
 from .generation_images import ImageGenerationMixin, with_drawing_last
 from .huge_pages import gather_weights
+from .layer_steps_cpm_bee import looking_once
 from .row_products import use_row_products
 from .sequences_cpm_bee import TokenSequences
 from .token_space_cpm_bee import AllowedTokens
@@ -181,7 +182,7 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         ids = kwargs.get("input_ids", inputs)
         check_earlier_cache(kwargs.get(CACHE), ids, kwargs.get("segment_ids"))
         kwargs["logits_processor"] = logits_processor
-        with telling_strings(kwargs.get("streamer"), kwargs.get("extension_table")):
+        with telling_strings(kwargs.get("streamer"), kwargs.get("extension_table")), looking_once():
             if not self._decodes_fast(fast):
                 outputs = super().generate(inputs, *args, **kwargs)
             elif kwargs.get(CACHE) is not None:
@@ -333,7 +334,8 @@ class CpmBeeGenerationMixin(ImageGenerationMixin):
         """
         search = ReferenceBeamSearch(self, decoding or ReferenceDecodingConfig())
         if not self._decodes_fast(fast):
-            return search(inputs, answer_segments, progress)
+            with looking_once():
+                return search(inputs, answer_segments, progress)
         with self.fast_decoder.lock:
             return search(inputs, answer_segments, progress, self.fast_decoder)
 

@@ -5,7 +5,8 @@
 | few: steps, beams | our kernel (VNNI), torch's `_weight_int8pack_mm` | ours, torch's `_weight_int4pack_mm_for_cpu` |
 | many: prompts, batches | int8 product (VNNI, AMX), rows in two digits of 8 bits | unpacked to bf16 piece by piece |
 
-Torch's kernels multiply rows in bf16 and add in fp32; ours (`row_products`) takes two digits of 8 bits here too.
+Torch's kernels multiply rows in bf16 and add in fp32; ours (`row_products`; VNNI, AMX) takes two digits of 8 bits
+here too.
 Without VNNI, on other devices and where gradients are wanted, 8-bit weights are unpacked too. The numbers of rows are
 where one way becomes faster than the other, measured.
 """

@@ -49,7 +49,7 @@ from ..pipelines.ranking import DEFAULT_RANKER
 from ..pipelines.safety import DEFAULT_SAFETY_CHECKER, load_whole
 from ..tiny.embedded import FOLDER as EMBEDDED_FOLDER
 from ..tiny.embedded import resolve_model
-from .record import Record, call_settings, png_info, read_record
+from .record import Record, call_settings, png_info, read_record, save_whole
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ class PaintResult:
     def save(self, path: str | os.PathLike, index: int = 0, model: str = "") -> None:
         """Writes a candidate; a PNG file with all it takes to draw it again, `model` being where that came from."""
         options = {"pnginfo": png_info(self, index, model)} if str(path).lower().endswith(".png") else {}
-        self.images[index].save(path, **options)
+        save_whole(self.images[index], path, **options)
 
 
 @dataclass(frozen=True)

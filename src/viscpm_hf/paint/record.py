@@ -72,6 +72,25 @@ def png_bytes(result: Any, index: int, model: str) -> bytes:
     return file.getvalue()
 
 
+def save_whole(image: PIL.Image.Image, path: str | os.PathLike, **options: Any) -> None:
+    """Writes an image file, of the format that its name says: when it is complete it is there, before it is not.
+
+    Raises:
+        ValueError: if the name is of no format.
+    """
+    path = Path(path)
+    file_format = PIL.Image.registered_extensions().get(path.suffix.lower())
+    if file_format is None:
+        raise ValueError(f"{path} is no name of an image file: {path.suffix or 'no ending'} instead of .png, .jpg ...")
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        image.save(partial, file_format, **options)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 @dataclass(frozen=True)
 class Record:
     """How an image was drawn."""
