@@ -101,6 +101,22 @@ def no_compiler(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
+def test_any_number_of_threads_gives_the_same(folder, calls, bits):
+    model, given = load(folder, bits=bits), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 8):  # fewer than cores, or more
+            torch.set_num_threads(threads)
+            steps, _ = decode(model, 2, 1, steps=20)
+            found.append(torch.cat([step.last_hidden_state for step in steps]))
+    finally:
+        torch.set_num_threads(given)
+    assert calls == [2] * 60
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_without_a_compiler_the_modules_compute(folder, calls, no_compiler, bits):
     model = load(folder, bits=bits, needs_kernel=False)
     found, _ = decode(model, 1, 1)

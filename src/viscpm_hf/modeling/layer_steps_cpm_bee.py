@@ -182,6 +182,7 @@ static void steps(const Step& step, const Factors& factors, const Number* x, Num
   float *states = attended + rows * inner, *made = states + rows * width;
   float *gate = made + rows * width, *up = gate + rows * step.inner;
   for (long i = 0; i < rows * width; i++) states[i] = number(x[i]);
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
   {
     // Preparing rows is little work: every thread does it for itself, which is quicker than to wait for another.
@@ -206,26 +207,27 @@ static void steps(const Step& step, const Factors& factors, const Number* x, Num
         product.multiply(layer->q.weight, layer->q.scale, q, inner, range);
         product.multiply(layer->k.weight, layer->k.scale, k, inner, range);
         product.multiply(layer->v.weight, layer->v.scale, v, inner, range);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (long i = 0; i < step.batch * step.heads; i++)
+        barrier.wait();
+        const Range heads = share(step.batch * step.heads, 1);
+        for (long i = heads.from; i < heads.to; i++)
           attend<Number>(step, *cached, q, k, v, attended, i / step.heads, i % step.heads, factors.scaling);
         cached++;
+        barrier.wait();
         product.prepare(attended, rows, inner);
         product.multiply(layer->o.weight, layer->o.scale, made, width, mine);
         add_made();
-#pragma omp barrier
+        barrier.wait();
       }
       if (layer->mlp_norm) {
         prepare_normal(layer->mlp_norm);
         product.multiply(layer->gate.weight, layer->gate.scale, gate, step.inner, wide);
         product.multiply(layer->up.weight, layer->up.scale, up, step.inner, wide);
         for (long m = 0; m < rows; m++) activate(gate + m * step.inner, up + m * step.inner, wide);
-#pragma omp barrier
+        barrier.wait();
         product.prepare(gate, rows, step.inner);
         product.multiply(layer->down.weight, layer->down.scale, made, width, mine);
         add_made();
-#pragma omp barrier
+        barrier.wait();
       }
     }
   }

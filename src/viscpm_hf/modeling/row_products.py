@@ -29,7 +29,11 @@ SOURCE = (
     COMMON
     + f"static const long MAX_INT8_ROWS = {MAX_PACKED_ROWS[8]}, MAX_INT4_ROWS = {MAX_PACKED_ROWS[4]};"
     + r"""
+#include <atomic>
+#include <linux/futex.h>
 #include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 // 32 floats in the order in which `load` has those of a Number.
 template <class Number>
@@ -64,6 +68,35 @@ static inline Range share(long n, long unit) {
   const long units = (n + unit - 1) / unit, threads = omp_get_num_threads(), me = omp_get_thread_num();
   return {units * me / threads * unit, std::min(n, units * (me + 1) / threads * unit)};
 }
+
+// Where a team's threads wait for each other. OpenMP's own barrier turns for some 10 ms, and beside any other process,
+// which has one of the cores, nearly always keeps the thread that is waited for from running.
+class Barrier {
+  static const int TURNS = 1000;  // some 50 us
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> round{0};
+  std::atomic<int> asleep{0};
+
+ public:
+  void wait() {
+    const int now = round, threads = omp_get_num_threads();
+    if (++arrived == threads) {
+      arrived = 0;
+      round++;
+      if (asleep) syscall(SYS_futex, &round, FUTEX_WAKE_PRIVATE, threads, nullptr, nullptr, 0);
+      return;
+    }
+    for (int i = 0; i < TURNS; i++) {
+      if (round != now) return;
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
+    }
+    asleep++;
+    while (round == now) syscall(SYS_futex, &round, FUTEX_WAIT_PRIVATE, now, nullptr, nullptr, 0);
+    asleep--;
+  }
+};
 
 // How many bytes ahead the weights are asked for. Not a whole page, whose lines would share places of the cache.
 static const long AHEAD = 3072;
@@ -113,8 +146,6 @@ typedef int32_t Codes __attribute__((vector_size(64)));
 #define HAS_PACKED
 #include <immintrin.h>
 #ifdef __AMX_INT8__
-#include <sys/syscall.h>
-#include <unistd.h>
 // Linux lets a process use the registers of AMX that asks for them (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 static const bool HAS_TILES = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
@@ -441,8 +472,12 @@ static void product(const void* w, const void* scales, const Number* x, Number* 
   for (long i = 0; i < rows * k; i++) wide[i] = number(x[i]);
   prepared.prepare(wide.data(), rows, k);
   const Product& mine = prepared;  // of the calling thread
+  Barrier barrier;
 #pragma omp parallel num_threads(threads)
-  mine.multiply(w, scales, y, n, share(n, Product::UNIT));
+  {
+    mine.multiply(w, scales, y, n, share(n, Product::UNIT));
+    barrier.wait();
+  }
 }
 
 template <class Number>
