@@ -288,6 +288,25 @@ def test_errors_of_a_work_come_to_its_reader():
         asyncio.run(read())
 
 
+def test_a_work_that_fails_at_its_end_keeps_nobody_waiting():
+    async def work(fails):
+        try:
+            yield 1
+        finally:
+            if fails:
+                raise ValueError("why")
+
+    async def two_works():
+        visit = Visit()
+        first = visit.until_stopped(work(True))
+        await anext(first)
+        with pytest.raises(ValueError, match="why"):
+            await first.aclose()
+        return [update async for update in visit.until_stopped(work(False))]
+
+    assert asyncio.run(asyncio.wait_for(two_works(), 60)) == [1]
+
+
 @pytest.mark.parametrize(("kind", "key"), ERROR_TEXTS)
 def test_errors_are_told_in_both_languages(kind, key):
     error = kind("why", 1.0) if kind is EngineBusyError else kind("why")

@@ -267,8 +267,10 @@ _HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 # Ways to attend that give the same; others are somebody's own.
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 _NO_MATRIX = (0, 0)
-# What was looked at in [`looking_once`].
-_known: contextvars.ContextVar[list[LayerSteps] | None] = contextvars.ContextVar("known_layer_steps", default=None)
+# What was looked at in [`looking_once`], and the memory of its weights: whoever moves them meanwhile doesn't free it.
+_known: contextvars.ContextVar[dict[LayerSteps, list[torch.UntypedStorage]] | None] = contextvars.ContextVar(
+    "known_layer_steps", default=None
+)
 
 
 @functools.lru_cache(1)
@@ -302,8 +304,6 @@ class LayerSteps:
         self._entries = list(zip(*entries, strict=True))
         self._weights = [entry for _, _, entry in entries if isinstance(entry, nn.Parameter)]
         self._places = list(map(torch.Tensor.data_ptr, self._weights))
-        # Whoever moves weights while a step reads them doesn't free them.
-        self._storages = list(map(torch.Tensor.untyped_storage, self._weights))
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._attributes = [module.__dict__ for module in modules]
         if self.kernel is None:
@@ -324,6 +324,10 @@ class LayerSteps:
         same = all(map(operator.is_, map(dict.get, dicts, names), entries)) and len(self._list) == self._count
         same = same and list(map(type, self._modules)) == self._classes
         return same and list(map(torch.Tensor.data_ptr, self._weights)) == self._places
+
+    def storages(self) -> list[torch.UntypedStorage]:
+        """The memory of the weights, which stays while the list does."""
+        return list(map(torch.Tensor.untyped_storage, self._weights))
 
     def is_ordinary(self) -> bool:
         """Whether nobody wants to see or change what happens between the modules."""
@@ -482,12 +486,12 @@ def step_layers(
 def layer_steps(model: nn.Module) -> LayerSteps:
     """The model's, made anew when it has changed."""
     steps, known = model.__dict__.get("_layer_steps"), _known.get()
-    if steps is not None and any(steps is it for it in known or ()):
+    if known and steps in known:
         return steps
     if steps is None or not steps.is_still_right():
         steps = model.__dict__["_layer_steps"] = LayerSteps(model)
     if known is not None:
-        known.append(steps)
+        known[steps] = steps.storages()
     return steps
 
 
@@ -495,7 +499,7 @@ def layer_steps(model: nn.Module) -> LayerSteps:
 def looking_once() -> Iterator[None]:
     """While it lasts, this thread looks at a model's modules and weights in its first step alone: the caches are full
     of weights then, so that it takes a fifth of a millisecond. Hooks are seen as ever."""
-    token = _known.set([])
+    token = _known.set({})
     try:
         yield
     finally:

@@ -87,8 +87,9 @@ class CpmBeePositionBias(nn.Module):
         for a layer."""
         known = self.__dict__.get("_last_buckets")
         if known is None or len(known) < num_keys or known.device != device:
-            distances = torch.arange(1 - 2 * max(num_keys, 512), 1, device=device)
-            known = self.__dict__["_last_buckets"] = self.distance_bucket(distances)
+            with torch.inference_mode(False):  # it serves training too
+                distances = torch.arange(1 - 2 * max(num_keys, 512), 1, device=device)
+                known = self.__dict__["_last_buckets"] = self.distance_bucket(distances)
         return known[None, None, -num_keys:]
 
     def forward(

@@ -47,8 +47,10 @@ class Visit:
                 yield update
         finally:
             ended.cancel()
-            await updates.aclose()
-            over.set()
+            try:
+                await updates.aclose()
+            finally:
+                over.set()
 
     def stop(self) -> None:
         """Ends the work at the visitor's wish, at the next moment; does nothing if there is none."""
