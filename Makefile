@@ -18,7 +18,7 @@ MAKE_VENV = test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) 2>/dev/null || { \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo docs dist tiny tiny-text tiny-vision tiny-chat tiny-paint tiny-pivot test fuzz lint style bench gpu browser clean
-.PHONY: conformance conformance-newest conformance-main tools compat compat-oldest compat-newest compat-main
+.PHONY: conformance conformance-newest conformance-main tools clients compat compat-oldest compat-newest compat-main
 .PHONY: environment-oldest environment-newest environment-main
 
 help: ## List the targets
@@ -148,6 +148,15 @@ tools: ## Run other people's tools on us (TRL, lm-eval, lmms-eval, outlines, Dee
 	@# Without all that it names for other models: torchvision and, with it, another torch.
 	@.venv-tools/bin/pip install -q -c constraints.txt --no-deps lmms-eval
 	$(call RUN_TESTS,.venv-tools) tests/tools
+
+clients: ## Ask our server with other people's clients (LangChain, LiteLLM, LlamaIndex, PydanticAI) in .venv-clients
+	@echo "Bringing .venv-clients up to date"
+	@$(call MAKE_VENV,.venv-clients)
+	@grep '^torch==' constraints.txt >.venv-clients/torch.txt
+	@.venv-clients/bin/pip install -q -c .venv-clients/torch.txt torch
+	@# torch alone is pinned: LlamaIndex asks for an older openai than the tested set has.
+	@.venv-clients/bin/pip install -q -c .venv-clients/torch.txt -e '.[test,clients]'
+	$(call RUN_TESTS,.venv-clients) tests/serving/test_clients.py
 
 clean: ## Remove caches and build products; the environments stay (rm -r .venv* removes them)
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis .conformance-cache benchmarks/.scratch

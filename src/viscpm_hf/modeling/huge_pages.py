@@ -20,8 +20,9 @@ PAGE, HUGE_PAGE = 2**12, 2**21
 MADV_COLLAPSE = 25
 # Weights so near to each other are one piece of memory: what lies in between are the allocator's notes.
 GAP = 2**16
-# Bytes of a piece of memory that weights share, since most of them are of a few huge pages at best.
-ROOM = 2**26
+# Bytes of a piece of memory that weights share, since most of them are of a few huge pages at best. Of its last huge
+# page half is lost on average; what is behind that is never touched, and takes no memory.
+ROOM = 2**28
 
 _gathering, _taking = threading.Lock(), threading.Lock()
 

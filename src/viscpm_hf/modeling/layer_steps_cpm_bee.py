@@ -267,8 +267,8 @@ _HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 # Ways to attend that give the same; others are somebody's own.
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 _NO_MATRIX = (0, 0)
-# What was looked at in [`looking_once`], and the memory of its weights: whoever moves them meanwhile doesn't free it.
-_known: contextvars.ContextVar[dict[LayerSteps, list[torch.UntypedStorage]] | None] = contextvars.ContextVar(
+# What was looked at in [`looking_once`], and what is kept of it.
+_known: contextvars.ContextVar[list[tuple[LayerSteps, list]] | None] = contextvars.ContextVar(
     "known_layer_steps", default=None
 )
 
@@ -318,16 +318,16 @@ class LayerSteps:
         factors = (config.rms_norm_eps, 1 / config.residual_divisor, config.head_dim**-0.5)
         self._factors = (ctypes.c_float * len(factors))(*factors)
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """What the kernel reads; whoever keeps them keeps weights that another thread moves from being freed."""
+        return [] if self.kernel is None else list(map(torch.Tensor.untyped_storage, self._weights))
+
     def is_still_right(self) -> bool:
         """Whether modules and weights are those that there were, at the same place."""
         dicts, names, entries = self._entries
         same = all(map(operator.is_, map(dict.get, dicts, names), entries)) and len(self._list) == self._count
         same = same and list(map(type, self._modules)) == self._classes
         return same and list(map(torch.Tensor.data_ptr, self._weights)) == self._places
-
-    def storages(self) -> list[torch.UntypedStorage]:
-        """The memory of the weights, which stays while the list does."""
-        return list(map(torch.Tensor.untyped_storage, self._weights))
 
     def is_ordinary(self) -> bool:
         """Whether nobody wants to see or change what happens between the modules."""
@@ -486,12 +486,12 @@ def step_layers(
 def layer_steps(model: nn.Module) -> LayerSteps:
     """The model's, made anew when it has changed."""
     steps, known = model.__dict__.get("_layer_steps"), _known.get()
-    if known and steps in known:
+    if steps is not None and any(steps is it for it, _ in known or ()):
         return steps
     if steps is None or not steps.is_still_right():
         steps = model.__dict__["_layer_steps"] = LayerSteps(model)
     if known is not None:
-        known[steps] = steps.storages()
+        known.append((steps, steps.storages()))
     return steps
 
 
@@ -499,7 +499,7 @@ def layer_steps(model: nn.Module) -> LayerSteps:
 def looking_once() -> Iterator[None]:
     """While it lasts, this thread looks at a model's modules and weights in its first step alone: the caches are full
     of weights then, so that it takes a fifth of a millisecond. Hooks are seen as ever."""
-    token = _known.set({})
+    token = _known.set([])
     try:
         yield
     finally:
