@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.generation import BaseStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -233,6 +234,14 @@ def test_training_by_steps_after_an_answer(folder):
     cache = cache_of(model(ids[:, :-1], use_cache=True))
     model(ids[:, -1:], use_cache=True, **{CACHE: cache}).logits.sum().backward()
     assert model.model.position_bias.relative_attention_bias.weight.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_step_of_fake_numbers_leaves_nothing_behind(folder):
+    model, ids = load(folder), torch.tensor([[7]])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(model(ids).logits) is FakeTensor
+    assert type(model(ids).logits) is torch.Tensor
 
 
 @torch.no_grad()
