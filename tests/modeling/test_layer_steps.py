@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers.generation import BaseStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -228,6 +230,34 @@ def test_weights_that_another_moves_while_an_answer_is_generated_stay_readable(f
     prompt = model(ids, use_cache=True)
     step = model(changed.sequences[:, 20:21], use_cache=True, **{CACHE: cache_of(prompt)})
     torch.testing.assert_close(changed.logits[1], step.logits[:, -1].detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_that_weights_have_left_is_free_after_an_answer(folder, calls):
+    model = load(folder)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    memory = weight.detach().numpy().copy()
+    weight.data, memory = torch.from_numpy(memory), weakref.ref(memory)
+    model.generate(torch.arange(7, 27)[None], max_new_tokens=3, do_sample=False)
+    assert len(calls) == 2 and memory() is not None
+    weight.data = weight.data.bfloat16()
+    assert memory() is None
+
+
+def test_training_by_steps_after_an_answer(folder):
+    model, ids = load(folder), torch.arange(7, 27)[None]
+    with torch.inference_mode():
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    cache = cache_of(model(ids[:, :-1], use_cache=True))
+    model(ids[:, -1:], use_cache=True, **{CACHE: cache}).logits.sum().backward()
+    assert model.model.position_bias.relative_attention_bias.weight.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_step_of_fake_numbers_leaves_nothing_behind(folder):
+    model, ids = load(folder), torch.tensor([[7]])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(model(ids).logits) is FakeTensor
+    assert type(model(ids).logits) is torch.Tensor
 
 
 @torch.no_grad()

@@ -91,6 +91,19 @@ def test_our_kernel(bits, inputs, outputs, rows):
     assert relative_error(ours, theirs.float()) <= 0.005
 
 
+@pytest.mark.skipif(not row_products.has_packed_products(row_products.kernel()), reason="needs VNNI, VBMI, a compiler")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_no_number_stays_none(bits):
+    layer, _ = layer_of(bits, 192, 320)
+    for rows in (1, 3, 8, MAX_PACKED_ROWS[bits]):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            hidden = torch.randn(rows, 192)
+            usual = row_product(hidden, layer.weight, layer.scale, f"_int{bits}")
+            hidden[-1, 5] = value
+            found = row_product(hidden, layer.weight, layer.scale, f"_int{bits}")
+            assert not found[-1].isfinite().any() and torch.equal(found[:-1], usual[:-1])
+
+
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs AMX")
 @pytest.mark.skipif(not row_products.has_packed_products(row_products.kernel()), reason="needs VNNI, VBMI, a compiler")
 @pytest.mark.parametrize("bits", [8, 4])

@@ -276,6 +276,37 @@ def test_who_begins_another_work_ends_those_before():
     assert visit.is_stopped and seen == sorted(seen) and seen.count("c") == 1
 
 
+def test_stop_is_for_a_work_that_waits_for_another_to_end():
+    visit, seen, begun = Visit(), [], asyncio.Event()
+
+    async def work(name, closing):
+        try:
+            while True:
+                yield name
+                await asyncio.sleep(0)
+        finally:
+            closing.set()
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+    async def read(name, closing):
+        async for update in visit.until_stopped(work(name, closing)):
+            seen.append(update)
+            begun.set()
+
+    async def stop_between():
+        closing = asyncio.Event()
+        first = asyncio.create_task(read("first", closing))
+        await begun.wait()
+        second = asyncio.create_task(read("second", asyncio.Event()))
+        await closing.wait()
+        visit.stop()
+        await asyncio.wait_for(asyncio.gather(first, second), 60)
+
+    asyncio.run(stop_between())
+    assert visit.is_stopped and set(seen) == {"first"}
+
+
 def test_errors_of_a_work_come_to_its_reader():
     async def work():
         yield 1
@@ -286,6 +317,25 @@ def test_errors_of_a_work_come_to_its_reader():
 
     with pytest.raises(ValueError, match="why"):
         asyncio.run(read())
+
+
+def test_a_work_that_fails_at_its_end_keeps_nobody_waiting():
+    async def work(fails):
+        try:
+            yield 1
+        finally:
+            if fails:
+                raise ValueError("why")
+
+    async def two_works():
+        visit = Visit()
+        first = visit.until_stopped(work(True))
+        await anext(first)
+        with pytest.raises(ValueError, match="why"):
+            await first.aclose()
+        return [update async for update in visit.until_stopped(work(False))]
+
+    assert asyncio.run(asyncio.wait_for(two_works(), 60)) == [1]
 
 
 @pytest.mark.parametrize(("kind", "key"), ERROR_TEXTS)

@@ -87,8 +87,9 @@ class CpmBeePositionBias(nn.Module):
         for a layer."""
         known = self.__dict__.get("_last_buckets")
         if known is None or len(known) < num_keys or known.device != device:
-            distances = torch.arange(1 - 2 * max(num_keys, 512), 1, device=device)
-            known = self.__dict__["_last_buckets"] = self.distance_bucket(distances)
+            with torch.inference_mode(False):  # it serves training too
+                distances = torch.arange(1 - 2 * max(num_keys, 512), 1, device=device)
+                known = self.__dict__["_last_buckets"] = self.distance_bucket(distances)
         return known[None, None, -num_keys:]
 
     def forward(
@@ -603,7 +604,8 @@ class CpmBeeModel(CpmBeePreTrainedModel):
             key_segments = torch.cat([segment_ids, segment_ids[:, -1:].expand(-1, missing)], 1)
             query_segments = key_segments[:, query_index]
         is_step = num_queries == 1 and isinstance(num_past, int) and num_keys == num_past + 1
-        is_step = is_step and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        is_real = type(inputs_embeds) is torch.Tensor  # what is looked up outlives the mode of a fake one
+        is_step = is_step and is_real and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         bucket = self.position_bias.last_buckets(num_keys, device) if is_step else None
         # Only differences of positions within a segment count, so the places in the cache serve as positions.
         bias = self.position_bias(

@@ -105,7 +105,7 @@ static const long AHEAD = 3072;
 // y (rows, n) = x . w (n, k)^T.
 template <int ROWS, class Number>
 struct Plain {
-  static const long UNIT = 16;
+  static constexpr long UNIT = 16;
   std::vector<Pair> rows;
   long k;
 
@@ -178,9 +178,14 @@ struct Digits {
   }
 };
 static inline float step_of(const float* x, long count) {
-  __m512 largest = _mm512_set1_ps(1e-30f);
-  for (long i = 0; i < count; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  return _mm512_reduce_max_ps(largest) / 127;
+  // As whole numbers, of which NaN is the largest: who has one becomes NaN.
+  __m512i largest = _mm512_castps_si512(_mm512_set1_ps(1e-30f));
+  for (long i = 0; i < count; i += 16)
+    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + i))));
+  const int bits = _mm512_reduce_max_epi32(largest);
+  float step;
+  memcpy(&step, &bits, 4);
+  return step / 127;
 }
 
 // Sums of this type stay where they are; of the intrinsic's own one compilers make copies.
@@ -217,14 +222,18 @@ static inline void add_some(const __m512i* codes, const Digits& digits, long gro
 struct Tiles {
   const bool used;
 #ifdef __AMX_INT8__
+  // GCC's intrinsics don't tell that they read memory: what is written to it must be there before them.
+  static inline void finish_writing(const void* read) { __asm__ volatile("" ::"r"(read) : "memory"); }
   explicit Tiles(bool wanted) : used(wanted && HAS_TILES) {
     alignas(64) uint8_t all[64] = {1};  // eight of 16 lines of 64 bytes
     for (int i = 0; i < 8; i++) all[16 + 2 * i] = 64, all[48 + i] = 16;
+    finish_writing(all);
     if (used) _tile_loadconfig(all);
   }
   ~Tiles() { if (used) _tile_release(); }
   static inline void add(const __m512i* codes, const Digits& digits, long group, long groups, long row,
                          __m512i (*sums)[4], bool fresh) {
+    finish_writing(codes);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -271,7 +280,7 @@ static inline void add_products(const Tiles& tiles, const __m512i* codes, const 
 }
 // 8-bit weights: (n, k) codes, `scales` (n,) in bf16.
 struct Int8 {
-  static const long UNIT = 64, CHUNK = 4, FEW = 6;
+  static constexpr long UNIT = 64, CHUNK = 4, FEW = 6;
   Digits digits;
   std::vector<float> steps;
   std::vector<int32_t> sums;
@@ -385,7 +394,7 @@ struct Int8 {
 };
 
 struct Int4 {
-  static const long UNIT = 64, FEW = 4;
+  static constexpr long UNIT = 64, FEW = 4;
   Digits digits;
   std::vector<float> steps, sums;  // (rows, groups)
 

@@ -28,8 +28,10 @@ class Visit:
     async def until_stopped(self, updates: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         """The updates of a work; after [`stop`] or [`end`] it is closed and no other comes, so that whoever reads them
         has the last word. A visitor has one work at a time: one that is still on ends first."""
-        await self.end()
         self.is_stopped = False
+        await self.end()
+        if self.is_stopped:  # while the one before was ending: this one is what the visitor sees
+            return
         self._ending, self._over = ending, over = asyncio.Event(), asyncio.Event()
         ended = asyncio.ensure_future(ending.wait())
         try:
@@ -47,8 +49,10 @@ class Visit:
                 yield update
         finally:
             ended.cancel()
-            await updates.aclose()
-            over.set()
+            try:
+                await updates.aclose()
+            finally:
+                over.set()
 
     def stop(self) -> None:
         """Ends the work at the visitor's wish, at the next moment; does nothing if there is none."""
