@@ -72,7 +72,7 @@ static inline Range share(long n, long unit) {
 // Where a team's threads wait for each other. OpenMP's own barrier turns for some 10 ms, and beside any other process,
 // which has one of the cores, nearly always keeps the thread that is waited for from running.
 class Barrier {
-  static const int TURNS = 1000;  // some 50 us
+  static const int TURNS = 4000;  // some 200 us
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> round{0};
   std::atomic<int> asleep{0};
