@@ -8,6 +8,7 @@ from typing import Any
 
 import PIL.Image
 
+from ..modeling.chat_processing import EncodedImage
 from .chat import VisCPMChat
 
 
@@ -30,3 +31,6 @@ class SiblingChat(VisCPMChat):
         **options: Any,
     ):
         super().__init__(model_path, None, image_safety_checker, **options)
+
+
+__all__ = ["EncodedImage", "SiblingChat"]

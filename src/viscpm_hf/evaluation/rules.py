@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .questions import CATEGORIES as CATEGORIES  # it was found here before
 from .questions import LANGUAGES
 from .running import Faults, read_identified
 
