@@ -270,9 +270,7 @@ _HOOKS_OF_ALL = (nn.modules.module._global_forward_hooks, nn.modules.module._glo
 _ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
 _NO_MATRIX = (0, 0)
 # What was looked at in [`looking_once`], and what is kept of it.
-_known: contextvars.ContextVar[list[tuple[LayerSteps, list]] | None] = contextvars.ContextVar(
-    "known_layer_steps", default=None
-)
+_known: contextvars.ContextVar[dict[LayerSteps, list] | None] = contextvars.ContextVar("known_steps", default=None)
 
 
 @functools.lru_cache(1)
@@ -488,12 +486,12 @@ def step_layers(
 def layer_steps(model: nn.Module) -> LayerSteps:
     """The model's, made anew when it has changed."""
     steps, known = model.__dict__.get("_layer_steps"), _known.get()
-    if steps is not None and any(steps is it for it, _ in known or ()):
+    if known and steps in known:
         return steps
     if steps is None or not steps.is_still_right():
         steps = model.__dict__["_layer_steps"] = LayerSteps(model)
     if known is not None:
-        known.append((steps, steps.storages()))
+        known[steps] = steps.storages()
     return steps
 
 
@@ -501,7 +499,7 @@ def layer_steps(model: nn.Module) -> LayerSteps:
 def looking_once() -> Iterator[None]:
     """While it lasts, this thread looks at a model's modules and weights in its first step alone: the caches are full
     of weights then, so that it takes a fifth of a millisecond. Hooks are seen as ever."""
-    token = _known.set([])
+    token = _known.set({})
     try:
         yield
     finally:
